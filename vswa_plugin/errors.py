@@ -1,0 +1,75 @@
+"""Errors of vswa-plugin.
+
+    VswaError
+    ├── ConfigError            the user can fix it: says what was expected, what came, where, what to do
+    │   └── PluginError        a plugin that cannot be loaded or used
+    ├── ConnectError           a broker or registry that cannot be reached
+    ├── RequestError           one request that is not served
+    │   ├── InvalidRequest     the request can never be served as it is (the frontend answers 400)
+    │   └── Overloaded         it could be served later (503)
+    ├── StreamError            an event stream that is broken and will be repaired
+    │   └── ProtocolError      bytes that are not a message of this protocol version
+    └── InvariantError         a bug of this project: please report it
+
+``except VswaError`` catches whatever this project raises on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VswaError(Exception):
+    """Base of all errors that this project raises on purpose."""
+
+
+class ConfigError(VswaError, ValueError):
+    """A setting, file or model directory that the user can correct."""
+
+
+class PluginError(ConfigError):
+    """A plugin that cannot be loaded, or that breaks its contract."""
+
+
+class ConnectError(VswaError, ConnectionError):
+    """NATS, etcd or another peer cannot be reached; the message names the address and the setting."""
+
+
+class RequestError(VswaError):
+    """One request that is not served; the engine and other requests go on."""
+
+
+class InvalidRequest(RequestError, ValueError):
+    """The request can never be served as it is, e.g. a prompt longer than the context."""
+
+
+class Overloaded(RequestError):
+    """The request could be served later: the queue is full or the worker is stopping."""
+
+
+class StreamError(VswaError):
+    """An event stream is broken; the view goes stale and is repaired."""
+
+
+class ProtocolError(StreamError):
+    """Bytes that are not a message of this protocol version."""
+
+
+class InvariantError(VswaError, AssertionError):
+    """A bug of this project."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message} (this is a bug of vswa-plugin: please report it with this message)")
+
+
+def unknown_choice(what: str, given: str, known: Iterable[str]) -> str:
+    """Say that ``given`` is no known ``what``, list the known ones, and guess the one that was meant.
+
+    >>> unknown_choice("mode", "aggg", ["agg", "prefill"])
+    "unknown mode 'aggg': did you mean 'agg'? Known: agg, prefill"
+    """
+    names = sorted(known)
+    near = get_close_matches(given, names, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    return f"unknown {what} {given!r}{hint} Known: {', '.join(names) or 'none'}"
