@@ -85,8 +85,12 @@ class Engine(Protocol):
         its blocks: an engine does its clean-up in ``finally``.
 
         :raises InvalidRequest: the request can never be served.
-        :raises Overloaded: not now; the queue is full or the engine stops.
+        :raises Overloaded: not now; the queue is full.
+        :raises Unavailable: the engine stops or has failed.
         """
+
+    def failure(self) -> str | None:
+        """Why the engine cannot serve any more, or None while it can. Cheap; a worker asks it often."""
 
     def stats(self) -> dict[str, float]:
         """Gauges by name (``running``, ``waiting``, ``blocks_used``...), cheap, from any thread."""

@@ -6,7 +6,8 @@
     ├── ConnectError           a broker or registry that cannot be reached
     ├── RequestError           one request that is not served
     │   ├── InvalidRequest     the request can never be served as it is (the frontend answers 400)
-    │   └── Overloaded         it could be served later (503)
+    │   ├── Overloaded         it could be served later (503)
+    │   └── Unavailable        this worker cannot serve it, another one can (the frontend migrates it)
     ├── StreamError            an event stream that is broken and will be repaired
     │   └── ProtocolError      bytes that are not a message of this protocol version
     └── InvariantError         a bug of this project: please report it
@@ -45,7 +46,11 @@ class InvalidRequest(RequestError, ValueError):
 
 
 class Overloaded(RequestError):
-    """The request could be served later: the queue is full or the worker is stopping."""
+    """The request could be served later: the queue is full."""
+
+
+class Unavailable(RequestError):
+    """This worker stops or its engine has failed; another worker can serve the request."""
 
 
 class StreamError(VswaError):

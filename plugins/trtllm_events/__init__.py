@@ -1,0 +1,17 @@
+"""TensorRT-LLM's KV events for whoever emits them: TensorRT-LLM itself, the embedded engine, traces."""
+
+from __future__ import annotations
+
+from vswa_plugin.engine import EventAdapter
+from vswa_plugin.hookspecs import hookimpl
+from vswa_plugin.layout import CacheLayout
+
+from .adapter import TrtllmEventAdapter
+
+__all__ = ["TrtllmEventAdapter"]
+
+
+@hookimpl
+def vswa_event_adapter(event_format: str, layout: CacheLayout) -> EventAdapter | None:
+    """Answer for the format ``trtllm``."""
+    return TrtllmEventAdapter(layout) if event_format == "trtllm" else None

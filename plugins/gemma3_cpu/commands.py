@@ -1,0 +1,60 @@
+"""``vswa make-model``: write a small random Gemma 3."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+#: Layers per global layer in Gemma 3.
+_PATTERN = 6
+
+
+def configure_make_model(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a small random Gemma 3 as a Hugging Face directory: config, weights, tokenizer and chat "
+        "template. Its answers are gibberish; everything else is real. Nothing is downloaded."
+    )
+    parser.add_argument("directory", metavar="DIR", help="where to write it; made if it does not exist")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
+    parser.add_argument(
+        "--layers", type=_positive, metavar="N", help="layers; the last of each six is global"
+    )
+    parser.add_argument("--window", type=_positive, metavar="TOKENS", help="window of the sliding layers")
+    parser.add_argument("--context", type=_positive, metavar="TOKENS", help="longest sequence")
+
+
+def run_make_model(args: argparse.Namespace) -> int:
+    from .checkpoint import make_checkpoint
+    from .config import load_config
+
+    make_checkpoint(args.directory, seed=args.seed, overwrite=args.overwrite, overrides=_overrides(args))
+    config = load_config(args.directory)
+    windows = ", ".join("global" if window is None else str(window) for window in config.groups)
+    print(
+        f"{args.directory}: a random Gemma 3 with {config.num_hidden_layers} layers, windows {windows}, "
+        f"context {config.max_position_embeddings} tokens, seed {args.seed}"
+    )
+    return 0
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    given = {
+        "num_hidden_layers": args.layers,
+        "sliding_window": args.window,
+        "max_position_embeddings": args.context,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    if args.layers is not None:
+        # A model of fewer layers than the pattern would have no global layer at all.
+        overrides["sliding_window_pattern"] = min(_PATTERN, args.layers)
+    return overrides
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return value

@@ -1,0 +1,103 @@
+"""The counters, apart from the hooks, so that a test has its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from vswa_plugin.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored
+from vswa_plugin.records import RequestRecord
+
+#: For a group that no Layout has named: blocks are still counted, and the label shows the fault.
+UNKNOWN_WINDOW = "unknown"
+#: Label of an event that clears all groups at once.
+ALL_WINDOWS = "all"
+
+#: Seconds; from a prompt reused as a whole on a GPU to a long cold prompt on a CPU.
+TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+FINISH_REASONS = ("stop", "eos", "length", "cancelled", "error", "content_filter")
+
+
+class Collector:
+    """Counters of one process, in a registry of their own. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        #: (source, group id) -> window label, from the last Layout of each source.
+        self._windows: dict[tuple[Source, int], str] = {}
+        # prometheus_client appends _total to the names of counters.
+        self._batches = Counter("vswa_kv_batches", "Batches of KV events published.", registry=registry)
+        self._events = Counter("vswa_kv_events", "KV events published.", registry=registry)
+        self._stored = Counter("vswa_kv_blocks_stored", "Blocks stored.", ["window"], registry=registry)
+        self._removed = Counter(
+            "vswa_kv_blocks_removed", "Blocks removed from every tier.", ["window"], registry=registry
+        )
+        self._moved = Counter(
+            "vswa_kv_blocks_moved", "Blocks moved to another tier.", ["window"], registry=registry
+        )
+        self._cleared = Counter(
+            "vswa_kv_clears", "Times that all blocks of a window were cleared.", ["window"], registry=registry
+        )
+        self._requests = Counter("vswa_requests", "Requests ended.", ["finish_reason"], registry=registry)
+        self._prompt = Counter("vswa_prompt_tokens", "Prompt tokens of ended requests.", registry=registry)
+        self._cached = Counter("vswa_cached_tokens", "Prompt tokens whose KV was reused.", registry=registry)
+        self._output = Counter("vswa_output_tokens", "Tokens generated.", registry=registry)
+        self._first_token = Histogram(
+            "vswa_time_to_first_token_seconds",
+            "Time from arrival at the worker to the first token.",
+            buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
+
+    def count_batch(self, source: Source, batch: Batch) -> None:
+        """Count the events of one batch; a heartbeat counts as nothing."""
+        if not batch.events:
+            return
+        self._batches.inc()
+        self._events.inc(len(batch.events))
+        for event in batch.events:
+            self._count_event(source, event)
+
+    def count_request(self, record: RequestRecord) -> None:
+        """Count one request that ended."""
+        self._requests.labels(_finish_label(record.finish_reason)).inc()
+        self._prompt.inc(record.prompt_tokens)
+        self._cached.inc(record.cached_tokens)
+        self._output.inc(record.output_tokens)
+        if record.first_token_s is not None:
+            self._first_token.observe(record.first_token_s)
+
+    def text(self) -> str:
+        """All metrics in Prometheus text format."""
+        return generate_latest(self._registry).decode()
+
+    def _count_event(self, source: Source, event: Event) -> None:
+        match event:
+            case Layout():
+                self._learn(source, event)
+            case Stored():
+                self._stored.labels(self._window(source, event.group_id)).inc(len(event.sequence_hashes))
+            case Removed():
+                self._removed.labels(self._window(source, event.group_id)).inc(len(event.sequence_hashes))
+            case Moved():
+                self._moved.labels(self._window(source, event.group_id)).inc(len(event.sequence_hashes))
+            case Cleared(group_id=None):
+                self._cleared.labels(ALL_WINDOWS).inc()
+            case Cleared():
+                self._cleared.labels(self._window(source, event.group_id)).inc()
+
+    def _learn(self, source: Source, layout: Layout) -> None:
+        for group in layout.groups:
+            self._windows[source, group.group_id] = group.label
+            # Shown from the start: a rate over a counter that appears with its first increment misses it.
+            for counter in (self._stored, self._removed, self._moved):
+                counter.labels(group.label)
+
+    def _window(self, source: Source, group_id: int) -> str:
+        return self._windows.get((source, group_id), UNKNOWN_WINDOW)
+
+
+def _finish_label(finish_reason: str) -> str:
+    # An engine may put its message after the kind; a label must have few values.
+    kind = finish_reason.partition(":")[0].strip()
+    return kind if kind in FINISH_REASONS else "other"

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import vswa_example
+
+from vswa_plugin.host import PluginHost
+from vswa_plugin.records import RequestRecord
+
+
+@pytest.fixture
+def host() -> Iterator[PluginHost]:
+    with PluginHost() as host:
+        host.register(vswa_example, "example")
+        yield host
+
+
+def test_a_request_without_reuse_is_counted(host: PluginHost) -> None:
+    for cached_tokens in (0, 32):
+        host.request_finished(
+            RequestRecord(
+                request_id="r",
+                model="gemma3",
+                worker_id=1,
+                dp_rank=0,
+                prompt_tokens=100,
+                cached_tokens=cached_tokens,
+                output_tokens=5,
+                finish_reason="stop",
+                queued_s=0.0,
+                first_token_s=0.1,
+                total_s=0.2,
+            )
+        )
+
+    assert {} == host.failures()
+    assert "example_cold_requests_total 1.0" in host.metrics()

@@ -1,0 +1,22 @@
+"""Counts the requests that reused no KV at all."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from vswa_plugin.hookspecs import hookimpl
+from vswa_plugin.records import RequestRecord
+
+_registry = CollectorRegistry()
+_cold = Counter("example_cold_requests", "Requests that reused no KV.", registry=_registry)
+
+
+@hookimpl
+def vswa_request_finished(record: RequestRecord) -> None:
+    if record.cached_tokens == 0:
+        _cold.inc()
+
+
+@hookimpl
+def vswa_metrics() -> str:
+    return generate_latest(_registry).decode()

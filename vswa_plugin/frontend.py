@@ -1,0 +1,112 @@
+"""``python -m vswa_plugin.frontend``: Dynamo's own OpenAI HTTP frontend, out of the runtime wheel."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from vswa_plugin import __version__, dynamo
+from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
+from vswa_plugin.programs import LEVELS, run_program, set_up_logging
+from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.transport import DEFAULT_SERVER, Transport
+
+logger = logging.getLogger("vswa_plugin.frontend")
+
+_EXAMPLE = """\
+example:
+  python -m vswa_plugin.frontend --http-port 8000
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "gemma", "messages": [{"role": "user", "content": "Hello"}]}'
+
+Models appear as their workers register. NATS_SERVER and ETCD_ENDPOINTS say where the brokers are.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m vswa_plugin.frontend",
+        description="NVIDIA Dynamo's OpenAI-compatible HTTP frontend, as `python -m dynamo.frontend` starts "
+        "it, but from ai-dynamo-runtime alone.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=__version__)
+    made.add_argument("--http-host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    made.add_argument("--http-port", type=int, default=8000, help="port to listen on (8000)")
+    made.add_argument(
+        "--router-mode",
+        default="round-robin",
+        metavar="|".join(dynamo.ROUTER_MODES),
+        help="how workers are chosen (round-robin)",
+    )
+    made.add_argument("--namespace", help="show only models of this Dynamo namespace")
+    made.add_argument(
+        "--migration-limit", type=int, default=3, help="how often a request may move to another worker (3)"
+    )
+    made.add_argument("--log-level", default="info", choices=LEVELS)
+    return made
+
+
+async def serve(settings: dynamo.FrontendSettings) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code."""
+    await _probe()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runtime = dynamo.connect()
+    serving = asyncio.create_task(dynamo.serve_frontend(runtime, settings), name="frontend")
+    stopping = asyncio.create_task(stop.wait())
+    logger.info("listening on http://%s:%d/v1", settings.http_host, settings.http_port)
+    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        stopping.cancel()
+        error = serving.exception()
+        raise ConnectError(
+            f"Dynamo's frontend ended unasked ({error or 'no error given'}); is port "
+            f"{settings.http_port} taken, or was etcd away for longer than its lease?"
+        )
+    runtime.shutdown()
+    await asyncio.wait({serving}, timeout=10)
+    return 0
+
+
+async def _probe() -> None:
+    """Dynamo's runtime would block for minutes where a broker is away: find out first."""
+    transport = Transport(os.environ.get(dynamo.NATS_ENV, DEFAULT_SERVER), "vswa frontend")
+    await transport.connect(timeout=30)
+    await transport.close()
+    registry = EtcdRegistry(os.environ.get(dynamo.ETCD_ENV, dynamo.DEFAULT_ETCD))
+    await registry.entries()
+    await registry.leave()
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the frontend; the exit code."""
+    given = parser().parse_args(argv)
+    set_up_logging(given.log_level)
+    if given.router_mode not in dynamo.ROUTER_MODES:
+        raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, dynamo.ROUTER_MODES)}")
+    settings = dynamo.FrontendSettings(
+        http_host=given.http_host,
+        http_port=given.http_port,
+        router_mode=given.router_mode,
+        namespace=given.namespace,
+        migration_limit=given.migration_limit,
+    )
+    return dynamo.run(serve(settings))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program("vswa frontend", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

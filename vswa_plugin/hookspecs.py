@@ -1,0 +1,171 @@
+"""Every extension point of vswa-plugin. The docstrings are the contract; there is no logic here.
+
+A plugin is a module or an object with functions that carry the names below and the mark ``@hookimpl``::
+
+    from vswa_plugin.hookspecs import hookimpl
+
+    @hookimpl
+    def vswa_kv_batch(source, batch):
+        ...
+
+What holds for all hooks:
+
+* Implementations are plain functions: no ``async def``, no generators, no wrappers.
+* Arguments are passed by name; an implementation takes those that it needs and leaves out the rest.
+* Arguments are shared by all plugins: read them, never change them.
+* Each implementation is called on its own. One that fails costs its own answer and nothing else: the
+  failure is counted, and logged once per plugin, hook and minute.
+* ``tryfirst=True`` and ``trylast=True`` move an implementation to the front or the back; otherwise plugins
+  are called by their name, in alphabetical order, so the order in which they were loaded never shows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from vswa_plugin.commands import Commands
+    from vswa_plugin.engine import Engine, EngineSettings, EventAdapter
+    from vswa_plugin.events import Batch, Source
+    from vswa_plugin.layout import CacheLayout
+    from vswa_plugin.records import RequestRecord
+
+#: The project name that pluggy marks with; also the entry point group.
+NAME = "vswa_plugin"
+
+hookspec = pluggy.HookspecMarker(NAME)
+hookimpl = pluggy.HookimplMarker(NAME)
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def vswa_engine(settings: EngineSettings) -> Engine | None:
+    """Build the engine that ``settings.engine`` names, or None where that is another plugin's name.
+
+    Called: once per worker, at its start, before any connection is made. Local checks only (package,
+        model directory, options), at most two seconds; the slow part belongs in ``Engine.start``.
+    Order: stops at the first answer; look at ``settings.engine`` before anything else.
+    Combine: first non-None. None from all means "unknown engine", and the worker says which are known.
+    Errors: ConfigError is the user's answer: it goes through unchanged and the worker exits with it.
+        Any other exception costs this plugin's answer; if no other plugin answers, the worker exits and
+        names this one.
+
+    :param settings: frozen; what the worker was asked to run.
+    :returns: an object with the shape of ``vswa_plugin.engine.Engine``, not yet started; or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_engine_names() -> list[str]:  # type: ignore[empty-body]
+    """Name all engines that this plugin's ``vswa_engine`` answers for.
+
+    Called: for ``--help`` and for the message about an unknown engine. Must not import the engine.
+    Order: of no effect.
+    Combine: the union of all answers, sorted.
+    Errors: that plugin's names are left out; counted, logged once per plugin and minute.
+
+    :returns: names as given to ``--engine``, also those whose packages are not installed.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec(firstresult=True)
+def vswa_event_adapter(event_format: str, layout: CacheLayout) -> EventAdapter | None:
+    """Build the adapter from one engine's raw events to ours, or None for a format of another plugin.
+
+    Called: at the worker's start, to see that there is one, then once per dp_rank when it begins to publish.
+        An adapter may keep state.
+    Order: stops at the first answer; look at ``event_format`` before anything else.
+    Combine: first non-None. None from all is an error of the configuration.
+    Errors: that plugin has no answer; counted, logged once per plugin and minute.
+
+    :param event_format: the engine's ``event_format``, e.g. ``trtllm``.
+    :param layout: frozen; the cache groups that the engine declared.
+    :returns: an object with the shape of ``vswa_plugin.engine.EventAdapter``, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+# -- observers -------------------------------------------------------------------------------------
+
+
+@hookspec
+def vswa_kv_batch(source: Source, batch: Batch) -> None:
+    """Observe one numbered batch of KV events, of all windows.
+
+    Called: on the publisher's side, once per batch that has events, after its events got their ids and
+        before or after it is handed to the wire; batches of one source come in order, from one thread at
+        a time. Not for heartbeats. Hot path: no I/O, no waiting; hand long work to a thread of your own.
+    Order: of no effect; observers do not see one another.
+    Combine: nothing is returned.
+    Errors: that plugin misses this batch, which is published all the same; counted, logged once per
+        plugin and minute.
+
+    :param source: frozen; namespace, component, worker_id and dp_rank that publish.
+    :param batch: the batch as it goes out: sequence hashes, never token ids. ``Layout`` is event 0 of
+        each epoch and says which group id has which window.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_request_finished(record: RequestRecord) -> None:
+    """Observe one request that ended: finished, cancelled or failed.
+
+    Called: on the worker's event loop, once per request, after its last chunk was sent. Hot path: no I/O,
+        no waiting.
+    Order: of no effect; observers do not see one another.
+    Combine: nothing is returned.
+    Errors: that plugin misses this request; counted, logged once per plugin and minute.
+
+    :param record: frozen; counts of tokens and durations in seconds, never token ids.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_metrics() -> str | None:
+    """Give this plugin's metrics as Prometheus text, or None where it has none.
+
+    Called: for each GET of ``/metrics``, on the worker's event loop; a few milliseconds at most.
+    Order: of no effect.
+    Combine: the texts are appended, by plugin name. Names start with ``vswa_`` or the plugin's own prefix;
+        a text that does not parse, or that repeats a metric of an earlier plugin, is left out whole,
+        because Prometheus would refuse the page.
+    Errors: that plugin's text is left out; counted, logged once per plugin and minute.
+
+    :returns: Prometheus text format 0.0.4, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+@hookspec
+def vswa_register_commands(commands: Commands) -> None:
+    """Add subcommands to ``vswa``.
+
+    Called: by ``vswa`` when it prints its help or runs a command that is not built in. Be cheap: import
+        what a command needs in its ``run``.
+    Order: by plugin name; built-in commands cannot be replaced.
+    Combine: all commands that were added. A name that is taken raises PluginError from ``commands.add``,
+        which names both owners.
+    Errors: all commands of that plugin are left out; counted, logged with the plugin's name.
+
+    :param commands: call ``commands.add(name, help, configure, run)`` per command;
+        ``configure(parser)`` adds arguments, ``run(args)`` returns the exit code.
+
+    .. versionadded:: 0.1
+    """

@@ -1,0 +1,306 @@
+"""The worker's side of the event stream: engine events in, numbered batches out, heartbeats between.
+
+The engine hands over its events from its own thread and never waits: :meth:`Publisher.offer` only appends
+to a bounded inbox. Everything else happens on the worker's event loop: the adapter, the residency, the
+numbering, and a bounded queue of encoded batches towards the broker. Wire ids are given before that queue,
+so whatever is dropped there shows to readers as a gap; an inbox that overflows is treated as an engine
+whose own buffer overflowed: nothing is resident, and a new epoch begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from vswa_plugin.engine import EventAdapter, RawEvent
+from vswa_plugin.errors import ConnectError, InvariantError, VswaError
+from vswa_plugin.events import VERSION, Batch, Event, Removed, Source, Stored, encode, layout_event
+from vswa_plugin.residency import Residency, Restart
+
+logger = logging.getLogger(__name__)
+
+#: Engine events turned into wire events before the event loop gets a turn.
+PASS_EVENTS = 2_000
+
+
+class PublisherOptions(msgspec.Struct, frozen=True):
+    """Limits of one publisher.
+
+    :param heartbeat_s: seconds between heartbeats.
+    :param inbox_events: engine events that may wait for the event loop.
+    :param queue_batches: encoded batches that may wait for the broker; the oldest go first.
+    :param queue_bytes: the same in bytes.
+    :param batch_bytes: larger batches are split; must stay below the broker's max payload.
+    """
+
+    heartbeat_s: float = 1.0
+    inbox_events: int = 200_000
+    queue_batches: int = 4_096
+    queue_bytes: int = 64 << 20
+    batch_bytes: int = 256 << 10
+
+
+class PublisherStats(msgspec.Struct):
+    """Counters since start, for /metrics and tests."""
+
+    batches: int = 0
+    events: int = 0
+    heartbeats: int = 0
+    bytes: int = 0
+    dropped_batches: int = 0
+    rejected_events: int = 0
+    restarts: int = 0
+    send_errors: int = 0
+
+
+class Numbering:
+    """Gives ids: consecutive from 0 within an epoch, which only rises. Pure but for the clock given."""
+
+    def __init__(self, clock_ns: Callable[[], int], last_epoch: int = 0) -> None:
+        self._clock_ns = clock_ns
+        self.epoch = last_epoch
+        self.next_event_id = 0
+        self.new_epoch()
+
+    def new_epoch(self) -> None:
+        self.epoch = max(self._clock_ns(), self.epoch + 1)
+        self.next_event_id = 0
+
+    def batch(self, events: list[Event]) -> Batch:
+        """The next batch; without events, a heartbeat, which uses up no id."""
+        batch = Batch(VERSION, self.epoch, self.next_event_id, self._clock_ns(), events)
+        self.next_event_id = batch.next_event_id
+        return batch
+
+
+def split(events: Sequence[Event], batch_bytes: int) -> Iterator[list[Event]]:
+    """Parts of ``events``, in order, each about ``batch_bytes`` encoded at most. Splits long events too."""
+    part: list[Event] = []
+    room = batch_bytes
+    for event in events:
+        for piece in _pieces(event, max(1, batch_bytes // 9 - 16)):
+            size = _encoded_bound(piece)
+            if part and size > room:
+                yield part
+                part, room = [], batch_bytes
+            part.append(piece)
+            room -= size
+    if part:
+        yield part
+
+
+def _encoded_bound(event: Event) -> int:
+    """At least the bytes of ``event`` on the wire: 9 a hash, and the rest."""
+    hashes = event.sequence_hashes if hasattr(event, "sequence_hashes") else ()
+    return 9 * len(hashes) + 128 if hashes else len(msgspec.msgpack.encode(event)) + 16
+
+
+def _pieces(event: Event, most: int) -> Iterator[Event]:
+    match event:
+        case Stored() if len(event.sequence_hashes) > most:
+            parent = event.parent_hash
+            for at in range(0, len(event.sequence_hashes), most):
+                hashes = event.sequence_hashes[at : at + most]
+                yield Stored(event.group_id, event.position + at, parent, hashes, event.tier)
+                parent = hashes[-1]
+        case Removed() if len(event.sequence_hashes) > most:
+            for at in range(0, len(event.sequence_hashes), most):
+                yield Removed(event.group_id, event.sequence_hashes[at : at + most])
+        case _:
+            yield event
+
+
+class Sender(Protocol):
+    """Where encoded batches go; raises ConnectError while it cannot take one."""
+
+    def __call__(self, payload: bytes) -> Awaitable[None]: ...
+
+
+class Publisher:
+    """Publishes one rank. Constructing does nothing; :meth:`run` does all, until :meth:`close`.
+
+    :param send: writes one encoded batch.
+    :param observe: told of each batch with its source (the hook ``vswa_kv_batch``); must not raise.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        adapter: EventAdapter,
+        residency: Residency,
+        send: Sender,
+        observe: Callable[[Source, Batch], None],
+        options: PublisherOptions | None = None,
+    ) -> None:
+        self.source = source
+        self.residency = residency
+        self.options = options or PublisherOptions()
+        self.stats = PublisherStats()
+        self.numbering = Numbering(time.time_ns)
+        self._adapter = adapter
+        self._send = send
+        self._observe = observe
+        self._inbox: deque[RawEvent] = deque()
+        self._overflowed = False
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrived = asyncio.Event()
+        self._queue_filled = asyncio.Event()
+        self._closing = False
+
+    def offer(self, events: Sequence[RawEvent]) -> None:
+        """Take the engine's events, from any thread; never waits, never raises."""
+        if len(self._inbox) + len(events) > self.options.inbox_events:
+            self._overflowed = True
+        else:
+            self._inbox.extend(events)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def run(self) -> None:
+        """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already."""
+        self._loop = asyncio.get_running_loop()
+        sender = asyncio.create_task(self._send_queue(), name=f"send {self.source}")
+        self._begin_epoch()
+        try:
+            next_heartbeat = self._loop.time()
+            while not self._closing:
+                self._drain()
+                if self._loop.time() >= next_heartbeat:
+                    self._enqueue(self.numbering.batch([]))
+                    self.stats.heartbeats += 1
+                    next_heartbeat = self._loop.time() + self.options.heartbeat_s
+                self._arrived.clear()
+                if self._inbox or self._overflowed:
+                    await asyncio.sleep(0)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._arrived.wait(), next_heartbeat - self._loop.time())
+            while self._inbox:
+                self._drain()
+        finally:
+            self._closing = True
+            self._queue_filled.set()
+            await sender
+
+    def close(self) -> None:
+        """Ask :meth:`run` to publish what is in the inbox and return. Any thread."""
+        self._closing = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    def _begin_epoch(self) -> None:
+        """Take in what came before the first batch, so that event 0 is the engine's own layout."""
+        events = self._net_changes()
+        self._write([layout_event(self.residency.layout), *events])
+
+    def _drain(self) -> None:
+        events = self._net_changes()
+        if events:
+            self._write(events)
+
+    def _net_changes(self) -> list[Event]:
+        """Wire events of all that is in the inbox. A restart among them begins a new epoch."""
+        changes: list[Event] = []
+        if self._overflowed:
+            self._overflowed = False
+            self._inbox.clear()
+            self.residency.clear()
+            changes = self._restart(
+                f"over {self.options.inbox_events} engine events waited: the loop was held up"
+            )
+        for raw in self._take():
+            try:
+                engine_events = self._adapter.feed(raw)
+            except VswaError as error:
+                self._reject(error)
+                changes = self._restart(f"an engine event could not be read: {error}")
+                self.residency.clear()
+                continue
+            for event in engine_events:
+                try:
+                    changes += self.residency.apply(event)
+                except Restart as reason:
+                    changes = self._restart(str(reason))
+                except VswaError as error:
+                    self._reject(error)
+        return changes
+
+    def _take(self) -> Iterator[RawEvent]:
+        """Up to :data:`PASS_EVENTS` waiting events: the loop has other work too, heartbeats above all."""
+        for _ in range(PASS_EVENTS):
+            if not self._inbox:
+                return
+            yield self._inbox.popleft()
+
+    def _reject(self, error: VswaError) -> None:
+        self.stats.rejected_events += 1
+        if self.stats.rejected_events == 1:
+            logger.error("%s: engine event rejected (further ones are only counted): %s", self.source, error)
+
+    def _restart(self, reason: str) -> list[Event]:
+        """Begin a new epoch; what was gathered before it is void. Its first event is the layout."""
+        if self.numbering.next_event_id == 0:
+            return []  # nothing of this epoch is out yet
+        self.stats.restarts += 1
+        logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
+        self.numbering.new_epoch()
+        return [layout_event(self.residency.layout)]
+
+    def _write(self, events: Sequence[Event]) -> None:
+        for part in split(events, self.options.batch_bytes):
+            batch = self.numbering.batch(part)
+            self.stats.batches += 1
+            self.stats.events += len(part)
+            self._enqueue(batch)
+            self._observe(self.source, batch)
+
+    def _enqueue(self, batch: Batch) -> None:
+        payload = encode(batch)
+        self._queue.append(payload)
+        self._queued_bytes += len(payload)
+        limits = self.options
+        while len(self._queue) > limits.queue_batches or self._queued_bytes > limits.queue_bytes:
+            self._queued_bytes -= len(self._queue.popleft())
+            self.stats.dropped_batches += 1
+        self._queue_filled.set()
+
+    async def _send_queue(self) -> None:
+        failing = False
+        while True:
+            if not self._queue:
+                if self._closing:
+                    return
+                self._queue_filled.clear()
+                await self._queue_filled.wait()
+                continue
+            payload = self._queue.popleft()
+            self._queued_bytes -= len(payload)
+            try:
+                await self._send(payload)
+                self.stats.bytes += len(payload)
+                failing = False
+            except ConnectError as error:
+                self.stats.send_errors += 1
+                if not failing:
+                    logger.warning("%s: batches are dropped while the broker is away: %s", self.source, error)
+                failing = True
+                if self._closing:
+                    return
+                await asyncio.sleep(0.1)
+
+
+def check_batch_bytes(options: PublisherOptions, max_payload: int) -> PublisherOptions:
+    """``options`` that fit a broker which takes ``max_payload`` bytes a message."""
+    if max_payload <= 0:
+        raise InvariantError(f"expected a broker with a max payload, got {max_payload}")
+    return msgspec.structs.replace(options, batch_bytes=min(options.batch_bytes, max_payload * 3 // 4))

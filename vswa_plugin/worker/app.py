@@ -1,0 +1,233 @@
+"""Wiring and life of one worker: check, connect, start, serve, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+
+from vswa_plugin import dynamo
+from vswa_plugin.engine import Engine, RawEvent
+from vswa_plugin.errors import ConnectError, VswaError
+from vswa_plugin.events import Source
+from vswa_plugin.host import PluginHost
+from vswa_plugin.nodes import NodeTable
+from vswa_plugin.publisher import Publisher, PublisherOptions, check_batch_bytes
+from vswa_plugin.registry import Entry, Registry
+from vswa_plugin.residency import Residency
+from vswa_plugin.transport import Transport, subject
+from vswa_plugin.worker.args import WorkerArgs
+from vswa_plugin.worker.handler import RequestHandler
+from vswa_plugin.worker.metrics import render
+from vswa_plugin.worker.status import Status, StatusServer
+
+logger = logging.getLogger(__name__)
+
+#: How long NATS and etcd may take to appear when a worker starts.
+CONNECT_TIMEOUT_S = 30.0
+#: How often the engine is asked whether it has failed.
+WATCH_INTERVAL_S = 0.5
+
+
+class WorkerFailed(VswaError):
+    """The worker cannot go on: exit code 1, so that whoever runs it restarts it."""
+
+
+class Worker:
+    """One worker from its checked arguments to its exit code. ``engine`` is built and not started."""
+
+    def __init__(self, args: WorkerArgs, host: PluginHost, engine: Engine, registry: Registry) -> None:
+        self._args = args
+        self._host = host
+        self._engine = engine
+        self._registry = registry
+        self._transport = Transport(args.nats_server, f"vswa worker {args.endpoint}")
+        self._status = Status()
+        self._publishers: dict[int, Publisher] = {}
+        self._publishing: list[asyncio.Task[None]] = []
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT (0) or until something fails (raises)."""
+        server = StatusServer(self._status, self._metrics)
+        stop = self._stop_signal()
+        endpoint: dynamo.WorkerEndpoint | None = None
+        try:
+            if self._args.status_port is not None:
+                await server.start(self._args.status_host, self._args.status_port)
+            await self._probe()
+            endpoint = dynamo.WorkerEndpoint(dynamo.connect(), self._args.endpoint)
+            await self._start_engine(endpoint.worker_id)
+            handler = RequestHandler(
+                self._engine,
+                self._args.settings.served_model_name,
+                endpoint.worker_id,
+                self._host.request_finished,
+            )
+            serving = await self._go_live(endpoint, handler)
+            await self._until_stopped(stop, serving)
+            await self._drain(endpoint, handler, stop)
+            return 0
+        except WorkerFailed as error:
+            self._status.failure = str(error)
+            raise
+        finally:
+            await self._end(endpoint)
+            await server.stop()
+
+    def _stop_signal(self) -> asyncio.Event:
+        """Set by SIGTERM or SIGINT; again while draining: drain no longer."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        return stop
+
+    async def _probe(self) -> None:
+        """Reach NATS and etcd before Dynamo's runtime tries, which would block this loop for minutes."""
+        logger.info("connecting to NATS at %s", self._args.nats_server)
+        await self._transport.connect(CONNECT_TIMEOUT_S)
+        logger.info("connecting to etcd at %s", self._args.etcd_endpoints)
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while True:
+            try:
+                await self._registry.entries()
+                return
+            except ConnectError as error:
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("%s; trying on", error)
+                await asyncio.sleep(1)
+
+    async def _start_engine(self, worker_id: int) -> None:
+        settings = self._args.settings
+        options = check_batch_bytes(
+            PublisherOptions(heartbeat_s=self._args.heartbeat_s), self._transport.max_payload
+        )
+        for rank in range(self._engine.info.data_parallel_size):
+            self._publishers[rank] = self._publisher(worker_id, rank, options)
+        began = time.monotonic()
+        logger.info("starting %s with %s", settings.engine, settings.model_path)
+        await asyncio.to_thread(self._engine.start, self._on_events)
+        logger.info("%s started in %.1f s", settings.engine, time.monotonic() - began)
+        for publisher in self._publishers.values():
+            self._publishing.append(asyncio.create_task(publisher.run(), name=f"publish {publisher.source}"))
+
+    def _publisher(self, worker_id: int, rank: int, options: PublisherOptions) -> Publisher:
+        layout = self._engine.info.layout
+        source = Source(self._args.endpoint.namespace, self._args.endpoint.component, worker_id, rank)
+        to_subject = subject(source, "events")
+
+        async def send(payload: bytes) -> None:
+            await self._transport.publish(to_subject, payload)
+
+        return Publisher(
+            source,
+            self._host.event_adapter(self._engine.event_format, layout),
+            Residency(layout, NodeTable(dynamo.namespaced_block_hash)),
+            send,
+            self._host.kv_batch,
+            options,
+        )
+
+    def _on_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
+        """The engine's sink: called from its thread."""
+        self._publishers[dp_rank].offer(events)
+
+    async def _go_live(self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler) -> asyncio.Task[None]:
+        settings, info = self._args.settings, self._engine.info
+        serving = endpoint.serve(handler.handle)
+        await self._registry.join(self._entry(endpoint.worker_id))
+        await endpoint.register(settings.model_path, settings.served_model_name, info)
+        self._status.ready = True
+        windows = ", ".join(group.label for group in info.layout.groups)
+        logger.info(
+            "worker %x serves %r (mode %s, windows %s, block size %d) on %s",
+            endpoint.worker_id,
+            settings.served_model_name,
+            settings.mode,
+            windows,
+            info.layout.block_size,
+            self._args.endpoint,
+        )
+        return serving
+
+    def _entry(self, worker_id: int) -> Entry:
+        settings, info = self._args.settings, self._engine.info
+        layout = self._publishers[0].residency.layout
+        return Entry(
+            namespace=self._args.endpoint.namespace,
+            component=self._args.endpoint.component,
+            endpoint=self._args.endpoint.endpoint,
+            worker_id=worker_id,
+            mode=settings.mode,
+            engine=settings.engine,
+            served_model_name=settings.served_model_name,
+            model_path=settings.model_path,
+            context_length=info.context_length,
+            block_size=layout.block_size,
+            rule=layout.rule,
+            hash_scheme=layout.hash_scheme,
+            groups=layout.groups,
+            epochs={rank: each.numbering.epoch for rank, each in self._publishers.items()},
+            total_kv_blocks=info.total_kv_blocks,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+
+    async def _until_stopped(self, stop: asyncio.Event, serving: asyncio.Task[None]) -> None:
+        """Return on the stop signal; raise WorkerFailed when engine, publisher or runtime has ended."""
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+            if (reason := self._engine.failure()) is not None:
+                raise WorkerFailed(f"the engine has failed: {reason}")
+            if serving.done():
+                raise WorkerFailed(
+                    f"Dynamo's runtime ended unasked ({_why(serving)}); was etcd away for longer than "
+                    "its lease?"
+                )
+            for task in self._publishing:
+                if task.done():
+                    raise WorkerFailed(f"a publisher ended unasked ({_why(task)})")
+
+    async def _drain(
+        self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler, stop: asyncio.Event
+    ) -> None:
+        self._status.ready = False
+        logger.info("stopping: no new requests, waiting for %d under way", handler.in_flight)
+        stop.clear()
+        await asyncio.gather(self._registry.leave(), endpoint.withdraw())
+        draining = asyncio.create_task(handler.drain(self._args.drain_timeout_s))
+        again = asyncio.create_task(stop.wait())
+        await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+        if handler.in_flight:
+            logger.warning("%d requests are cancelled: not done in time", handler.in_flight)
+        for task in (draining, again):
+            task.cancel()
+
+    async def _end(self, endpoint: dynamo.WorkerEndpoint | None) -> None:
+        """Give everything back, whatever was reached."""
+        await self._registry.leave()
+        if self._publishing:
+            await asyncio.to_thread(self._engine.stop)
+        for publisher in self._publishers.values():
+            publisher.close()
+        await asyncio.gather(*self._publishing, return_exceptions=True)
+        await self._transport.close()
+        if endpoint is not None:
+            await endpoint.shutdown()
+
+    def _metrics(self) -> str:
+        return render(self._publishers, self._engine) + self._host.metrics()
+
+
+def _why(task: asyncio.Task[None]) -> str:
+    if task.cancelled():
+        return "cancelled"
+    error = task.exception()
+    return "no error given" if error is None else f"{type(error).__name__}: {error}"

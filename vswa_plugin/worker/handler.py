@@ -1,0 +1,154 @@
+"""One request: from Dynamo to the engine and back, with cancellation and a record at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import cast
+
+from vswa_plugin.engine import ChunkDict, Engine, RequestDict
+from vswa_plugin.errors import RequestError, Unavailable
+from vswa_plugin.records import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+
+class RequestHandler:
+    """Serves requests of one engine until :meth:`drain`.
+
+    :param record: told of each request that ended; must not raise.
+    """
+
+    def __init__(
+        self, engine: Engine, model: str, worker_id: int, record: Callable[[RequestRecord], None]
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._worker_id = worker_id
+        self._record = record
+        self._in_flight = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    async def handle(
+        self, request: RequestDict, request_id: str, client_gone: Awaitable[bool]
+    ) -> AsyncIterator[ChunkDict]:
+        """Chunks of one request; ends early when ``client_gone`` is done.
+
+        :raises RequestError: refused; nothing of it stays behind in the engine.
+        """
+        if self._draining or self._engine.failure() is not None:
+            raise Unavailable(self._engine.failure() or "the worker is stopping; another one can serve this")
+        tracked = _Tracked(request, request_id)
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            chunks = cast("AsyncGenerator[ChunkDict, None]", self._engine.generate(request))
+            async with (
+                contextlib.aclosing(chunks),
+                contextlib.aclosing(_until(client_gone, chunks)) as served,
+            ):
+                async for chunk in served:
+                    tracked.saw(chunk)
+                    yield chunk
+        except RequestError as error:
+            tracked.finish_reason = "error"
+            logger.info("request %s refused: %s", request_id, error)
+            raise
+        except Exception:
+            tracked.finish_reason = "error"
+            logger.exception("request %s failed in the engine", request_id)
+            raise
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self._record(tracked.record(self._model, self._worker_id))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for those under way; False if some still were after the time-out."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+async def _until(
+    client_gone: Awaitable[bool], chunks: AsyncGenerator[ChunkDict, None]
+) -> AsyncGenerator[ChunkDict, None]:
+    """``chunks``, until the client goes; also while the engine has none yet."""
+    gone = asyncio.ensure_future(client_gone)
+    following: asyncio.Task[ChunkDict] | None = None
+    try:
+        while True:
+            following = asyncio.create_task(_next(chunks))
+            await asyncio.wait((following, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                return
+            try:
+                chunk = following.result()
+            except StopAsyncIteration:
+                return
+            yield chunk
+    finally:
+        gone.cancel()
+        if following is not None and not following.done():
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                await following
+
+
+async def _next(chunks: AsyncGenerator[ChunkDict, None]) -> ChunkDict:
+    return await anext(chunks)
+
+
+class _Tracked:
+    """What is learnt about a request while it is served."""
+
+    def __init__(self, request: RequestDict, request_id: str) -> None:
+        routing = request.get("routing") or {}
+        self._request_id = request_id
+        self._dp_rank = int(routing.get("dp_rank") or 0)
+        self._prompt_tokens = len(request.get("token_ids") or ())
+        self._began = time.monotonic()
+        self._first_token_s: float | None = None
+        self._output_tokens = 0
+        self._cached_tokens = 0
+        self.finish_reason = "cancelled"
+
+    def saw(self, chunk: ChunkDict) -> None:
+        tokens = chunk.get("token_ids") or ()
+        if tokens and self._first_token_s is None:
+            self._first_token_s = time.monotonic() - self._began
+        self._output_tokens += len(tokens)
+        usage = chunk.get("completion_usage") or {}
+        self._cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
+            "cached_tokens", self._cached_tokens
+        )
+        if reason := chunk.get("finish_reason"):
+            self.finish_reason = str(reason)
+
+    def record(self, model: str, worker_id: int) -> RequestRecord:
+        return RequestRecord(
+            request_id=self._request_id,
+            model=model,
+            worker_id=worker_id,
+            dp_rank=self._dp_rank,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            finish_reason=self.finish_reason,
+            queued_s=None,
+            first_token_s=self._first_token_s,
+            total_s=time.monotonic() - self._began,
+        )

@@ -1,0 +1,63 @@
+"""The worker's own metrics: its publishers and its engine, as Prometheus text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vswa_plugin.engine import Engine
+from vswa_plugin.publisher import Publisher
+
+_PUBLISHER_HELP = {
+    "batches": "batches with events that were numbered",
+    "events": "events in those batches",
+    "heartbeats": "heartbeats sent",
+    "bytes": "bytes handed to the broker",
+    "dropped_batches": "batches dropped because the queue towards the broker was full",
+    "rejected_events": "engine events that could not be used",
+    "restarts": "epochs begun anew because the engine's events were lost or contradicted",
+    "send_errors": "messages the broker did not take",
+}
+
+
+class WorkerCollector(Collector):
+    """Reads the counters when asked; nothing is counted twice."""
+
+    def __init__(self, publishers: Mapping[int, Publisher], engine: Engine) -> None:
+        self._publishers = publishers
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        for name, text in _PUBLISHER_HELP.items():
+            family = CounterMetricFamily(f"vswa_publisher_{name}", text, labels=["dp_rank"])
+            for rank, publisher in self._publishers.items():
+                family.add_metric([str(rank)], msgspec.structs.asdict(publisher.stats)[name])
+            yield family
+        resident = GaugeMetricFamily(
+            "vswa_resident_blocks", "blocks announced and not removed", labels=["dp_rank", "window"]
+        )
+        unattributed = CounterMetricFamily(
+            "vswa_publisher_unattributed_blocks", "blocks that could not be named", labels=["dp_rank"]
+        )
+        for rank, publisher in self._publishers.items():
+            layout = publisher.residency.layout
+            for group_id, count in publisher.residency.counts().items():
+                resident.add_metric([str(rank), layout.group(group_id).label], count)
+            unattributed.add_metric([str(rank)], publisher.residency.unattributed)
+        yield resident
+        yield unattributed
+        engine = GaugeMetricFamily("vswa_engine", "gauges that the engine states", labels=["name"])
+        for name, value in self._engine.stats().items():
+            engine.add_metric([name], value)
+        yield engine
+
+
+def render(publishers: Mapping[int, Publisher], engine: Engine) -> str:
+    """Prometheus text of the worker's own metrics."""
+    registry = CollectorRegistry()
+    registry.register(WorkerCollector(publishers, engine))
+    return generate_latest(registry).decode()

@@ -1,0 +1,73 @@
+"""The operator's HTTP surface of a worker: /health, /ready, /metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+from aiohttp import web
+
+from vswa_plugin.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Status(msgspec.Struct):
+    """What the worker answers: ``failure`` makes it unhealthy, ``ready`` says that it serves."""
+
+    ready: bool = False
+    failure: str | None = None
+
+
+class StatusServer:
+    """Serves ``status`` and ``metrics`` on ``host:port``; port 0 takes a free one.
+
+    /health: 200 while the process works, 503 with the reason once engine or runtime failed.
+    /ready: 200 once requests are served, 503 before and while draining.
+    """
+
+    def __init__(self, status: Status, metrics: Callable[[], str]) -> None:
+        self._status = status
+        self._metrics = metrics
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; the port. Raises ConfigError where the address is taken or not ours."""
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/ready", self._ready),
+                web.get("/metrics", self._show_metrics),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ConfigError(f"--status-port: cannot listen on {host}:{port}: {error}") from error
+        bound: int = self._runner.addresses[0][1]
+        logger.info("status on http://%s:%d: /health /ready /metrics", host, bound)
+        return bound
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        failure = self._status.failure
+        body = {"status": "healthy" if failure is None else "failed", "reason": failure}
+        return web.json_response(body, status=200 if failure is None else 503)
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        ready = self._status.ready and self._status.failure is None
+        return web.json_response({"ready": ready}, status=200 if ready else 503)
+
+    async def _show_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            text=self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
