@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from vswa_plugin.errors import InvalidRequest
 from vswa_plugins.gemma3_cpu.sampling import (
     SamplingParams,
     candidates,
@@ -20,6 +18,8 @@ from vswa_plugins.gemma3_cpu.sampling import (
     penalize,
     sample,
 )
+
+from vswa_plugin.errors import InvalidRequest
 
 VOCAB = 40
 

@@ -505,11 +505,19 @@ def test_a_broken_package_is_listed_with_its_reason_and_costs_no_other(
     assert "plugin 'third_party_bad' from third_party_bad-dist" in caplog.text
 
 
-def test_a_package_with_an_unreadable_list_costs_no_other(install: Install) -> None:
-    install("third_party_bad", "", entry_points="this = is no section\n[[[\nnothing here\n")
-    install("third_party_good", OBSERVER.format("good"))
+def test_a_package_with_an_unreadable_list_costs_no_other(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("third_party_bad", "", entry_points=f"[{NAME}]\nneither name nor value\n")
+    for _ in range(2):  # found twice on sys.path, as with a working copy and an installed one
+        install("third_party_good", OBSERVER.format("good"))
     with load_host(environ={}) as host:
+        names = [each.name for each in host.plugins()]
+
         assert ("loaded", "") == status_of(host, "third_party_good")
+        assert "prometheus" in names
+        assert sorted(set(names)) == names
+    assert "third_party_bad_dist-1.5.dist-info: unreadable entry points" in caplog.text
 
 
 def test_the_second_of_two_packages_with_one_name_is_refused(install: Install) -> None:

@@ -73,6 +73,7 @@ def _run(argv: list[str]) -> int:
 
 def _run_one_of(commands: Sequence[Command], given: argparse.Namespace, rest: list[str]) -> int:
     parser = _global_parser()
+    parser.add_argument("--version", action="version", version=f"vswa {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in commands:
         command.configure(
@@ -99,6 +100,5 @@ def _global_parser(**options: bool) -> argparse.ArgumentParser:
         allow_abbrev=False,
         **options,  # type: ignore[arg-type]
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
     add_plugin_arguments(parser)
     return parser

@@ -90,7 +90,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     first_event_id: int
     published_at_ns: int
-    events: list[Event] = []
+    events: tuple[Event, ...] = ()
 
     @property
     def next_event_id(self) -> int:

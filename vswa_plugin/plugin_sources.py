@@ -36,9 +36,14 @@ def _readable() -> Iterator[metadata.EntryPoints]:
     except Exception as error:
         logger.warning("an installed package has unreadable entry points (%s); reading one by one", error)
     # The standard call fails as a whole, so that one package would cost all plugins.
+    seen: set[str] = set()
     for distribution in metadata.distributions():
         try:
-            yield distribution.entry_points.select(group=NAME)
+            name = distribution.name.lower().replace("_", "-")
+            # A package that is found twice on sys.path counts once, where it is found first.
+            if name not in seen:
+                yield distribution.entry_points.select(group=NAME)
+            seen.add(name)
         except Exception as error:
             where = getattr(distribution, "_path", distribution)
             logger.warning("%s: unreadable entry points, its plugins are left out: %s", where, error)

@@ -73,9 +73,9 @@ class Numbering:
         self.epoch = max(self._clock_ns(), self.epoch + 1)
         self.next_event_id = 0
 
-    def batch(self, events: list[Event]) -> Batch:
+    def batch(self, events: Sequence[Event] = ()) -> Batch:
         """The next batch; without events, a heartbeat, which uses up no id."""
-        batch = Batch(VERSION, self.epoch, self.next_event_id, self._clock_ns(), events)
+        batch = Batch(VERSION, self.epoch, self.next_event_id, self._clock_ns(), tuple(events))
         self.next_event_id = batch.next_event_id
         return batch
 
@@ -176,7 +176,7 @@ class Publisher:
             while not self._closing:
                 self._drain()
                 if self._loop.time() >= next_heartbeat:
-                    self._enqueue(self.numbering.batch([]))
+                    self._enqueue(self.numbering.batch())
                     self.stats.heartbeats += 1
                     next_heartbeat = self._loop.time() + self.options.heartbeat_s
                 self._arrived.clear()

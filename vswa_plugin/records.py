@@ -17,8 +17,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     :param prompt_tokens: length of the prompt.
     :param cached_tokens: prompt tokens whose KV was reused; at most ``prompt_tokens - 1``.
     :param output_tokens: tokens generated.
-    :param finish_reason: the last chunk's: ``stop``, ``eos``, ``length``, ``cancelled``, ``error``; an engine may
-        have others.
+    :param finish_reason: the last chunk's: ``stop``, ``eos``, ``length``, ``cancelled``, ``error``; an
+        engine may have others.
     :param queued_s: until the engine began to work on it.
     :param first_token_s: until its first token.
     :param total_s: until it ended.

@@ -27,6 +27,7 @@ from vswa_plugin.engine import (
 from vswa_plugin.errors import ConfigError, Overloaded, Unavailable, VswaError
 from vswa_plugin.layout import CacheLayout
 
+from .blas import choose_threads, set_threads
 from .cache import CacheManager, GroupSpec
 from .config import Gemma3Config, load_config
 from .model import Chunk, Gemma3Model, PagedKV, group_layers, load_model
@@ -60,7 +61,7 @@ class Gemma3CpuEngine:
         self._settings = settings
         self._options = parse_options(settings.options, settings.options_source)
         self._config = load_config(settings.model_path)
-        self._plan = plan_cache(self._options, _shape(self._config))
+        self._plan = plan_cache(self._options, model_shape(self._config))
         groups = tuple(pool.group for pool in self._plan.pools)
         self.info = EngineInfo(
             layout=CacheLayout(groups, RULE, settings.served_model_name).check(),
@@ -71,7 +72,7 @@ class Gemma3CpuEngine:
         )
         self._limits = _limits(self._config, self._plan)
         self._on_events: EventSink = _drop_events
-        self._manager = _make_manager(self._plan, self._options)
+        self._manager = make_manager(self._plan, self._options)
         self._scheduler: Scheduler | None = None
         self._thread: threading.Thread | None = None
         # Guards the inbox and the two reasons not to take requests; notified when the thread has to look.
@@ -86,12 +87,13 @@ class Gemma3CpuEngine:
 
         :raises ConfigError: the weights do not fit the config.
         """
+        threads = choose_threads(self._options.threads, self._config.hidden_size)
+        if threads is not None:
+            set_threads(threads)
         model = load_model(self._settings.model_path, self._config)
         self._on_events = on_events
-        forward = _Forward(model, self._plan, self._options.tokens_per_block)
-        options = self._options
-        budget = Budget(options.max_batch_size, options.max_num_tokens, options.max_chunk_tokens)
-        self._scheduler = Scheduler(forward, self._manager, budget, self._publish)
+        forward = PagedForward(model, self._plan)
+        self._scheduler = Scheduler(forward, self._manager, make_budget(self._options), self._publish)
         self._publish(self._manager.flush_events())
         self._thread = threading.Thread(
             target=self._run, args=(self._scheduler,), name="gemma3_cpu", daemon=True
@@ -154,9 +156,11 @@ class Gemma3CpuEngine:
         """Gauges and totals, cheap, from any thread.
 
         ``running`` and ``waiting`` count requests, ``blocks_<state>_<window>`` blocks; ``steps``,
-        ``step_seconds``, ``prefill_tokens``, ``decode_tokens``, ``cached_tokens``, ``failed_steps`` and ``requests`` are totals since the start.
+        ``step_seconds``, ``prefill_tokens``, ``decode_tokens``, ``cached_tokens``, ``failed_steps`` and
+        ``requests`` are totals since the start.
         """
-        gauges = {"running": 0.0, "waiting": float(self._waiting())}
+        with self._wake:
+            gauges = {"running": 0.0, "waiting": float(self._waiting())}
         scheduler = self._scheduler
         if scheduler is not None:
             gauges["running"] = float(len(scheduler.running))
@@ -192,8 +196,8 @@ class Gemma3CpuEngine:
         """The engine thread."""
         try:
             while self._take_requests(scheduler):
-                if self._options.debug_step_delay_s:
-                    self._stopping.wait(self._options.debug_step_delay_s)
+                if self._stopping.wait(self._options.debug_step_delay_s):
+                    break
                 scheduler.step()
         except Exception as error:
             logger.exception("the engine cannot go on; all its requests end with an error")
@@ -238,16 +242,17 @@ class Gemma3CpuEngine:
             )
 
 
-class _Forward:
+class PagedForward:
     """The model with its page store. Where the cache merges windows of the model, they share page numbers."""
 
-    def __init__(self, model: Gemma3Model, plan: CachePlan, block_size: int) -> None:
+    def __init__(self, model: Gemma3Model, plan: CachePlan) -> None:
         self._model = model
         pool_of = {window: i for i, pool in enumerate(plan.pools) for window in pool.model_windows}
         #: Index of the cache group for each of the model's groups.
         self._groups = [pool_of[window] for window in model.config.groups]
         self._plain = self._groups == list(range(len(plan.pools)))
         blocks = [plan.pools[group].num_blocks for group in self._groups]
+        block_size = plan.pools[0].group.block_size
         self._kv = PagedKV(model.config, group_layers(model.config), blocks, block_size)
 
     def __call__(self, chunks: list[Chunk], /) -> npt.NDArray[np.float32]:
@@ -259,7 +264,8 @@ class _Forward:
         return self._model.forward(chunks, self._kv)
 
 
-def _shape(config: Gemma3Config) -> ModelShape:
+def model_shape(config: Gemma3Config) -> ModelShape:
+    """What of the model matters for its cache."""
     # Key and value, float32.
     bytes_per_token = 2 * 4 * config.num_key_value_heads * config.head_dim
     return ModelShape(config.windows(), config.max_position_embeddings, bytes_per_token)
@@ -275,7 +281,8 @@ def _limits(config: Gemma3Config, plan: CachePlan) -> Limits:
     )
 
 
-def _make_manager(plan: CachePlan, options: EngineOptions) -> CacheManager:
+def make_manager(plan: CachePlan, options: EngineOptions) -> CacheManager:
+    """The cache manager for these pools."""
     groups = [GroupSpec(p.group.group_id, p.group.window_size, p.num_blocks) for p in plan.pools]
     return CacheManager(
         groups,
@@ -285,6 +292,11 @@ def _make_manager(plan: CachePlan, options: EngineOptions) -> CacheManager:
         enable_block_reuse=options.enable_block_reuse,
         max_chunk_tokens=options.max_chunk_tokens,
     )
+
+
+def make_budget(options: EngineOptions) -> Budget:
+    """Bounds of one step."""
+    return Budget(options.max_batch_size, options.max_num_tokens, options.max_chunk_tokens)
 
 
 def _drop_events(dp_rank: int, events: Sequence[RawEvent]) -> None:

@@ -62,7 +62,7 @@ _USED_KV = frozenset(
     {"enable_block_reuse", "event_buffer_max_size", "max_attention_window", "max_tokens", "tokens_per_block"}
 )
 _USED_OWN = frozenset(
-    {"debug_step_delay_s", "kv_blocks", "kv_memory_mb", "max_chunk_tokens", "max_queue_size"}
+    {"debug_step_delay_s", "kv_blocks", "kv_memory_mb", "max_chunk_tokens", "max_queue_size", "threads"}
 )
 
 
@@ -81,6 +81,7 @@ class EngineOptions:
     :param kv_memory_mb: bound on the pools whose size was not given, in MiB.
     :param max_queue_size: requests that may wait.
     :param max_chunk_tokens: prompt tokens of one request computed per step.
+    :param threads: of matrix products; None: see :mod:`.blas`.
     :param debug_step_delay_s: seconds that each step takes longer; for tests.
     :param ignored: dotted names of given options that mean nothing on a CPU.
     :param source: where the options came from.
@@ -98,6 +99,7 @@ class EngineOptions:
     kv_memory_mb: int = 1024
     max_queue_size: int = 64
     max_chunk_tokens: int = 512
+    threads: int | None = None
     debug_step_delay_s: float = 0.0
     ignored: tuple[str, ...] = ()
     source: str = "no --extra-engine-args"
@@ -128,6 +130,7 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
         kv_memory_mb=own.integer("kv_memory_mb", 1024),
         max_queue_size=own.integer("max_queue_size", 64),
         max_chunk_tokens=own.integer("max_chunk_tokens", 512),
+        threads=own.optional_integer("threads"),
         debug_step_delay_s=own.seconds("debug_step_delay_s"),
         ignored=tuple(sorted([*top.given(_IGNORED_TOP.split()), *kv.given(_IGNORED_KV.split())])),
         source=source,

@@ -83,8 +83,8 @@ class Collector:
                 self._moved.labels(self._window(source, event.group_id)).inc(len(event.sequence_hashes))
             case Cleared(group_id=None):
                 self._cleared.labels(ALL_WINDOWS).inc()
-            case Cleared():
-                self._cleared.labels(self._window(source, event.group_id)).inc()
+            case Cleared(group_id=int(group_id)):
+                self._cleared.labels(self._window(source, group_id)).inc()
 
     def _learn(self, source: Source, layout: Layout) -> None:
         for group in layout.groups:

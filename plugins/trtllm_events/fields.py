@@ -135,13 +135,14 @@ def _is_digest(token_id: str) -> bool:
 
 def _cache_salt(data: Mapping[str, Any], blocks: list[Any], where: str) -> str | None:
     default = data.get("cache_salt")
-    salts = {block.get("cache_salt", default) for block in blocks}
+    salts: set[str | None] = set()
+    for salt in [block.get("cache_salt", default) for block in blocks] or [default]:
+        if salt is not None and not isinstance(salt, str):
+            raise _unexpected(where, "cache_salt", "a string or null", salt)
+        salts.add(salt)
     if len(salts) > 1:
         raise ProtocolError(f"{where}, cache_salt: expected one for all blocks of a chain, got {len(salts)}")
-    salt = salts.pop() if salts else default
-    if salt is not None and not isinstance(salt, str):
-        raise _unexpected(where, "cache_salt", "a string or null", salt)
-    return salt
+    return salts.pop()
 
 
 def _tier(level: object, where: str) -> str:

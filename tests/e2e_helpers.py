@@ -1,0 +1,135 @@
+"""What the end-to-end tests share: HTTP calls, the model's tokenizer, batches from NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from vswa_plugin.cluster import Cluster
+from vswa_plugin.events import Batch, Event, Source, decode
+from vswa_plugin.processes import Child
+from vswa_plugin.transport import Transport, events_of, source_of
+
+
+async def post(cluster: Cluster, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and JSON of one request that is not streamed."""
+    async with aiohttp.ClientSession() as session, session.post(f"{cluster.url}{path}", json=body) as answer:
+        return answer.status, await answer.json()
+
+
+async def stream(cluster: Cluster, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """The chunks of one streamed request."""
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async with aiohttp.ClientSession() as session, session.post(f"{cluster.url}{path}", json=body) as answer:
+        assert answer.status == 200, await answer.text()
+        async for line in answer.content:
+            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                yield json.loads(line[6:])
+
+
+async def get(url: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return answer.status, await answer.text()
+
+
+async def status_url(worker: Child) -> str:
+    """Where a worker that was given ``--status-port 0`` serves its status, from its log."""
+    async with asyncio.timeout(20):
+        while True:
+            found = re.search(r"status on (http://\S+):", worker.log_path.read_text())
+            if found:
+                return found[1]
+            await asyncio.sleep(0.02)
+
+
+async def metric(worker: Child, metric_name: str, **labels: str) -> float:
+    """The value of one metric of a worker; 0 where it has none yet."""
+    _, text = await get(f"{await status_url(worker)}/metrics")
+    for line in text.splitlines():
+        if line.startswith(metric_name) and all(f'{key}="{value}"' in line for key, value in labels.items()):
+            return float(line.rsplit(" ", 1)[1])
+    return 0.0
+
+
+async def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> None:
+    """Wait until ``condition`` (plain or async) holds."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                held = condition()
+                if await held if asyncio.iscoroutine(held) else held:
+                    return
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout_s:g} s: {what}") from None
+
+
+class Recorded:
+    """All batches of one namespace, with the loop's time of arrival."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[float, Source, Batch]] = []
+
+    def events(self, kind: type) -> list[Event]:
+        return [e for _, _, batch in self.batches for e in batch.events if isinstance(e, kind)]
+
+    async def settled(self) -> None:
+        """Return once every rank seen so far has sent two more heartbeats: nothing is on its way."""
+        seen = {source for _, source, _ in self.batches}
+        start = len(self.batches)
+
+        def quiet() -> bool:
+            beats = [source for _, source, batch in self.batches[start:] if not batch.events]
+            return all(beats.count(source) >= 2 for source in seen)
+
+        await eventually(quiet, f"heartbeats of {seen}")
+
+
+@asynccontextmanager
+async def recording(cluster: Cluster, namespace: str) -> AsyncIterator[Recorded]:
+    recorded = Recorded()
+    transport = Transport(cluster.nats_server)
+
+    async def take(event_subject: str, payload: bytes) -> None:
+        now = asyncio.get_running_loop().time()
+        recorded.batches.append((now, source_of(event_subject), decode(payload)))
+
+    await transport.connect()
+    await transport.subscribe(events_of(namespace), take)
+    await transport.flush()
+    try:
+        yield recorded
+    finally:
+        await transport.close()
+
+
+class TextModel:
+    """The checkpoint's tokenizer, as Dynamo's frontend uses it for the completions endpoint."""
+
+    def __init__(self, model_dir: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+    def ids(self, text: str) -> list[int]:
+        # Dynamo adds no <bos> on the completions endpoint.
+        encoded: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return encoded
+
+    def text(self, ids: list[int]) -> str:
+        decoded: str = self._tokenizer.decode(ids)
+        return decoded
+
+
+def long_prompt(name: str, lines: int = 40) -> str:
+    """A prompt of some 25 tokens a line that differs from others from its first line on."""
+    return "\n".join(
+        f"{name} {i}: the value of entry {i * 37 % 101} follows entry {i}." for i in range(lines)
+    )

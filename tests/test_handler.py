@@ -1,0 +1,127 @@
+"""One request through the worker's handler, with an engine made of a few lines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from vswa_plugin.engine import ChunkDict
+from vswa_plugin.errors import InvalidRequest, Unavailable
+from vswa_plugin.records import RequestRecord
+from vswa_plugin.worker.handler import RequestHandler
+
+USAGE = {"prompt_tokens": 4, "prompt_tokens_details": {"cached_tokens": 2}}
+
+
+class Scripted:
+    """An engine that yields what it was given; ``None`` waits until it is cancelled."""
+
+    def __init__(self, *steps: ChunkDict | Exception | None) -> None:
+        self.steps = steps
+        self.closed = 0
+        self.failed: str | None = None
+
+    def failure(self) -> str | None:
+        return self.failed
+
+    async def generate(self, _: Any) -> AsyncIterator[ChunkDict]:
+        try:
+            for step in self.steps:
+                if isinstance(step, Exception):
+                    raise step
+                if step is None:
+                    await asyncio.Event().wait()
+                else:
+                    yield step
+        finally:
+            self.closed += 1
+
+
+class Served:
+    def __init__(self, engine: Scripted) -> None:
+        self.records: list[RequestRecord] = []
+        self.handler = RequestHandler(engine, "m", 7, self.records.append)  # type: ignore[arg-type]
+
+    async def request(self, gone: asyncio.Future[bool] | None = None) -> list[ChunkDict]:
+        gone = gone or asyncio.get_running_loop().create_future()
+        request = {"token_ids": [1, 2, 3, 4], "routing": {"dp_rank": 3}}
+        return [chunk async for chunk in self.handler.handle(request, "r1", gone)]
+
+
+def test_chunks_pass_through_and_the_record_says_what_happened() -> None:
+    chunks: list[ChunkDict] = [
+        {"token_ids": [5], "index": 0},
+        {"token_ids": [6, 7], "index": 0, "finish_reason": "stop", "completion_usage": USAGE},
+    ]
+    engine = Scripted(*chunks)
+    served = Served(engine)
+
+    assert asyncio.run(served.request()) == chunks
+    (record,) = served.records
+    assert (record.request_id, record.model, record.worker_id, record.dp_rank) == ("r1", "m", 7, 3)
+    assert (record.prompt_tokens, record.cached_tokens, record.output_tokens) == (4, 2, 3)
+    assert record.finish_reason == "stop"
+    assert record.first_token_s is not None
+    assert 0 <= record.first_token_s <= record.total_s
+    assert engine.closed == 1
+
+
+def test_a_client_that_goes_before_the_first_token_closes_the_engines_generator() -> None:
+    engine = Scripted(None)
+    served = Served(engine)
+
+    async def body() -> list[ChunkDict]:
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(served.request(gone))
+        while not served.handler.in_flight:
+            await asyncio.sleep(0)
+        gone.set_result(True)
+        return await asyncio.wait_for(serving, 5)
+
+    assert asyncio.run(body()) == []
+    assert engine.closed == 1
+    assert served.handler.in_flight == 0
+    assert [record.finish_reason for record in served.records] == ["cancelled"]
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("too long"), RuntimeError("bug")])
+def test_an_error_reaches_dynamo_and_is_recorded(error: Exception) -> None:
+    engine = Scripted({"token_ids": [5]}, error)
+    served = Served(engine)
+
+    with pytest.raises(type(error), match=str(error)):
+        asyncio.run(served.request())
+    assert engine.closed == 1
+    assert [record.finish_reason for record in served.records] == ["error"]
+    assert served.handler.in_flight == 0
+
+
+def test_a_draining_worker_sends_new_requests_elsewhere_and_waits_for_the_old() -> None:
+    engine = Scripted({"token_ids": [5]}, None)
+    served = Served(engine)
+
+    async def body() -> tuple[bool, bool]:
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(served.request(gone))
+        while not served.handler.in_flight:
+            await asyncio.sleep(0)
+        timed_out = await served.handler.drain(0.01)
+        with pytest.raises(Unavailable, match="the worker is stopping"):
+            await served.request()
+        draining = asyncio.create_task(served.handler.drain(5))
+        gone.set_result(True)
+        await serving
+        return timed_out, await draining
+
+    assert asyncio.run(body()) == (False, True)
+
+
+def test_a_failed_engine_sends_requests_elsewhere() -> None:
+    engine = Scripted()
+    engine.failed = "out of memory"
+
+    with pytest.raises(Unavailable, match="out of memory"):
+        asyncio.run(Served(engine).request())

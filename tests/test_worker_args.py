@@ -1,0 +1,204 @@
+"""The worker's command line: what is wrong is said before any connection is tried, with what to do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vswa_plugin.engine_args import load_engine_args
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.worker.__main__ import main
+from vswa_plugin.worker.args import parse
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that gets past the local checks fails here and not on a broker."""
+
+    def fail(worker: Coroutine[Any, Any, int]) -> int:
+        worker.close()
+        raise AssertionError("local checks passed")
+
+    monkeypatch.setattr("vswa_plugin.dynamo.run", fail)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What the worker says on standard error; it must end with exit code 2, within two seconds."""
+    began = time.monotonic()
+    code = main(list(argv))
+    took = time.monotonic() - began
+    said = capsys.readouterr().err
+
+    assert code == 2, said
+    assert took < 2.0
+    return said.splitlines()[-1]
+
+
+def test_a_good_command_line_gets_past_the_local_checks(model_dir: Path) -> None:
+    with pytest.raises(AssertionError, match="local checks passed"):
+        main(["--model-path", str(model_dir)])
+
+
+def test_defaults_follow_dynamo(model_dir: Path) -> None:
+    args = parse(["--model-path", str(model_dir)])
+
+    assert str(args.endpoint) == "dynamo.backend.generate"
+    assert args.nats_server == "nats://127.0.0.1:4222"
+    assert args.etcd_endpoints == "http://127.0.0.1:2379"
+    assert args.settings.served_model_name == model_dir.name
+    assert (args.settings.mode, args.settings.engine) == ("agg", "gemma3_cpu")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mode", "aggg"], "--mode: unknown mode 'aggg': did you mean 'agg'? Known: agg, decode, prefill"),
+        (
+            ["--engine", "gemma_cpu"],
+            "unknown engine 'gemma_cpu': did you mean 'gemma3_cpu'? Known: gemma3_cpu",
+        ),
+        (["--mode", "decode"], "gemma3_cpu serves agg only in this version; use --mode agg"),
+        (
+            ["--endpoint", "dyn://a.b"],
+            "--endpoint: expected dyn://namespace.component.endpoint, got 'dyn://a.b'",
+        ),
+        (
+            ["--endpoint", "dyn://a b.c.d"],
+            "--endpoint, namespace: expected letters, digits, '-' and '_' only",
+        ),
+        (["--log-level", "loud"], "--log-level: unknown level 'loud'. Known: debug, error, info, warning"),
+        (["--heartbeat", "0"], "--heartbeat: expected more than 0 seconds"),
+        (["--no-plugin", "prometeus"], "unknown plugin 'prometeus': did you mean 'prometheus'?"),
+        (["--no-plugin", "gemma3_cpu"], "unknown engine 'gemma3_cpu'"),
+        (["--no-plugin", "trtllm_events"], "no plugin reads KV events of the format 'trtllm'"),
+        (
+            ["--extra-engine-args", "/nowhere.yaml"],
+            "--extra-engine-args: expected a YAML file at /nowhere.yaml",
+        ),
+        (["--override-engine-args", "{"], "--override-engine-args: expected a JSON object such as"),
+        (
+            ["--override-engine-args", "[1]"],
+            "--override-engine-args: expected a mapping of option names, got list",
+        ),
+        (
+            ["--override-engine-args", '{"kv_cache_confg": {}}'],
+            "kv_cache_confg",
+        ),
+        (
+            ["--override-engine-args", '{"kv_cache_config": {"max_attention_window": [256, 32768]}}'],
+            "256",
+        ),
+        (
+            ["--override-engine-args", '{"kv_cache_config": {"tokens_per_block": 48}}'],
+            "expected a window that is a multiple of the block size (48 tokens), got 512",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_known(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, argv: list[str], message: str
+) -> None:
+    assert message in refused(capsys, "--model-path", str(model_dir), *argv)
+
+
+def test_an_unknown_option_of_the_yaml_file_is_named_with_the_file_and_the_nearest(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "agg.yaml"
+    file.write_text("kv_cache_config:\n  max_atention_window: [512]\n")
+    said = refused(capsys, "--model-path", str(model_dir), "--extra-engine-args", str(file))
+
+    for part in ("max_atention_window", "max_attention_window", str(file), "kv_cache_config"):
+        assert part in said
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_model_directory_that_lacks_something_is_named_with_what_it_lacks(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path, missing: str
+) -> None:
+    for file in model_dir.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).symlink_to(file)
+    said = refused(capsys, "--model-path", str(tmp_path))
+
+    assert str(tmp_path) in said
+    assert missing.split(".")[-1] in said
+
+
+def test_a_model_path_that_is_not_there_says_how_to_make_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model-path: expected a model at /nowhere" in (
+        said := refused(capsys, "--model-path", "/nowhere")
+    )
+    assert "`vswa make-model DIR`" in said
+
+
+def test_a_model_of_another_kind_is_refused_with_the_accepted_ones(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path
+) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    said = refused(capsys, "--model-path", str(tmp_path))
+
+    assert "llama" in said
+    assert "gemma3_text" in said
+
+
+def test_overrides_are_laid_over_the_file_key_by_key(tmp_path: Path) -> None:
+    file = tmp_path / "agg.yaml"
+    file.write_text("backend: pytorch\nkv_cache_config: {tokens_per_block: 32, max_tokens: 100}\n")
+    options, source = load_engine_args(
+        str(file), '{"kv_cache_config": {"max_tokens": 7}, "max_batch_size": 2}'
+    )
+
+    assert options == {
+        "backend": "pytorch",
+        "kv_cache_config": {"tokens_per_block": 32, "max_tokens": 7},
+        "max_batch_size": 2,
+    }
+    assert source == f"{file} and --override-engine-args"
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "1: 2\n", "just words\n"])
+def test_a_yaml_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "agg.yaml"
+    file.write_text(text)
+
+    with pytest.raises(ConfigError, match="expected a mapping of option names"):
+        load_engine_args(str(file), None)
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "agg.yaml"
+    file.write_text("a: [1,\nb: 2\n")
+
+    with pytest.raises(ConfigError, match=r"agg.yaml is not YAML: (.|\n)*line 1"):
+        load_engine_args(str(file), None)
+
+
+def test_an_empty_yaml_file_means_no_options(tmp_path: Path) -> None:
+    file = tmp_path / "agg.yaml"
+    file.write_text("# nothing yet\n")
+
+    assert load_engine_args(str(file), None)[0] == {}
+
+
+def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    said = capsys.readouterr().out
+
+    assert ended.value.code == 0
+    for part in (
+        "vswa make-model",
+        "python -m vswa_plugin.frontend",
+        "NATS_SERVER",
+        "ETCD_ENDPOINTS",
+        "exit codes",
+    ):
+        assert part in said
