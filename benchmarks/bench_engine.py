@@ -91,7 +91,10 @@ def our_steps(directory: str) -> Steps:
     steps: Steps = {f"prefill {n}": (n, lambda n=n: prefill(n, 1)) for n in LENGTHS}  # type: ignore[misc]
     for length in LENGTHS:
         for batch in BATCHES:
-            steps[f"decode at {length}, batch {batch}"] = (batch * DECODE_STEPS, _later(decode, length, batch))
+            steps[f"decode at {length}, batch {batch}"] = (
+                batch * DECODE_STEPS,
+                _later(decode, length, batch),
+            )
     return steps
 
 
@@ -122,7 +125,10 @@ def transformers_steps(directory: str) -> Steps:
     steps: Steps = {f"prefill {n}": (n, lambda n=n: prefill(n, 1)) for n in LENGTHS}  # type: ignore[misc]
     for length in LENGTHS:
         for batch in BATCHES:
-            steps[f"decode at {length}, batch {batch}"] = (batch * DECODE_STEPS, _later(decode, length, batch))
+            steps[f"decode at {length}, batch {batch}"] = (
+                batch * DECODE_STEPS,
+                _later(decode, length, batch),
+            )
     return steps
 
 
@@ -153,7 +159,16 @@ def measure(contender: str, directory: Path, args: argparse.Namespace) -> dict[s
     python = args.transformers_python if contender == "transformers" else sys.executable
     threads = str(args.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
-    command = [python, __file__, "--contender", contender, "--checkpoint", str(directory), "--budget", str(args.budget)]
+    command = [
+        python,
+        __file__,
+        "--contender",
+        contender,
+        "--checkpoint",
+        str(directory),
+        "--budget",
+        str(args.budget),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
@@ -204,15 +219,23 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
     parser.add_argument("--versions", action="store_true", help="print versions and stop")
-    parser.add_argument("--transformers-python", default=sys.executable, help="interpreter that has transformers")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="for both (default: all cores)")
+    parser.add_argument(
+        "--transformers-python", default=sys.executable, help="interpreter that has transformers"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="for both (default: all cores)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for each measurement (default: 1)")
     parser.add_argument("--only", choices=sorted(CHECKPOINTS), help="one checkpoint")
@@ -247,7 +270,10 @@ def main() -> None:
 
 def _shown(arguments: list[str]) -> list[str]:
     """The command without paths of this machine."""
-    return ["PYTHON" if before == "--transformers-python" else a for before, a in zip(["", *arguments], arguments, strict=False)]
+    return [
+        "PYTHON" if before == "--transformers-python" else a
+        for before, a in zip(["", *arguments], arguments, strict=False)
+    ]
 
 
 if __name__ == "__main__":

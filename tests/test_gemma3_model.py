@@ -13,15 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_gemma3_golden import (
-    GOLDEN_DIR,
-    TINY,
-    VARIANTS,
-    Variant,
-    reference_logits,
-    weights_digest,
-    write_checkpoint,
-)
 from vswa_plugins.gemma3_cpu.attention import attend, plan_chunk
 from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.config import Gemma3Config, Rope
@@ -30,6 +21,16 @@ from vswa_plugins.gemma3_cpu.paged import PagedKV, clip_runs, find_runs, group_l
 from vswa_plugins.gemma3_cpu.rope import RopeTable, interleave
 
 from vswa_plugin.errors import InvariantError
+
+from .make_gemma3_golden import (
+    GOLDEN_DIR,
+    TINY,
+    VARIANTS,
+    Variant,
+    reference_logits,
+    weights_digest,
+    write_checkpoint,
+)
 
 TOLERANCE = 1e-4
 SPARE_PAGES = 3
@@ -185,6 +186,7 @@ def test_attention_equals_a_plain_one(data: st.DataObject) -> None:
     kv.v[0][:] = random.standard_normal(kv.v[0].shape)
     queries = random.standard_normal((n, 4, 4)).astype(np.float32)
     out = np.empty_like(queries)
+    bounded = data.draw(st.booleans())
 
     attend(
         queries,
@@ -192,6 +194,7 @@ def test_attention_equals_a_plain_one(data: st.DataObject) -> None:
         kv.k[0][0],
         kv.v[0][0],
         out,
+        bounded=bounded,
     )
     i, j = np.arange(start, start + n)[:, None], np.arange(start + n)
     seen = (j <= i) & (j > i - (window or len(j)))

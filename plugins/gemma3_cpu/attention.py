@@ -12,6 +12,9 @@ from .paged import PagedKV, Run, clip_runs, find_runs, is_fragmented, slots_of
 
 Float32 = NDArray[np.float32]
 
+#: Where every score lies within this distance of 0, softmax leaves out its maximum: exp of it times any
+#: number of positions stays far from the limits of float32 (e^88).
+LARGEST_BOUND = 60.0
 #: Scores computed at a time are kept near this many floats, so that softmax runs in cache.
 _TILE_SCORES = 1 << 18
 _MIN_TILE, _MAX_TILE = 16, 256
@@ -70,12 +73,15 @@ def _plan(row: int, start: int, stop: int, window: int | None, visible: list[Run
     return ChunkPlan(row, start, stop, window, visible, clip_runs(visible, start, stop), gather)
 
 
-def attend(queries: Float32, plan: ChunkPlan, keys: Float32, values: Float32, out: Float32) -> None:
+def attend(
+    queries: Float32, plan: ChunkPlan, keys: Float32, values: Float32, out: Float32, *, bounded: bool
+) -> None:
     """Attention of the plan's queries over one layer's store.
 
     :param queries: [n, heads, head_dim], rotated and scaled.
     :param keys: [kv_heads, slots, head_dim]; ``values`` too.
     :param out: [n, heads, head_dim], written.
+    :param bounded: no score is beyond :data:`LARGEST_BOUND` either way.
     """
     visible = plan.visible
     if plan.gather is not None:
@@ -83,6 +89,10 @@ def attend(queries: Float32, plan: ChunkPlan, keys: Float32, values: Float32, ou
         visible = [Run(visible[0].start, visible[-1].stop, 0)]
     n, heads, dim = queries.shape
     kv_heads = len(keys)
+    if n == 1:
+        scores = _scores(queries.reshape(kv_heads, -1, dim), keys, visible)
+        out.reshape(kv_heads, -1, dim)[:] = _softmax_mix(scores, values, visible, bounded)
+        return
     grouped = queries.reshape(n, kv_heads, -1, dim)
     grouped_out = out.reshape(n, kv_heads, -1, dim)
     span = plan.stop - visible[0].start
@@ -91,25 +101,23 @@ def attend(queries: Float32, plan: ChunkPlan, keys: Float32, values: Float32, ou
         last = min(first + tile, n)
         start, stop = plan.start + first, plan.start + last
         low = 0 if plan.window is None else max(0, start + 1 - plan.window)
-        runs = visible if n == 1 else clip_runs(visible, low, stop)
+        runs = clip_runs(visible, low, stop)
         # [kv_heads, rows * heads per kv head, dim]: one matrix product for the heads that share keys.
-        tile_queries = grouped[first:last].swapaxes(0, 1).reshape(kv_heads, -1, dim)
-        scores = _scores(tile_queries, keys, runs)
-        if stop - start > 1:
-            _mask(scores.reshape(kv_heads, stop - start, -1, stop - low), start, low, plan.window)
-        mixed = _softmax_mix(scores, values, runs)
+        scores = _scores(grouped[first:last].swapaxes(0, 1).reshape(kv_heads, -1, dim), keys, runs)
+        _mask(scores.reshape(kv_heads, last - first, -1, stop - low), start, low, plan.window)
+        mixed = _softmax_mix(scores, values, runs, bounded)
         grouped_out[first:last] = mixed.reshape(kv_heads, last - first, -1, dim).swapaxes(0, 1)
 
 
 def _scores(queries: Float32, keys: Float32, runs: Sequence[Run]) -> Float32:
     if len(runs) == 1:
         run = runs[0]
-        single: Float32 = queries @ keys[:, run.slot : run.slot + run.stop - run.start].swapaxes(1, 2)
+        single: Float32 = queries @ _slots(keys, run).swapaxes(1, 2)
         return single
     low = runs[0].start
     scores = np.empty((*queries.shape[:2], runs[-1].stop - low), dtype=np.float32)
     for run in runs:
-        run_keys = keys[:, run.slot : run.slot + run.stop - run.start].swapaxes(1, 2)
+        run_keys = _slots(keys, run).swapaxes(1, 2)
         np.matmul(queries, run_keys, out=scores[:, :, run.start - low : run.stop - low])
     return scores
 
@@ -127,19 +135,23 @@ def _mask(scores: Float32, start: int, low: int, window: int | None) -> None:
         scores[:, unclipped:, :, :late] += _PAST[:late, None, :late]
 
 
-def _softmax_mix(scores: Float32, values: Float32, runs: Sequence[Run]) -> Float32:
+def _softmax_mix(scores: Float32, values: Float32, runs: Sequence[Run], bounded: bool) -> Float32:
     """softmax(scores) @ values over all runs; overwrites ``scores``."""
-    scores -= scores.max(axis=2, keepdims=True)
-    np.exp(scores, out=scores)
-    total = scores.sum(axis=2, keepdims=True)
+    if not bounded:
+        scores -= scores.max(axis=2, keepdims=True)
+    np.exp(scores, scores)
+    # A product with ones adds up several times faster than sum().
+    total = scores @ np.ones(scores.shape[2], dtype=np.float32)
     low = runs[0].start
     mixed: Float32 | None = None
     for run in runs:
-        part = (
-            scores[:, :, run.start - low : run.stop - low]
-            @ values[:, run.slot : run.slot + run.stop - run.start]
-        )
-        mixed = part if mixed is None else np.add(mixed, part, out=mixed)
+        part = scores[:, :, run.start - low : run.stop - low] @ _slots(values, run)
+        mixed = part if mixed is None else np.add(mixed, part, mixed)
     assert mixed is not None
-    mixed /= total
+    mixed /= total[..., None]
     return mixed
+
+
+def _slots(store: Float32, run: Run) -> Float32:
+    """The run's part of a layer's keys or values, without a copy: [kv_heads, positions, head_dim]."""
+    return store[:, run.slot : run.slot + run.stop - run.start]

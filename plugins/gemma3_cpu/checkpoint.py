@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -162,10 +163,12 @@ def _bfloat16(array: NDArray[Any]) -> bytes:
 def _scale(name: str, shape: tuple[int, ...], config: Gemma3Config) -> float:
     """Standard deviation of a tensor's entries."""
     if name in ("embed_tokens.weight", "lm_head.weight"):
-        return 3 / config.hidden_size**0.5  # logits of standard deviation 3: the top two differ by about 1
+        return 3 / math.sqrt(
+            config.hidden_size
+        )  # logits of standard deviation 3: the top two differ by about 1
     if name.endswith("norm.weight"):
         return 0.1
-    return 0.1 if len(shape) == 1 else 1.0 / float(shape[-1]) ** 0.5
+    return 0.1 if len(shape) == 1 else math.sqrt(1 / shape[-1])
 
 
 def _shift(name: str) -> float:

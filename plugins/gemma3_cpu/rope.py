@@ -7,8 +7,6 @@ numbers and rotating it is one multiplication. Dot products do not change by per
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +16,7 @@ from .config import Rope
 _FIRST_POSITIONS = 4096
 
 
-def interleave(array: NDArray[Any], head_dim: int) -> NDArray[Any]:
+def interleave(array: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
     """Permute the first axis, a multiple of ``head_dim``, so that j and j + head_dim/2 are neighbours."""
     halves = array.reshape(-1, 2, head_dim // 2, *array.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
@@ -36,7 +34,8 @@ class RopeTable:
 
     def _compute(self, positions: int) -> NDArray[np.complex64]:
         angles = np.arange(positions, dtype=np.float32)[:, None] * self._frequencies
-        return np.exp(1j * angles.astype(np.float64)).astype(np.complex64)
+        table: NDArray[np.complex64] = np.exp(1j * angles.astype(np.float64)).astype(np.complex64)
+        return table
 
     def upto(self, positions: int) -> NDArray[np.complex64]:
         """The table, grown to at least that many positions."""

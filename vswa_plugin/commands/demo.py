@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,8 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     first_token_s: float = 0.0
+    #: Tokens that global blocks alone would have promised and the engine computed again.
+    overpromise: int = 0
 
 
 @dataclass
@@ -64,18 +66,44 @@ class Tally:
     follower: Follower = field(default_factory=Follower)
     stored: Counter[tuple[int, str]] = field(default_factory=Counter)
     removed: Counter[tuple[int, str]] = field(default_factory=Counter)
+    resident: defaultdict[tuple[int, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+    #: Tokens stored again for a sliding window while the global window held the same blocks.
+    recomputed: int = 0
     gaps: int = 0
 
     def add(self, source: Source, batch: Batch) -> None:
         self.gaps += sum("gap" in line for line in self.follower.lines(source, batch))
         for event in batch.events:
-            if isinstance(event, Stored | Removed):
-                key = (source.worker_id, self.follower.label(source, event.group_id))
-                counter = self.stored if isinstance(event, Stored) else self.removed
-                counter[key] += len(event.sequence_hashes)
+            if not isinstance(event, Stored | Removed):
+                continue
+            key = (source.worker_id, self.follower.label(source, event.group_id))
+            if isinstance(event, Stored):
+                self._count_recomputed(source, event)
+                self.stored[key] += len(event.sequence_hashes)
+                self.resident[key].update(event.sequence_hashes)
+            else:
+                self.removed[key] += len(event.sequence_hashes)
+                self.resident[key].difference_update(event.sequence_hashes)
+
+    def _count_recomputed(self, source: Source, event: Stored) -> None:
+        """A sliding group announces its blocks before the global one does: what is global already was so."""
+        group = self.follower.groups[source][event.group_id]
+        if group.window_size is not None:
+            held = self.resident[source.worker_id, "window global"].intersection(event.sequence_hashes)
+            self.recomputed += len(held) * group.block_size
 
     def windows(self) -> set[str]:
         return {window for _, window in self.stored}
+
+    async def settled(self) -> None:
+        """Return once each worker has sent two more heartbeats: what came before has then been counted."""
+        beats = self.follower.heartbeats
+        target = {source: seen + 2 for source, seen in beats.items()}
+        deadline = time.monotonic() + 10
+        while any(beats[source] < count for source, count in target.items()):
+            if time.monotonic() > deadline:
+                raise ConnectError("expected heartbeats of each worker within 10 s, got none")
+            await asyncio.sleep(0.01)
 
 
 async def _demo(args: argparse.Namespace) -> int:
@@ -90,6 +118,7 @@ async def _demo(args: argparse.Namespace) -> int:
             engine_args=args.engine_args,
             override=_OVERRIDE if args.model is None else {},
             http_port=args.http_port,
+            worker_options=("--heartbeat", "0.1"),
         )
         cluster = Cluster(settings, local.log_folder(args, Path(folder)), progress)
         tally = Tally()
@@ -100,8 +129,7 @@ async def _demo(args: argparse.Namespace) -> int:
             transport = await _listen(cluster, tally)
             await cluster.start()
             progress(f"ready; sending {len(_PLAN)} chat requests about {len(_DOCUMENTS)} documents, streamed")
-            answers = [answer async for answer in _ask(cluster, args.max_tokens)]
-            await _settle(tally)
+            answers = [answer async for answer in _ask(cluster, tally, args.max_tokens)]
             cluster.check()
         finally:
             progress("stopping")
@@ -125,16 +153,6 @@ async def _listen(cluster: Cluster, tally: Tally) -> Transport:
     return transport
 
 
-async def _settle(tally: Tally) -> None:
-    """Wait for one heartbeat of each worker: what was published before it has then arrived."""
-    before = dict(tally.follower.heartbeats)
-    deadline = time.monotonic() + 10
-    while any(tally.follower.heartbeats[source] < seen + 2 for source, seen in before.items()):
-        if time.monotonic() > deadline:
-            raise ConnectError("expected a heartbeat of each worker within 10 s, got none")
-        await asyncio.sleep(0.05)
-
-
 def document(name: str) -> str:
     """A document of well over 1,000 tokens that differs from the first line on."""
     lines = [f"Rules of the {name}."]
@@ -146,7 +164,7 @@ def document(name: str) -> str:
     return "\n".join(lines)
 
 
-async def _ask(cluster: Cluster, max_tokens: int) -> AsyncIterator[Answer]:
+async def _ask(cluster: Cluster, tally: Tally, max_tokens: int) -> AsyncIterator[Answer]:
     async with aiohttp.ClientSession() as session:
         for number, which in enumerate(_PLAN):
             name = _DOCUMENTS[which]
@@ -161,14 +179,24 @@ async def _ask(cluster: Cluster, max_tokens: int) -> AsyncIterator[Answer]:
                 "messages": messages,
                 "max_tokens": max_tokens,
             }
+            recomputed = tally.recomputed
             answer = await stream_chat(session, cluster.url, body)
-            reuse = f"{answer.cached_tokens:4d} of {answer.prompt_tokens} prompt tokens reused"
-            print(
-                f"  {number + 1:2d}. {name:8} {reuse}, first token {answer.first_token_s * 1000:4.0f} ms  "
-                f"{answer.text[:48]!r}",
-                flush=True,
-            )
+            await tally.settled()
+            answer.overpromise = tally.recomputed - recomputed
+            _print_answer(number + 1, name, answer)
             yield answer
+
+
+def _print_answer(number: int, name: str, answer: Answer) -> None:
+    reuse = f"{answer.cached_tokens:4d} of {answer.prompt_tokens} prompt tokens reused"
+    first = f"first token after {answer.first_token_s * 1000:4.0f} ms"
+    print(f"  {number:2d}. {name:8} {reuse}, {first}  {answer.text[:40]!r}", flush=True)
+    if answer.overpromise:
+        print(
+            f"      ^ the global layers still held {answer.overpromise} of these tokens and a router that counts\n"
+            "        them alone would have promised a hit; the sliding layers' blocks had been evicted",
+            flush=True,
+        )
 
 
 async def stream_chat(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
@@ -215,7 +243,7 @@ def _verdict(answers: list[Answer], tally: Tally, codes: dict[str, int], took_s:
         and all(a.status == 200 and a.text for a in answers),
         "prompts are longer than 1,000 tokens": all(a.prompt_tokens > 1000 for a in answers),
         "prefixes were reused": sum(a.cached_tokens for a in answers) > 0,
-        "events of two windows arrived": len(tally.windows()) >= 2,
+        "events of both windows arrived": len(tally.windows()) >= 2,
         "no event was missed": tally.gaps == 0,
         "everything stopped cleanly": all(
             code == 0 for name, code in codes.items() if name.startswith("worker")
