@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,13 @@ class _Layer:
     index_in_group: int
 
 
+class _GroupPass(NamedTuple):
+    """What the layers of one cache group share in one pass."""
+
+    rotation: NDArray[np.complex64]  # [N, 1, head_dim/2]
+    plans: list[ChunkPlan]
+
+
 def load_model(model_dir: str | Path, config: Gemma3Config | None = None) -> Gemma3Model:
     """The model of a Hugging Face directory.
 
@@ -95,6 +103,8 @@ class Gemma3Model:
         tied = config.tie_word_embeddings
         self._head = np.ascontiguousarray(source.read("embed_tokens.weight" if tied else "lm_head.weight").T)
         self._embed = None if tied else source.read("embed_tokens.weight")
+        self._eps = np.float32(config.rms_norm_eps * config.hidden_size)
+        self._head_eps = np.float32(config.rms_norm_eps * config.head_dim)
         self._embed_scale = np.float32(math.sqrt(config.hidden_size))
         self._norm = _norm_weight(source, "norm.weight")
         groups = group_layers(config)
@@ -116,37 +126,38 @@ class Gemma3Model:
         :returns: float32 [number of chunks with want_logits, vocab_size], in chunk order.
         :raises InvariantError: a page that is needed is missing in a chunk's table.
         """
-        token_ids = np.concatenate([chunk.token_ids for chunk in chunks])
-        offsets = np.cumsum([0] + [len(chunk.token_ids) for chunk in chunks]).tolist()
-        positions = np.concatenate(
-            [np.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks]
-        )
-        rotations = [table.upto(int(positions.max()) + 1)[positions][:, None] for table in self._ropes]
-        plans = [
-            [
-                plan_chunk(chunk, offset, group, window, kv)
-                for chunk, offset in zip(chunks, offsets, strict=False)
-            ]
-            for group, window in enumerate(self.config.groups)
-        ]
-        wanted = [chunk.want_logits for chunk in chunks]
-        rows = np.array(
-            [end - 1 for end, want in zip(offsets[1:], wanted, strict=True) if want], dtype=np.intp
-        )
-        x = self._lookup(token_ids)
+        offsets = [0, *accumulate(len(chunk.token_ids) for chunk in chunks)]
+        passes = [self._prepare(chunks, offsets, group, kv) for group in range(len(self._ropes))]
+        x = self._lookup(_joined([chunk.token_ids for chunk in chunks]))
         for layer in self._layers[:-1]:
-            qkv = self._project(layer, x, rotations[layer.group])
-            self._write(layer, qkv, plans[layer.group], kv)
-            x = self._finish(layer, x, self._attend(layer, qkv, plans[layer.group], kv))
+            qkv = self._project(layer, x, passes[layer.group].rotation)
+            self._write(layer, qkv, passes[layer.group].plans, kv)
+            x = self._finish(layer, x, self._attend(layer, qkv, passes[layer.group].plans, kv))
         # Of the last layer only the rows whose logits are wanted go past keys and values.
         layer = self._layers[-1]
-        qkv = self._project(layer, x, rotations[layer.group])
-        self._write(layer, qkv, plans[layer.group], kv)
-        if not len(rows):
+        rotation, plans = passes[layer.group]
+        qkv = self._project(layer, x, rotation)
+        self._write(layer, qkv, plans, kv)
+        rows = [end - 1 for end, chunk in zip(offsets[1:], chunks, strict=True) if chunk.want_logits]
+        if not rows:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
-        last = [plan.last_row(row) for row, plan in enumerate(_where(plans[layer.group], wanted))]
-        x = self._finish(layer, x[rows], self._attend(layer, qkv[rows], last, kv))
-        return self._logits(x)
+        if len(rows) < len(x):
+            wanted = [plan for plan, chunk in zip(plans, chunks, strict=True) if chunk.want_logits]
+            plans = [plan.last_row(row) for row, plan in enumerate(wanted)]
+            x, qkv = x[rows], qkv[rows]
+        return self._logits(self._finish(layer, x, self._attend(layer, qkv, plans, kv)))
+
+    def _prepare(
+        self, chunks: Sequence[Chunk], offsets: Sequence[int], group: int, kv: PagedKV
+    ) -> _GroupPass:
+        stops = [chunk.start + len(chunk.token_ids) for chunk in chunks]
+        table = self._ropes[group].upto(max(stops))
+        rotations = [table[chunk.start : stop] for chunk, stop in zip(chunks, stops, strict=True)]
+        window = self.config.groups[group]
+        plans = [
+            plan_chunk(chunk, row, group, window, kv) for chunk, row in zip(chunks, offsets, strict=False)
+        ]
+        return _GroupPass(_joined(rotations)[:, None], plans)
 
     def _lookup(self, token_ids: NDArray[np.integer[Any]]) -> Float32:
         found: Float32
@@ -160,12 +171,12 @@ class Gemma3Model:
     def _project(self, layer: _Layer, x: Float32, rotation: NDArray[np.complex64]) -> Float32:
         """Rotated queries and keys, and values: [N, heads + 2 kv_heads, head_dim]."""
         config = self.config
-        qkv: Float32 = _unit(x, config.rms_norm_eps) @ layer.qkv
+        qkv: Float32 = (x / _length(x, self._eps)) @ layer.qkv
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
         qkv = qkv.reshape(len(x), -1, config.head_dim)
         qk = qkv[:, : -config.num_key_value_heads]
-        qk /= _length(qk, config.rms_norm_eps)
+        qk /= _length(qk, self._head_eps)
         qk *= layer.qk_norm
         pairs = qk.view(np.complex64)
         pairs *= rotation
@@ -196,16 +207,16 @@ class Gemma3Model:
 
     def _finish(self, layer: _Layer, x: Float32, attended: Float32) -> Float32:
         """The layer after attention: output projection, feed-forward, both residuals. Changes ``x``."""
-        eps = self.config.rms_norm_eps
+        eps = self._eps
         mixed: Float32 = attended @ layer.out
         if layer.out_bias is not None:
             mixed += layer.out_bias
         x += _scaled_norm(mixed, layer.post_attention, eps)
-        x += _scaled_norm(_feed_forward(layer, _unit(x, eps)), layer.post_feedforward, eps)
+        x += _scaled_norm(_feed_forward(layer, x / _length(x, eps)), layer.post_feedforward, eps)
         return x
 
     def _logits(self, x: Float32) -> Float32:
-        logits: Float32 = _scaled_norm(x, self._norm, self.config.rms_norm_eps) @ self._head
+        logits: Float32 = _scaled_norm(x, self._norm, self._eps) @ self._head
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits /= np.float32(cap)
@@ -214,24 +225,19 @@ class Gemma3Model:
         return logits
 
 
-def _where(plans: Sequence[ChunkPlan], wanted: Sequence[bool]) -> list[ChunkPlan]:
-    return [plan for plan, want in zip(plans, wanted, strict=True) if want]
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _length(x: Float32, eps: float) -> Float32:
-    """Euclidean length of the last axis, which it keeps as 1; with RMSNorm's epsilon."""
+def _length(x: Float32, eps: np.float32) -> Float32:
+    """Euclidean length over the last axis, which it keeps as 1; ``eps`` is RMSNorm's, times n."""
     power: Float32 = _dot(x, x)
-    power += np.float32(eps * x.shape[-1])
+    power += eps
     return np.sqrt(power, power)[..., None]
 
 
-def _unit(x: Float32, eps: float) -> Float32:
-    """RMSNorm without its weight and its sqrt(n)."""
-    return x / _length(x, eps)
-
-
-def _scaled_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    """RMSNorm with a weight that holds the sqrt(n), in place."""
+def _scaled_norm(x: Float32, weight: Float32, eps: np.float32) -> Float32:
+    """RMSNorm in place; ``weight`` holds the sqrt(n) that the length leaves out."""
     x /= _length(x, eps)
     x *= weight
     return x
@@ -264,7 +270,7 @@ def _load_layer(config: Gemma3Config, source: TensorSource, layer: int, group: i
     dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     q_norm = norm("self_attn.q_norm") * np.float32(1 / math.sqrt(config.query_pre_attn_scalar))
     k_norm = norm("self_attn.k_norm")
-    qkv_bias = None
+    qkv_bias: Float32 | None = None
     if config.attention_bias:
         biases = [read(f"self_attn.{name}_proj.bias") for name in "qkv"]
         qkv_bias = np.concatenate([interleave(biases[0], dim), interleave(biases[1], dim), biases[2]])
@@ -295,7 +301,7 @@ def _load_layer(config: Gemma3Config, source: TensorSource, layer: int, group: i
 
 
 def _norm_weight(source: TensorSource, name: str) -> Float32:
-    """Gemma's norms are stored less 1; ours hold the sqrt(n) that :func:`_unit` leaves out."""
+    """Gemma's norms are stored less 1; ours hold the sqrt(n) that :func:`_length` leaves out."""
     stored = source.read(name)
     return (stored + 1) * np.float32(math.sqrt(stored.size))
 

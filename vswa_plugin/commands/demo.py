@@ -193,8 +193,8 @@ def _print_answer(number: int, name: str, answer: Answer) -> None:
     print(f"  {number:2d}. {name:8} {reuse}, {first}  {answer.text[:40]!r}", flush=True)
     if answer.overpromise:
         print(
-            f"      ^ the global layers still held {answer.overpromise} of these tokens and a router that counts\n"
-            "        them alone would have promised a hit; the sliding layers' blocks had been evicted",
+            f"      ^ the global layers still held {answer.overpromise} of these tokens, and a router that\n"
+            "        counts them alone would have promised a hit; the sliding layers' blocks had gone",
             flush=True,
         )
 

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -64,18 +63,20 @@ class Follower:
             source = Source(entry.namespace, entry.component, entry.worker_id, rank)
             self.groups.setdefault(source, {group.group_id: group for group in entry.groups})
 
-    def lines(self, source: Source, batch: Batch) -> Iterator[str]:
+    def lines(self, source: Source, batch: Batch) -> list[str]:
         """Readable lines for one batch; first, whether something was missed before it."""
+        lines = []
         epoch, event_id = self.expected.get(source, (batch.epoch, batch.first_event_id))
         if epoch == batch.epoch and event_id < batch.first_event_id:
-            yield f"  gap: {batch.first_event_id - event_id} events were missed"
+            lines.append(f"  gap: {batch.first_event_id - event_id} events were missed")
         self.expected[source] = (batch.epoch, batch.next_event_id)
         self.heartbeats[source] += not batch.events
-        for offset, event in enumerate(batch.events):
+        for event_id, event in enumerate(batch.events, batch.first_event_id):
             if isinstance(event, Layout):
                 self.groups[source] = {group.group_id: group for group in event.groups}
             if self._wanted(source, event):
-                yield f"  {batch.first_event_id + offset:>6}  {self._describe(source, event)}"
+                lines.append(f"  {event_id:>6}  {self._describe(source, event)}")
+        return lines
 
     def label(self, source: Source, group_id: int | None) -> str:
         if group_id is None:
@@ -149,7 +150,7 @@ async def _follow(args: argparse.Namespace) -> int:
 
 def _print(follower: Follower, source: Source, batch: Batch, args: argparse.Namespace) -> bool:
     """Show one batch; False where there was nothing to show."""
-    lines = list(follower.lines(source, batch))
+    lines = follower.lines(source, batch)
     if not lines and not (args.heartbeats and not batch.events):
         return False
     if args.json:
