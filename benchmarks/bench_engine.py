@@ -12,6 +12,8 @@ DynamicCache. A ratio above 1 means that ours is faster.
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import json
 import os
 import platform
@@ -20,10 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,111 +49,123 @@ DECODE_STEPS = 24
 BLOCK_SIZE = 32
 INSTALL = "pip install torch transformers (a CPU build of torch is enough), or --transformers-python"
 
-Step = Callable[[], None]
-#: name of the measurement -> (tokens that one call computes, call)
-Steps = dict[str, tuple[int, Step]]
+
+class Step(NamedTuple):
+    """One measurement: the tokens that a run computes; what it starts from, made anew each time and not timed."""
+
+    tokens: int
+    setup: Callable[[], Any]
+    run: Callable[[Any], Any]
 
 
-def best_seconds(call: Step, budget: float, at_least: int) -> float:
-    """Shortest of as many calls as fit into the budget of seconds."""
-    call()
-    best, end, calls = float("inf"), time.perf_counter() + budget, 0
-    while calls < at_least or time.perf_counter() < end:
-        started = time.perf_counter()
-        call()
-        best, calls = min(best, time.perf_counter() - started), calls + 1
-    return best
+class Contender(Protocol):
+    """One way to compute a checkpoint."""
+
+    def prefill(self, length: int, batch: int) -> Any:
+        """Compute ``batch`` prompts of ``length`` tokens; what decode goes on from."""
+
+    def copied(self, state: Any) -> Any:
+        """A copy that :meth:`decode` may change."""
+
+    def decode(self, state: Any, length: int, batch: int) -> None:
+        """One token for each sequence, DECODE_STEPS times."""
 
 
-def our_steps(directory: str) -> Steps:
-    """Steps of Gemma3Model, driven through page tables as the engine drives it."""
-    from vswa_plugins.gemma3_cpu.model import Chunk, PagedKV, group_layers, load_model
+class Ours:
+    """Gemma3Model, driven through page tables as the engine drives it."""
 
-    model = load_model(directory)
-    layers = group_layers(model.config)
-    blocks = -(-(max(LENGTHS) + 64 * DECODE_STEPS) // BLOCK_SIZE)
-    kv = PagedKV(model.config, layers, [max(BATCHES) * blocks] * len(layers), BLOCK_SIZE)
-    tables = [[list(range(i * blocks, (i + 1) * blocks))] * len(layers) for i in range(max(BATCHES))]
+    def __init__(self, directory: str) -> None:
+        from vswa_plugins.gemma3_cpu.model import PagedKV, group_layers, load_model
 
-    def prefill(length: int, batch: int) -> None:
+        self._model = load_model(directory)
+        layers = group_layers(self._model.config)
+        blocks = -(-(max(LENGTHS) + DECODE_STEPS) // BLOCK_SIZE)
+        self._kv = PagedKV(self._model.config, layers, [max(BATCHES) * blocks] * len(layers), BLOCK_SIZE)
+        self._tables = [
+            [list(range(i * blocks, (i + 1) * blocks))] * len(layers) for i in range(max(BATCHES))
+        ]
+
+    def prefill(self, length: int, batch: int) -> Any:
+        from vswa_plugins.gemma3_cpu.model import Chunk
+
         prompt = np.arange(length) % 3000 + 300
         for i in range(batch):
-            model.forward([Chunk(prompt, 0, tables[i])], kv)
+            self._model.forward([Chunk(prompt, 0, self._tables[i])], self._kv)
 
-    def decode(length: int, batch: int) -> Step:
-        prefill(length, batch)
+    def copied(self, state: Any) -> Any:
+        # Decoding again from the same position writes the same pages again.
+        return state
 
-        def run() -> None:
-            token = np.array([777])
-            for step in range(DECODE_STEPS):
-                model.forward([Chunk(token, length + step, tables[i]) for i in range(batch)], kv)
+    def decode(self, state: Any, length: int, batch: int) -> None:
+        from vswa_plugins.gemma3_cpu.model import Chunk
 
-        return run
+        token = np.array([777])
+        for step in range(DECODE_STEPS):
+            self._model.forward(
+                [Chunk(token, length + step, self._tables[i]) for i in range(batch)], self._kv
+            )
 
-    steps: Steps = {f"prefill {n}": (n, lambda n=n: prefill(n, 1)) for n in LENGTHS}  # type: ignore[misc]
+
+class Transformers:
+    """transformers as it comes: SDPA attention and DynamicCache, in float32."""
+
+    def __init__(self, directory: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_grad_enabled(False)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    def prefill(self, length: int, batch: int) -> Any:
+        prompt = (self._torch.arange(length) % 3000 + 300).expand(batch, length)
+        return self._model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+    def copied(self, state: Any) -> Any:
+        return copy.deepcopy(state)
+
+    def decode(self, state: Any, length: int, batch: int) -> None:
+        token = self._torch.full((batch, 1), 777)
+        for _ in range(DECODE_STEPS):
+            self._model(token, past_key_values=state, use_cache=True, logits_to_keep=1)
+
+
+def steps(contender: Contender) -> Iterator[tuple[str, Step]]:
+    """All measurements by name; each is prepared only when it is asked for."""
+    for length in LENGTHS:
+        yield f"prefill {length}", Step(length, lambda: None, lambda _, n=length: contender.prefill(n, 1))
     for length in LENGTHS:
         for batch in BATCHES:
-            steps[f"decode at {length}, batch {batch}"] = (
-                batch * DECODE_STEPS,
-                _later(decode, length, batch),
+            state = contender.prefill(length, batch)
+            yield (
+                f"decode at {length}, batch {batch}",
+                Step(
+                    batch * DECODE_STEPS,
+                    lambda state=state: contender.copied(state),
+                    lambda state, n=length, b=batch: contender.decode(state, n, b),
+                ),
             )
-    return steps
 
 
-def transformers_steps(directory: str) -> Steps:
-    """The same steps by transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_grad_enabled(False)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-    def prefill(length: int, batch: int) -> Any:
-        prompt = (torch.arange(length) % 3000 + 300).expand(batch, length)
-        return model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-
-    def decode(length: int, batch: int) -> Step:
-        cache = prefill(length, batch)
-
-        def run() -> None:
-            # The cache grows by a few dozen tokens from call to call, which shortens none of them.
-            token = torch.full((batch, 1), 777)
-            for _ in range(DECODE_STEPS):
-                model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-        return run
-
-    steps: Steps = {f"prefill {n}": (n, lambda n=n: prefill(n, 1)) for n in LENGTHS}  # type: ignore[misc]
-    for length in LENGTHS:
-        for batch in BATCHES:
-            steps[f"decode at {length}, batch {batch}"] = (
-                batch * DECODE_STEPS,
-                _later(decode, length, batch),
-            )
-    return steps
-
-
-def _later(prepare: Callable[[int, int], Step], length: int, batch: int) -> Step:
-    """A step that prepares itself on its first call, which is the warm-up, so that caches do not pile up."""
-    ready: list[Step] = []
-
-    def run() -> None:
-        if not ready:
-            ready.append(prepare(length, batch))
-        ready[0]()
-
-    return run
+def best_seconds(step: Step, budget: float, at_least: int) -> float:
+    """Shortest of as many runs as fit into the budget of seconds, after one to warm up."""
+    step.run(step.setup())
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < at_least or spent < budget:
+        state = step.setup()
+        gc.collect()
+        started = time.perf_counter()
+        step.run(state)
+        seconds = time.perf_counter() - started
+        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
+    return best
 
 
 def run_contender(contender: str, directory: str, budget: float) -> None:
     """In the subprocess: measure and print tokens/s as JSON."""
-    steps = our_steps(directory) if contender == "ours" else transformers_steps(directory)
-    rates = {}
-    while steps:
-        name, (tokens, call) = next(iter(steps.items()))
-        rates[name] = tokens / best_seconds(call, budget, at_least=3)
-        del steps[name], call
+    subject: Contender = Ours(directory) if contender == "ours" else Transformers(directory)
+    rates = {name: step.tokens / best_seconds(step, budget, at_least=2) for name, step in steps(subject)}
     print(json.dumps(rates))
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vswa_plugin.errors import ProtocolError
 from vswa_plugin.events import (
+    MAX_MESSAGE_BYTES,
     TIERS,
     VERSION,
     Batch,
@@ -17,6 +18,7 @@ from vswa_plugin.events import (
     Moved,
     Removed,
     Stored,
+    Unknown,
     decode,
     encode,
 )
@@ -74,11 +76,37 @@ def test_fields_that_a_later_version_appends_are_ignored() -> None:
     assert decode(payload) == Batch(VERSION, 1, 2, 3, (Removed(0, (9,)),))
 
 
-def test_another_version_is_named_with_what_to_do() -> None:
-    payload = msgspec.msgpack.encode([2, 1, 2, 3, []])
+def test_an_event_of_a_later_version_keeps_its_id_beside_those_that_are_known() -> None:
+    payload = msgspec.msgpack.encode(
+        [VERSION, 1, 2, 3, [["removed", 0, [9]], ["grown", 1, {}], ["cleared", None]]]
+    )
+    batch = decode(payload)
 
-    with pytest.raises(ProtocolError, match=r"expected wire version 1, got 2; update the older side"):
+    assert batch.events == (Removed(0, (9,)), Unknown("grown"), Cleared(None))
+    assert batch.next_event_id == 5
+
+
+def test_a_batch_of_a_later_version_counts_its_ids_and_means_nothing_else() -> None:
+    payload = msgspec.msgpack.encode([2, 1, 2, 3, [["removed", 0, [9]], 7, []], "more"])
+
+    assert decode(payload) == Batch(2, 1, 2, 3, (Unknown("removed"), Unknown("(int)"), Unknown("(list)")))
+
+
+def test_a_malformed_event_beside_an_unknown_one_is_still_refused() -> None:
+    payload = msgspec.msgpack.encode([VERSION, 1, 2, 3, [["grown"], ["removed", 0, ["x"]]]])
+
+    with pytest.raises(ProtocolError):
         decode(payload)
+
+
+def test_a_message_that_is_too_large_is_refused_unread() -> None:
+    with pytest.raises(ProtocolError, match="more than 8388608 bytes"):
+        decode(b"\x90" * (MAX_MESSAGE_BYTES + 1))
+
+
+def test_negative_numbers_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="Expected `int` >= 0"):
+        decode(msgspec.msgpack.encode([VERSION, 1, 2, 3, [["removed", 0, [-1]]]]))
 
 
 def test_a_malformed_field_is_named_by_its_path() -> None:

@@ -215,6 +215,18 @@ def test_reuse_is_what_the_real_manager_reuses(sliding: Sequence[int], global_en
     assert reused == opened(manager, prompt).cached_tokens
 
 
+@pytest.mark.parametrize(("held", "reused"), [([4], 0), ([0, 4], 4), ([0, 2, 4], 4), ([0, 3, 4], 4)])
+def test_what_one_window_cuts_is_settled_again_with_the_others(held: list[int], reused: int) -> None:
+    """The first window is content at the end of the prompt, but not where the second one cuts it."""
+    groups = [GroupSpec(0, 4, 20), GroupSpec(1, 8, 20), GroupSpec(2, None, 20)]
+    manager = CacheManager(groups, 4, 100, max_chunk_tokens=32)
+    run(manager, tokens(21))
+    drop(manager, 0, tokens(21), [i for i in range(5) if i not in held])
+    drop(manager, 1, tokens(21), [1, 2, 3, 4])
+
+    assert reused == opened(manager, tokens(21)).cached_tokens
+
+
 def test_a_hit_holds_only_the_blocks_that_it_needs() -> None:
     manager = two_windows()
     run(manager, tokens(33))

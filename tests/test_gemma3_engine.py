@@ -295,6 +295,8 @@ def test_an_engine_that_always_fails_stops_and_every_waiter_hears_of_it(
             requests = [collect(engine, request_for(prompt_of(20, seed))) for seed in range(6)]
             errors = await asyncio.gather(*requests, return_exceptions=True)
             assert [RequestError] * 3 + [Unavailable] * 3 == [type(error) for error in errors]
+            # Each its own, or tasks that raise it would write into one another's traceback.
+            assert 6 == len(set(map(id, errors)))
             assert "RuntimeError: bang" == engine.failure()
             with pytest.raises(
                 Unavailable, match="the engine has stopped after an error: RuntimeError: bang"

@@ -79,6 +79,12 @@ def test_the_nucleus_is_found_when_it_is_wider_than_the_head_that_is_sorted_firs
     assert 2500 == len(ids)
 
 
+def test_min_p_keeps_the_tokens_that_meet_it() -> None:
+    ids, _ = candidates(np.array([5, 1, 5, 0], dtype=np.float32), SamplingParams(1.0, min_p=1.0))
+
+    assert [0, 2] == ids.tolist()
+
+
 def test_top_k_takes_the_lower_token_ids_where_logits_are_equal() -> None:
     ids, _ = candidates(np.array([1, 5, 5, 5, 0], dtype=np.float32), SamplingParams(1.0, top_k=2))
 

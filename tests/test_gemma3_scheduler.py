@@ -181,6 +181,15 @@ def test_a_request_without_room_waits_until_there_is(model: Gemma3Model) -> None
     assert [20, 20, 20] == [len(reader.tokens) for reader in readers]
 
 
+def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room(model: Gemma3Model) -> None:
+    bench = Bench(model, TIGHT)
+    _, large, small = (bench.add(request_for(prompt_of(n), 8)).generation for n in (120, 200, 9))
+
+    while bench.scheduler.has_work:
+        bench.step()
+        assert not (large in bench.scheduler.waiting and small in bench.scheduler.running)
+
+
 def test_the_last_chunk_has_reason_and_usage(bench: Bench) -> None:
     [reader] = bench.run(request_for(prompt_of(20), 3))
 
@@ -358,6 +367,7 @@ def test_a_failing_step_ends_its_requests_and_no_others(model: Gemma3Model, cold
     assert readers[0].outputs[-1] is not readers[1].outputs[-1]
     assert cold.greedy(prompt_of(30, 2), 4) == readers[2].tokens
     assert 1 == bench.scheduler.counters.failed_steps
+    assert {0.0} == set(bench.used().values())
 
 
 def test_a_failure_that_repeats_stops_the_engine(bench: Bench) -> None:
@@ -450,8 +460,10 @@ def test_the_layout_of_the_cache_does_not_change_the_answer(
     bench = Bench(model, {**OPTIONS, **options})
     prompt = prompt_of(20 if "max_seq_len" in options else 150)
 
-    first, second = bench.run(request_for(prompt, 5))[0], bench.run(request_for(prompt, 5))[0]
+    first, other = bench.run(request_for(prompt, 5), request_for(prompt[3:], 5))
+    [second] = bench.run(request_for(prompt, 5))
 
     assert cold.greedy(prompt, 5) == first.tokens == second.tokens
+    assert cold.greedy(prompt[3:], 5) == other.tokens
     reuses = options.get("kv_cache_config", {}).get("enable_block_reuse", True)
     assert ((len(prompt) - 1) // BLOCK * BLOCK if reuses else 0) == second.cached_tokens

@@ -20,8 +20,19 @@ from typing import Protocol
 import msgspec
 
 from vswa_plugin.engine import EventAdapter, RawEvent
-from vswa_plugin.errors import ConnectError, InvariantError, VswaError
-from vswa_plugin.events import VERSION, Batch, Event, Removed, Source, Stored, encode, layout_event
+from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
+from vswa_plugin.events import (
+    VERSION,
+    Batch,
+    Event,
+    Removed,
+    Source,
+    Stored,
+    decode,
+    encode,
+    layout_event,
+)
+from vswa_plugin.history import History, HistoryOptions
 from vswa_plugin.residency import Residency, Restart
 
 logger = logging.getLogger(__name__)
@@ -117,6 +128,10 @@ def _pieces(event: Event, most: int) -> Iterator[Event]:
             yield event
 
 
+class Superseded(StreamError):
+    """Another publisher of the same rank has begun a higher epoch; this one must stop."""
+
+
 class Sender(Protocol):
     """Where encoded batches go; raises ConnectError while it cannot take one."""
 
@@ -128,6 +143,7 @@ class Publisher:
 
     :param send: writes one encoded batch.
     :param observe: told of each batch with its source (the hook ``vswa_kv_batch``); must not raise.
+    :param last_epoch: an epoch of this rank that is known from before; ours is higher.
     """
 
     def __init__(
@@ -138,12 +154,16 @@ class Publisher:
         send: Sender,
         observe: Callable[[Source, Batch], None],
         options: PublisherOptions | None = None,
+        last_epoch: int = 0,
     ) -> None:
         self.source = source
         self.residency = residency
         self.options = options or PublisherOptions()
         self.stats = PublisherStats()
-        self.numbering = Numbering(time.time_ns)
+        self.numbering = Numbering(time.time_ns, last_epoch)
+        message_bytes = self.options.batch_bytes
+        self.history = History(residency, HistoryOptions(message_bytes=message_bytes), time.monotonic)
+        self._superseded: Batch | None = None
         self._adapter = adapter
         self._send = send
         self._observe = observe
@@ -166,17 +186,41 @@ class Publisher:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
+    def answer(self, payload: bytes) -> bytes:
+        """The answer to a reader's replay or snapshot request. Event loop only."""
+        return self.history.answer(payload)
+
+    def on_foreign(self, payload: bytes) -> None:
+        """A batch on our own subject that is not ours: where its epoch is higher, :meth:`run` ends."""
+        try:
+            batch = decode(payload)
+        except ProtocolError as error:
+            logger.warning("%s: somebody else publishes on our subject: %s", self.source, error)
+            return
+        if batch.epoch > self.numbering.epoch:
+            self._superseded = batch
+            self._arrived.set()
+
     async def run(self) -> None:
-        """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already."""
+        """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already.
+
+        :raises Superseded: somebody else publishes this rank with a higher epoch.
+        """
         self._loop = asyncio.get_running_loop()
         sender = asyncio.create_task(self._send_queue(), name=f"send {self.source}")
+        self.history.begin_epoch(self.numbering.epoch)
         self._begin_epoch()
         try:
             next_heartbeat = self._loop.time()
             while not self._closing:
+                if self._superseded is not None:
+                    raise Superseded(
+                        f"{self.source}: another publisher has epoch {self._superseded.epoch}, ours is "
+                        f"{self.numbering.epoch}; is a worker running twice with the same id?"
+                    )
                 self._drain()
                 if self._loop.time() >= next_heartbeat:
-                    self._enqueue(self.numbering.batch())
+                    self._enqueue(encode(self.numbering.batch()))
                     self.stats.heartbeats += 1
                     next_heartbeat = self._loop.time() + self.options.heartbeat_s
                 self._arrived.clear()
@@ -254,6 +298,7 @@ class Publisher:
         self.stats.restarts += 1
         logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
         self.numbering.new_epoch()
+        self.history.begin_epoch(self.numbering.epoch)
         return [layout_event(self.residency.layout)]
 
     def _write(self, events: Sequence[Event]) -> None:
@@ -261,11 +306,12 @@ class Publisher:
             batch = self.numbering.batch(part)
             self.stats.batches += 1
             self.stats.events += len(part)
-            self._enqueue(batch)
+            payload = encode(batch)
+            self.history.ring.add(batch, payload)
+            self._enqueue(payload)
             self._observe(self.source, batch)
 
-    def _enqueue(self, batch: Batch) -> None:
-        payload = encode(batch)
+    def _enqueue(self, payload: bytes) -> None:
         self._queue.append(payload)
         self._queued_bytes += len(payload)
         limits = self.options

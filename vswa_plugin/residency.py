@@ -75,6 +75,10 @@ class Residency:
             for group_id, tiers in self._tiers.items()
         }
 
+    def frozen(self) -> dict[int, tuple[tuple[EngineHash, str], ...]]:
+        """(engine hash, tier) of every block held, by group id, as of now. Cheap: nothing is translated."""
+        return {group_id: tuple(tiers.items()) for group_id, tiers in self._tiers.items()}
+
     def counts(self) -> dict[int, int]:
         """How many blocks each group holds."""
         return {group_id: len(tiers) for group_id, tiers in self._tiers.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import nats
@@ -13,6 +14,7 @@ import nats.errors
 
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.events import VERSION, Source
+from vswa_plugin.nats_auth import connect_options
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +64,25 @@ def source_of(event_subject: str) -> Source:
 
 
 class Transport:
-    """One connection to NATS. Reconnects by itself for as long as the process lives."""
+    """One connection to NATS. Reconnects by itself for as long as the process lives.
 
-    def __init__(self, servers: str = DEFAULT_SERVER, name: str = "vswa") -> None:
+    :param servers: URLs, separated by commas.
+    :param echo: whether our own messages come back to our own subscriptions.
+    :param environ: where the login is read from, see nats_auth.py; ``os.environ`` unless given.
+    :raises ConfigError: the login cannot be used.
+    """
+
+    def __init__(
+        self,
+        servers: str = DEFAULT_SERVER,
+        name: str = "vswa",
+        *,
+        echo: bool = True,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._servers = [server.strip() for server in servers.split(",") if server.strip()]
-        self._name = name
+        self._options: dict[str, Any] = {"name": name, "no_echo": not echo}
+        self._options |= connect_options(os.environ if environ is None else environ)
         self._client: Any = None
         self._last_error = ""
 
@@ -83,7 +99,7 @@ class Transport:
         """Connect, trying for ``timeout`` seconds; raises ConnectError that names the servers."""
         attempt = nats.connect(
             self._servers,
-            name=self._name,
+            **self._options,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.2,
             connect_timeout=2,
@@ -120,6 +136,24 @@ class Transport:
             await handler(message.subject, message.data)
 
         await self._client.subscribe(to_subject, cb=deliver)
+
+    async def request(self, to_subject: str, payload: bytes, timeout: float) -> bytes:
+        """The answer to one request; raises ConnectError where none comes within ``timeout`` seconds."""
+        try:
+            reply = await self._client.request(to_subject, payload, timeout=timeout)
+        except (OSError, nats.errors.Error, TimeoutError) as error:
+            reason = "nobody serves it" if isinstance(error, nats.errors.NoRespondersError) else error
+            raise ConnectError(f"no answer on {to_subject} within {timeout:g} s: {reason}") from error
+        return bytes(reply.data)
+
+    async def serve(self, on_subject: str, answer: Callable[[bytes], bytes]) -> None:
+        """Answer each request with what ``answer`` returns, until :meth:`close`."""
+
+        async def respond(message: Any) -> None:
+            if message.reply:
+                await self._client.publish(message.reply, answer(message.data))
+
+        await self._client.subscribe(on_subject, cb=respond)
 
     async def close(self) -> None:
         """Write what is pending and disconnect. Never raises."""

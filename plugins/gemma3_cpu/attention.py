@@ -17,7 +17,7 @@ Float32 = NDArray[np.float32]
 LARGEST_BOUND = 60.0
 #: Scores computed at a time are kept near this many floats, so that softmax runs in cache.
 _TILE_SCORES = 1 << 18
-_MIN_TILE, _MAX_TILE = 16, 256
+_MIN_TILE, _MAX_TILE = 16, 128
 #: [r, c] is -inf where c > r: what a query must not see of the tile's own keys.
 _FUTURE = np.triu(np.full((_MAX_TILE, _MAX_TILE), -np.inf, dtype=np.float32), 1)
 #: [r, c] is -inf where c < r: keys that left the window of row r, if row 0 still sees column 0.

@@ -27,6 +27,7 @@ __all__ = ["Chunk", "Gemma3Model", "PagedKV", "group_layers", "load_model"]
 
 # tanh(c (g + 0.044715 g^3)) as tanh(g (c + cubic g^2)).
 _GELU_SCALE = np.float32(math.sqrt(2 / math.pi))
+_ONE = np.float32(1)
 _GELU_CUBIC = np.float32(0.044715 * math.sqrt(2 / math.pi))
 
 
@@ -252,8 +253,8 @@ def _feed_forward(layer: _Layer, x: Float32) -> Float32:
     inner *= _GELU_CUBIC
     inner += _GELU_SCALE
     inner *= gate
-    np.tanh(inner, out=inner)
-    inner += 1
+    np.tanh(inner, inner)
+    inner += _ONE
     inner *= gate
     inner *= up
     down: Float32 = inner @ layer.down

@@ -100,7 +100,7 @@ def _cache_windows(options: EngineOptions, shape: ModelShape, context: int) -> d
     for layer, model_window in enumerate(shape.windows):
         given = model_window if pattern is None else pattern[layer % len(pattern)]
         needed = context if model_window is None else min(model_window, context)
-        kept = context if given is None else min(given, context)
+        kept = context if given is None else given
         kind = "global attention" if model_window is None else f"a window of {model_window} tokens"
         if kept < needed:
             raise _window_error(

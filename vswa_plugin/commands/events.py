@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
-from vswa_plugin.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored, decode
+from vswa_plugin.events import (
+    Batch,
+    Cleared,
+    Event,
+    Layout,
+    Moved,
+    Removed,
+    Source,
+    Stored,
+    Unknown,
+    decode,
+)
 from vswa_plugin.layout import CacheGroup
 from vswa_plugin.registry import Entry
 from vswa_plugin.transport import DEFAULT_SERVER, Transport, events_of, source_of
@@ -84,13 +95,13 @@ class Follower:
         group = self.groups.get(source, {}).get(group_id)
         return f"group {group_id}" if group is None else f"window {group.label}"
 
-    def _wanted(self, source: Source, event: Event) -> bool:
+    def _wanted(self, source: Source, event: Event | Unknown) -> bool:
         group_id = getattr(event, "group_id", None)
         if self.window is None or group_id is None:
             return True
         return self.label(source, group_id) == f"window {self.window}"
 
-    def _describe(self, source: Source, event: Event) -> str:
+    def _describe(self, source: Source, event: Event | Unknown) -> str:
         match event:
             case Layout():
                 groups = ", ".join(
@@ -109,6 +120,8 @@ class Follower:
                 return f"moved    {where:<13} {_hashes(event.sequence_hashes)} to {event.tier}"
             case Cleared():
                 return f"cleared  {self.label(source, event.group_id)}"
+            case Unknown():
+                return f"unknown  event {event.tag!r} of a later version: update this program"
 
 
 def _hashes(hashes: tuple[int, ...]) -> str:

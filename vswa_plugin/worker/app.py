@@ -46,7 +46,8 @@ class Worker:
         self._host = host
         self._engine = engine
         self._registry = registry
-        self._transport = Transport(args.nats_server, f"vswa worker {args.endpoint}")
+        # Without echo: what comes in on our own subject is somebody else's.
+        self._transport = Transport(args.nats_server, f"vswa worker {args.endpoint}", echo=False)
         self._status = Status()
         self._publishers: dict[int, Publisher] = {}
         self._publishing: list[asyncio.Task[None]] = []
@@ -115,7 +116,17 @@ class Worker:
         await asyncio.to_thread(self._engine.start, self._on_events)
         logger.info("%s started in %.1f s", settings.engine, time.monotonic() - began)
         for publisher in self._publishers.values():
+            await self._serve_readers(publisher)
             self._publishing.append(asyncio.create_task(publisher.run(), name=f"publish {publisher.source}"))
+
+    async def _serve_readers(self, publisher: Publisher) -> None:
+        """Answer replay and snapshot requests, and notice a second publisher of the same rank."""
+
+        async def foreign(_: str, payload: bytes) -> None:
+            publisher.on_foreign(payload)
+
+        await self._transport.serve(subject(publisher.source, "control"), publisher.answer)
+        await self._transport.subscribe(subject(publisher.source, "events"), foreign)
 
     def _publisher(self, worker_id: int, rank: int, options: PublisherOptions) -> Publisher:
         layout = self._engine.info.layout
