@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window
+demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window (MODEL=gemma3-270m: real weights)
 	$(BIN)/vswa demo $(if $(MODEL),--model $(MODEL))
 
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)

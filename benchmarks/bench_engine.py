@@ -51,7 +51,7 @@ INSTALL = "pip install torch transformers (a CPU build of torch is enough), or -
 
 
 class Step(NamedTuple):
-    """One measurement: the tokens that a run computes; what it starts from, made anew each time and not timed."""
+    """One measurement: tokens that a run computes; what it starts from, made anew and not timed."""
 
     tokens: int
     setup: Callable[[], Any]

@@ -85,6 +85,7 @@ VARIANTS = {
     "softcapping": Variant({**TINY, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
     "bias": Variant({**TINY, "attention_bias": True, "rms_norm_eps": 1e-3}),
     "untied_sharded": Variant({**TINY, "tie_word_embeddings": False}, shards=3),
+    "large_scores": Variant({**TINY, "head_dim": 48, "query_pre_attn_scalar": 3}),
     "multimodal": Variant(TINY, multimodal=True),
 }
 

@@ -184,9 +184,10 @@ def test_attention_equals_a_plain_one(data: st.DataObject) -> None:
     slots = slots_of(find_runs(table, 8, 0, start + n))
     kv.k[0][:] = random.standard_normal(kv.k[0].shape)
     kv.v[0][:] = random.standard_normal(kv.v[0].shape)
-    queries = random.standard_normal((n, 4, 4)).astype(np.float32)
-    out = np.empty_like(queries)
     bounded = data.draw(st.booleans())
+    # Beyond the bound exp alone would overflow; there errors of the scores count more.
+    queries = random.standard_normal((n, 4, 4)).astype(np.float32) * np.float32(1 if bounded else 100)
+    out = np.empty_like(queries)
 
     attend(
         queries,
@@ -202,7 +203,7 @@ def test_attention_equals_a_plain_one(data: st.DataObject) -> None:
     scores = np.where(seen, np.einsum("nhd,hmd->hnm", queries, keys), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("hnm,hmd->nhd", weights / weights.sum(-1, keepdims=True), values)
-    np.testing.assert_allclose(expected, out, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(expected, out, rtol=0, atol=1e-5 if bounded else 1e-3)
 
 
 @given(

@@ -22,7 +22,7 @@ from vswa_plugin.embedded import start_etcd, start_nats
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.processes import Child, free_port, python_module
 from vswa_plugin.registry import Entry
-from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.registry.opening import registry_from_env
 
 WORKER_TIMEOUT_S = 120.0
 Progress = Callable[[str], None]
@@ -117,7 +117,7 @@ class Cluster:
         self._progress(f"starting {name}: {settings.engine} with {settings.model_path}")
         child = await Child.start(name, command, self.folder, {**self.env, **(env or {})})
         self.workers.append(child)
-        registry = EtcdRegistry(self.etcd_endpoints)
+        registry = registry_from_env({**os.environ, **self.env})
 
         async def joined() -> bool:
             return any(entry.pid == child.pid for entry in await registry.entries())
@@ -130,7 +130,7 @@ class Cluster:
 
     async def entries(self) -> list[Entry]:
         """The workers in the registry."""
-        registry = EtcdRegistry(self.etcd_endpoints)
+        registry = registry_from_env({**os.environ, **self.env})
         try:
             return await registry.entries()
         finally:

@@ -59,6 +59,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     #: Blocks of the global group (the number Dynamo calls total_kv_blocks).
     total_kv_blocks: int
     data_parallel_size: int = 1
+    #: Directory with config and tokenizer for Dynamo, where it is not the model path itself; there once the
+    #: engine has started.
+    model_dir: str | None = None
 
 
 class Engine(Protocol):

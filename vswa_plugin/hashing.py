@@ -20,8 +20,11 @@ from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64_intdigest
 
+from vswa_plugin.kernel import load_kernel
+
 SEED = 1337
 _PAIR = struct.Struct("<QQ")
+_kernel = load_kernel()
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:
@@ -55,3 +58,15 @@ def sequence_hashes(blocks: Iterable[int], parent: int | None = None) -> list[in
         parent = chain(parent, block)
         chained.append(parent)
     return chained
+
+
+def sequence_hashes_of_tokens(token_ids: Sequence[int], block_size: int) -> list[int]:
+    """Sequence hashes of all full blocks of ``token_ids`` from the root on, compiled where that is there.
+
+    :raises OverflowError: a token id of a full block is not 0 <= id < 2**32.
+    """
+    if _kernel is not None:
+        hashes: list[int] = _kernel.sequence_hashes(token_ids, block_size)
+        return hashes
+    whole = len(token_ids) - len(token_ids) % block_size
+    return sequence_hashes(block_hashes(token_ids[:whole], block_size))

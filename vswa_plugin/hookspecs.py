@@ -26,11 +26,14 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vswa_plugin.commands import Commands
     from vswa_plugin.engine import Engine, EngineSettings, EventAdapter
     from vswa_plugin.events import Batch, Source
     from vswa_plugin.layout import CacheLayout
     from vswa_plugin.records import RequestRecord
+    from vswa_plugin.reuse import ReuseRule
 
 #: The project name that pluggy marks with; also the entry point group.
 NAME = "vswa_plugin"
@@ -89,6 +92,26 @@ def vswa_event_adapter(event_format: str, layout: CacheLayout) -> EventAdapter |
     :param event_format: the engine's ``event_format``, e.g. ``trtllm``.
     :param layout: frozen; the cache groups that the engine declared.
     :returns: an object with the shape of ``vswa_plugin.engine.EventAdapter``, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+# -- routing ---------------------------------------------------------------------------------------
+
+
+@hookspec
+def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
+    """Add reuse rules: how far an engine can resume a prompt, from the blocks that each group holds.
+
+    Called: once where predictions are made, at the start of a router or of a command that explains them.
+        The rules themselves are then on the hot path: no I/O, no state, from any thread.
+    Order: by plugin name; a rule that is there already cannot be replaced.
+    Combine: all rules, the built-in ones included. A name that is taken costs that plugin its rules; the
+        message names both owners.
+    Errors: all rules of that plugin are left out; counted, logged once per plugin and minute.
+
+    :returns: by name, objects with the shape of ``vswa_plugin.reuse.ReuseRule``; a layout names its rule.
 
     .. versionadded:: 0.1
     """

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from vswa_plugin import hookspecs, plugin_checks, plugin_sources
 from vswa_plugin.commands import Command, Commands
 from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
 from vswa_plugin.plugin_calls import FAILURES_METRIC, Implementation, Isolation, Lost
+from vswa_plugin.reuse import RULES, ReuseRule
 
 if TYPE_CHECKING:
     from typing import Self
@@ -200,6 +202,20 @@ class PluginHost:
             f"no plugin reads KV events of the format {event_format!r}{self._why_not(lost)}; "
             f"see `vswa plugins`"
         )
+
+    def reuse_rules(self) -> dict[str, ReuseRule]:
+        """All reuse rules by name, the built-in ones and those of plugins: ``vswa_reuse_rules``."""
+        owners = dict.fromkeys(RULES, "vswa-plugin")
+        rules = dict(RULES)
+        for implementation in self._calls["vswa_reuse_rules"]:
+            check = partial(plugin_checks.check_rules, owners=owners)
+            answer = self._isolation.call(implementation, {}, check)
+            if answer is None or isinstance(answer, Lost):
+                continue
+            added = dict(cast("Mapping[str, ReuseRule]", answer))
+            rules.update(added)
+            owners.update(dict.fromkeys(added, implementation.plugin))
+        return rules
 
     def kv_batch(self, source: Source, batch: Batch) -> None:
         """Show one numbered batch to all observers: ``vswa_kv_batch``. Never raises."""

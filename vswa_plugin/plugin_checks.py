@@ -16,6 +16,7 @@ import pluggy
 from vswa_plugin import hookspecs
 from vswa_plugin.engine import Engine, EventAdapter
 from vswa_plugin.errors import PluginError
+from vswa_plugin.reuse import ReuseRule
 
 #: Hook name -> names of its arguments, in order.
 Specs = Mapping[str, tuple[str, ...]]
@@ -148,6 +149,25 @@ def check_names(answer: object) -> None:
     check_answer(answer)
     if not isinstance(answer, list | tuple) or not all(isinstance(name, str) for name in answer):
         raise TypeError(f"expected a list of names, got {answer!r}")
+
+
+def check_rules(answer: object, owners: Mapping[str, str]) -> None:
+    """Refuse what does not map names to objects with the shape of ``vswa_plugin.reuse.ReuseRule``.
+
+    :param owners: rule -> who has it already.
+    :raises PluginError: a name of ``owners``.
+    """
+    check_answer(answer)
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"expected a mapping from names to reuse rules, got {type(answer).__name__}")
+    for name, rule in answer.items():
+        _check_parts(rule, ReuseRule)
+        if name != rule.name:
+            raise ValueError(f"expected a reuse rule under its own name {rule.name!r}, got it under {name!r}")
+        if name in owners:
+            raise PluginError(
+                f"reuse rule {name!r} is there already, from {owners[name]}; choose another name"
+            )
 
 
 def metric_families(text: str, taken: set[str]) -> set[str]:

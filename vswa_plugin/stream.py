@@ -164,6 +164,12 @@ class Reader:
             return effects + self._start_repair(reason) + self._wait(batch)
         return effects + self._take(batch)
 
+    def on_announced(self, epoch: int) -> list[Effect]:
+        """The registry says that this epoch is under way: take a snapshot if we have nothing of it."""
+        if epoch <= self.epoch:
+            return []
+        return self._begin_epoch(epoch) + self._start_repair("nothing seen of this epoch", by_snapshot=True)
+
     def on_malformed(self, now: float) -> list[Effect]:
         """A message came that cannot be read: it may have been the next batch."""
         self.stats.malformed += 1

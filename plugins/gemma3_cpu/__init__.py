@@ -29,8 +29,15 @@ def vswa_engine(settings: EngineSettings) -> Engine | None:
 
 @hookimpl
 def vswa_register_commands(commands: Commands) -> None:
-    from .commands import configure_make_model, run_make_model
+    from . import commands as ours
 
     commands.add(
-        "make-model", "write a small random Gemma 3 checkpoint", configure_make_model, run_make_model
+        "make-model",
+        "write a small random Gemma 3 checkpoint",
+        ours.configure_make_model,
+        ours.run_make_model,
     )
+    commands.add(
+        "import-gguf", "convert a GGUF file of a Gemma 3", ours.configure_import_gguf, ours.run_import_gguf
+    )
+    commands.add("get-model", "install a real model by name", ours.configure_get_model, ours.run_get_model)

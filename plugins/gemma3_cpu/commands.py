@@ -1,8 +1,9 @@
-"""``vswa make-model``: write a small random Gemma 3."""
+"""``vswa make-model``, ``import-gguf``, ``get-model``: Gemma 3 checkpoints from nothing, a file, a name."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 #: Layers per global layer in Gemma 3.
@@ -37,6 +38,44 @@ def run_make_model(args: argparse.Namespace) -> int:
         f"{args.directory}: a random Gemma 3 with {config.num_hidden_layers} layers, windows {windows}, "
         f"context {config.max_position_embeddings} tokens, seed {args.seed}"
     )
+    return 0
+
+
+def configure_import_gguf(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Convert a GGUF file of a Gemma 3 to a Hugging Face directory: config, weights (quantized ones as "
+        "float16), tokenizer and chat template. Needs the extra gguf."
+    )
+    parser.add_argument("file", metavar="FILE", help="the GGUF file")
+    parser.add_argument("directory", metavar="DIR", help="where to write it; made if it does not exist")
+    parser.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
+
+
+def run_import_gguf(args: argparse.Namespace) -> int:
+    from .config import load_config
+    from .gguf_import import import_gguf
+
+    import_gguf(args.file, args.directory, args.overwrite)
+    config = load_config(args.directory)
+    windows = ", ".join("global" if window is None else str(window) for window in config.groups)
+    print(f"{args.directory}: a Gemma 3 with {config.num_hidden_layers} layers, windows {windows}")
+    return 0
+
+
+def configure_get_model(parser: argparse.ArgumentParser) -> None:
+    from .named_models import MODELS
+
+    parser.description = (
+        "Install a model by name and convert it into the cache, unless it is there already; print its "
+        "directory. Its licence terms are shown before anything is installed."
+    )
+    parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(MODELS)}")
+
+
+def run_get_model(args: argparse.Namespace) -> int:
+    from .named_models import get_model
+
+    print(get_model(args.name, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
 
 

@@ -29,12 +29,13 @@ from vswa_plugin.layout import CacheLayout
 
 from .blas import choose_threads, set_threads
 from .cache import CacheManager, GroupSpec
-from .config import Gemma3Config, load_config
+from .config import Gemma3Config
 from .model import Chunk, Gemma3Model, PagedKV, group_layers, load_model
 from .options import EngineOptions, parse_options
 from .pools import CachePlan, ModelShape, plan_cache
 from .request import Limits, parse_request
 from .scheduler import Budget, Generation, Output, Scheduler
+from .source import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Gemma3CpuEngine:
             )
         self._settings = settings
         self._options = parse_options(settings.options, settings.options_source)
-        self._config = load_config(settings.model_path)
+        self._source = find_model(settings.model_path)
+        self._config = self._source.config
         self._plan = plan_cache(self._options, model_shape(self._config))
         groups = tuple(pool.group for pool in self._plan.pools)
         self.info = EngineInfo(
@@ -69,6 +71,7 @@ class Gemma3CpuEngine:
             max_num_seqs=self._options.max_batch_size,
             max_num_batched_tokens=self._options.max_num_tokens,
             total_kv_blocks=self._plan.total_kv_blocks,
+            model_dir=self._source.converted_dir,
         )
         self._limits = _limits(self._config, self._plan)
         self._on_events: EventSink = _drop_events
@@ -90,7 +93,8 @@ class Gemma3CpuEngine:
         threads = choose_threads(self._options.threads, self._config.hidden_size)
         if threads is not None:
             set_threads(threads)
-        model = load_model(self._settings.model_path, self._config)
+        self._source.prepare()
+        model = load_model(self._source.directory, self._config)
         self._on_events = on_events
         forward = PagedForward(model, self._plan)
         self._scheduler = Scheduler(forward, self._manager, make_budget(self._options), self._publish)

@@ -94,7 +94,8 @@ class GgufFile:
     def read(self, name: str) -> Float32:
         """One tensor, dequantized, as a float32 array that the caller may keep and change.
 
-        :raises ConfigError: the package ``gguf`` is missing or does not know the type, or the file ends early.
+        :raises ConfigError: the package ``gguf`` is missing or does not know the type, or the file
+            ends early.
         """
         gguf, tensor = _package(), self.tensors[name]
         quant, blocks, block_bytes = self._type(gguf, name, tensor)

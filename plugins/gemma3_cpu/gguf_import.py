@@ -291,7 +291,8 @@ def _vocab_size(source: GgufFile, vocabulary: Vocabulary) -> int:
     rows = source.tensors[name].shape[0]
     if rows < len(vocabulary.pieces):
         raise ConfigError(
-            f"{source.path}: tensor {name}: expected a row for each of {len(vocabulary.pieces)} tokens, got {rows}"
+            f"{source.path}: tensor {name}: expected a row for each of {len(vocabulary.pieces)} tokens, "
+            f"got {rows}"
         )
     return rows
 

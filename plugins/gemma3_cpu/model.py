@@ -27,8 +27,9 @@ __all__ = ["Chunk", "Gemma3Model", "PagedKV", "group_layers", "load_model"]
 
 # tanh(c (g + 0.044715 g^3)) as tanh(g (c + cubic g^2)).
 _GELU_SCALE = np.float32(math.sqrt(2 / math.pi))
-_ONE = np.float32(1)
 _GELU_CUBIC = np.float32(0.044715 * math.sqrt(2 / math.pi))
+_ONE = np.float32(1)
+_TRANSPOSE_ROWS = 256
 
 
 def _einsum_dot(a: Float32, b: Float32) -> Float32:
@@ -102,7 +103,7 @@ class Gemma3Model:
         # [hidden, vocab]: a product with one row runs over it about twice as fast as over its transpose,
         # and to look tokens up in its columns costs little. So tied embeddings are kept once.
         tied = config.tie_word_embeddings
-        self._head = np.ascontiguousarray(source.read("embed_tokens.weight" if tied else "lm_head.weight").T)
+        self._head = _fused(None, source.read("embed_tokens.weight" if tied else "lm_head.weight"))
         self._embed = None if tied else source.read("embed_tokens.weight")
         self._eps = np.float32(config.rms_norm_eps * config.hidden_size)
         self._head_eps = np.float32(config.rms_norm_eps * config.head_dim)
@@ -172,7 +173,7 @@ class Gemma3Model:
     def _project(self, layer: _Layer, x: Float32, rotation: NDArray[np.complex64]) -> Float32:
         """Rotated queries and keys, and values: [N, heads + 2 kv_heads, head_dim]."""
         config = self.config
-        qkv: Float32 = (x / _length(x, self._eps)) @ layer.qkv
+        qkv: Float32 = np.divide(x, _length(x, self._eps)) @ layer.qkv
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
         qkv = qkv.reshape(len(x), -1, config.head_dim)
@@ -213,7 +214,7 @@ class Gemma3Model:
         if layer.out_bias is not None:
             mixed += layer.out_bias
         x += _scaled_norm(mixed, layer.post_attention, eps)
-        x += _scaled_norm(_feed_forward(layer, x / _length(x, eps)), layer.post_feedforward, eps)
+        x += _scaled_norm(_feed_forward(layer, np.divide(x, _length(x, eps))), layer.post_feedforward, eps)
         return x
 
     def _logits(self, x: Float32) -> Float32:
@@ -249,7 +250,7 @@ def _feed_forward(layer: _Layer, x: Float32) -> Float32:
     width = gate_up.shape[1] // 2
     gate, up = gate_up[:, :width], gate_up[:, width:]
     # gelu(g) = g/2 (1 + tanh(c (g + 0.044715 g^3))); the half is in the weights of up.
-    inner = gate * gate
+    inner: Float32 = np.multiply(gate, gate)
     inner *= _GELU_CUBIC
     inner += _GELU_SCALE
     inner *= gate
@@ -309,7 +310,14 @@ def _norm_weight(source: TensorSource, name: str) -> Float32:
 
 def _fused(input_norm: Float32 | None, *matrices: Float32) -> Float32:
     """[out, in] matrices side by side as one [in, out] matrix, with the weight of the norm before it."""
-    fused = np.ascontiguousarray(np.concatenate(matrices).T)
+    fused = np.empty((matrices[0].shape[1], sum(map(len, matrices))), dtype=np.float32)
+    column = 0
+    for matrix in matrices:
+        # In blocks: a whole embedding transposed at once takes twice as long.
+        for first in range(0, len(matrix), _TRANSPOSE_ROWS):
+            block = matrix[first : first + _TRANSPOSE_ROWS]
+            fused[:, column : column + len(block)] = block.T
+            column += len(block)
     if input_norm is not None:
         fused *= input_norm[:, None]
     return fused

@@ -25,6 +25,7 @@ from vswa_plugin.transport import Transport, events_of, source_of
 
 #: Small enough that three documents do not fit into the sliding pool of one worker, so that blocks go.
 _OVERRIDE = {"gemma3_cpu": {"kv_blocks": {"512": 96, "global": 200}}}
+_SENTENCES = ("Once upon a time", "Water boils at a temperature of", "2 + 2 =")
 _DOCUMENTS = ("harbour", "orchard", "railway")
 #: Which document each request asks about; the third question about one is the first that must hit.
 _PLAN = (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0)
@@ -116,7 +117,7 @@ async def _demo(args: argparse.Namespace) -> int:
             served_model_name=args.served_model_name,
             workers=args.workers,
             engine_args=args.engine_args,
-            override=_OVERRIDE if args.model is None else {},
+            override=_OVERRIDE if args.model is None or local.is_named(args.model) else {},
             http_port=args.http_port,
             worker_options=("--heartbeat", "0.1"),
         )
@@ -129,6 +130,8 @@ async def _demo(args: argparse.Namespace) -> int:
             transport = await _listen(cluster, tally)
             await cluster.start()
             progress(f"ready; sending {len(_PLAN)} chat requests about {len(_DOCUMENTS)} documents, streamed")
+            if args.model is not None:
+                await _continue_sentences(cluster)
             answers = [answer async for answer in _ask(cluster, tally, args.max_tokens)]
             cluster.check()
         finally:
@@ -185,6 +188,25 @@ async def _ask(cluster: Cluster, tally: Tally, max_tokens: int) -> AsyncIterator
             answer.overpromise = tally.recomputed - recomputed
             _print_answer(number + 1, name, answer)
             yield answer
+
+
+async def _continue_sentences(cluster: Cluster) -> None:
+    """Let a model with learnt weights say something; prompts too short for a block, so without events."""
+    async with aiohttp.ClientSession() as session:
+        for start in _SENTENCES:
+            body = {
+                "model": cluster.settings.served_model_name,
+                # The completions endpoint adds no <bos>, without which Gemma is not itself.
+                "prompt": f"<bos>{start}",
+                "max_tokens": 20,
+                "temperature": 0,
+            }
+            async with session.post(f"{cluster.url}/v1/completions", json=body) as response:
+                answer = await response.json()
+            text = (
+                answer["choices"][0]["text"] if response.status == 200 else f" [{response.status}: {answer}]"
+            )
+            print(f"  {start!r} goes on: {text!r}", flush=True)
 
 
 def _print_answer(number: int, name: str, answer: Answer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,15 @@ from vswa_plugin.errors import VswaError
 from vswa_plugin.processes import python_module
 
 Progress = Callable[[str], None]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="DIR", help="a Gemma 3 checkpoint (default: a small random one is made)"
+        "--model",
+        metavar="MODEL",
+        help="a checkpoint's directory, a GGUF file, or a name for `vswa get-model`, which installs it "
+        "(default: a small random model is made)",
     )
     parser.add_argument("--served-model-name", default="gemma", help="what clients call the model (gemma)")
     parser.add_argument("--workers", type=int, default=2, help="how many workers (2)")
@@ -38,6 +43,8 @@ def progress_from(began: float) -> Progress:
 
 async def model_path(args: argparse.Namespace, folder: Path, progress: Progress) -> Path:
     """The model that was asked for, or a small random one in ``folder``."""
+    if is_named(args.model):
+        return await _get_model(args.model, progress)
     if args.model is not None:
         return Path(args.model)
     directory = folder / "model"
@@ -48,6 +55,22 @@ async def model_path(args: argparse.Namespace, folder: Path, progress: Progress)
     if await process.wait() != 0:
         raise VswaError("`vswa make-model` failed; its message is above")
     return directory
+
+
+def is_named(model: str | None) -> bool:
+    """Whether ``model`` is a name rather than a place: no such file, and nothing of a path in it."""
+    return model is not None and _NAME.fullmatch(model) is not None and not Path(model).exists()
+
+
+async def _get_model(name: str, progress: Progress) -> Path:
+    """The directory of a model by name; its terms and its progress go to standard error."""
+    progress(f"model {name}: installed and converted where that has not been done")
+    command = python_module("vswa_plugin", "get-model", name)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    if process.returncode != 0:
+        raise VswaError(f"`vswa get-model {name}` failed; its message is above")
+    return Path(output.decode().strip())
 
 
 def log_folder(args: argparse.Namespace, scratch: Path) -> Path:

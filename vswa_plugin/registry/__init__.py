@@ -1,17 +1,24 @@
-"""Who is alive: one entry per worker, gone when the worker is. Protocol only; see etcd.py.
+"""Who is alive: one entry per worker, gone when the worker is. Entry and contract; no I/O.
 
 Dynamo's own discovery tells which instances serve a model. This registry tells what a router of ours
 needs besides: the cache groups and reuse rule of each rank, and the epoch of its event stream.
+
+Backends: etcd.py (leased keys) and file.py (a directory). opening.py chooses one from the environment.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
-from vswa_plugin.errors import ProtocolError
+from vswa_plugin.errors import InvariantError, ProtocolError
+from vswa_plugin.events import Rank
 from vswa_plugin.layout import CacheGroup
+
+if TYPE_CHECKING:
+    from vswa_plugin.registry.watching import Watcher
 
 #: All keys of this project in a shared etcd.
 PREFIX = "vswa/v1/workers/"
@@ -22,6 +29,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     :param epochs: current epoch of each dp_rank's event stream.
     :param worker_id: Dynamo's instance id.
+    :param host: name of the worker's machine; the file backend sees a crash at once where it is its own.
     """
 
     namespace: str
@@ -50,6 +58,43 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         return f"{PREFIX}{self.namespace}/{self.component}/{self.worker_id:016x}"
 
 
+class Joined(msgspec.Struct, frozen=True):
+    """A worker that was not there before, or that was there when the watch began."""
+
+    entry: Entry
+
+
+class Updated(msgspec.Struct, frozen=True):
+    """The entry that replaces the former one of the same key."""
+
+    entry: Entry
+
+
+class Left(msgspec.Struct, frozen=True):
+    """The worker has left, its registration ran out, or its entry cannot be read any more.
+
+    :param entry: as it was last seen.
+    """
+
+    entry: Entry
+
+
+class Connected(msgspec.Struct, frozen=True):
+    """Everything that the registry holds has been told. First after the first listing."""
+
+
+class Disconnected(msgspec.Struct, frozen=True):
+    """The registry cannot be read: what was told before stands until the next ``Connected``.
+
+    A registration that is missing meanwhile says nothing about its worker.
+    """
+
+    reason: str
+
+
+Change: TypeAlias = Joined | Updated | Left | Connected | Disconnected
+
+
 def encode_entry(entry: Entry) -> bytes:
     return msgspec.json.encode(entry)
 
@@ -57,22 +102,74 @@ def encode_entry(entry: Entry) -> bytes:
 def decode_entry(key: str, payload: bytes) -> Entry:
     """The entry in ``payload``; raises ProtocolError that names the key and the field."""
     try:
-        return msgspec.json.decode(payload, type=Entry)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        entry = msgspec.json.decode(payload, type=Entry)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(f"expected a worker entry at {key}, got {len(payload)} bytes: {error}") from error
+    if entry.key != key:
+        raise ProtocolError(f"expected a worker entry at {key}, got that of {entry.key}")
+    return entry
+
+
+def prefix_of(namespace: str | None) -> str:
+    """The prefix of the keys of one Dynamo namespace, or of all."""
+    return f"{PREFIX}{namespace}/" if namespace else PREFIX
+
+
+def last_epoch(entries: Iterable[Entry], rank: Rank) -> int:
+    """The highest epoch that ``entries`` know of ``rank``; 0 where they know none.
+
+    A publisher's next epoch is ``max(now_ns, last_epoch(...) + 1)``: it rises though the clock went back.
+    """
+    known = (entry.epochs.get(rank.dp_rank, 0) for entry in entries if entry.worker_id == rank.worker_id)
+    return max(known, default=0)
+
+
+def changed(entry: Entry | None, changes: dict[str, object]) -> Entry:
+    """``entry`` with ``changes``; raises InvariantError where nobody joined or a field is none."""
+    if entry is None:
+        raise InvariantError("expected update() between join() and leave(), got it without an entry")
+    try:
+        return msgspec.structs.replace(entry, **changes)
+    except TypeError as error:
+        raise InvariantError(f"expected fields of Entry in update(), got {sorted(changes)}") from error
+
+
+def check_key(joined: Entry | None, entry: Entry) -> None:
+    """Raise InvariantError where ``entry`` would not replace the one that has ``joined``."""
+    if joined is not None and joined.key != entry.key:
+        raise InvariantError(f"expected the key {joined.key} until leave(), got {entry.key}")
 
 
 class Registry(Protocol):
-    """Where workers announce themselves. All calls may be made from an event loop; none blocks it."""
+    """Where workers announce themselves. All calls are made from one event loop; none blocks it.
+
+    One entry at most per object. ``str(registry)`` says which and where, without secrets.
+    """
 
     async def join(self, entry: Entry) -> None:
-        """Put ``entry`` and keep it alive until :meth:`leave`; again with the same key: replace it.
+        """Put ``entry`` and keep it alive until :meth:`leave`; again: replace it.
 
-        :raises ConnectError: the registry cannot be reached.
+        :raises ConnectError: the registry cannot be reached. The entry is put once it can.
+        :raises ConfigError: it refuses our credentials.
         """
 
-    async def entries(self) -> list[Entry]:
-        """All live entries; malformed ones are logged and left out."""
+    async def update(self, **changes: object) -> Entry:
+        """Replace fields of the joined entry, e.g. ``epochs``; returns the new entry. Raises as join."""
+
+    async def entries(self, namespace: str | None = None) -> list[Entry]:
+        """All live entries, of one Dynamo namespace where given; malformed ones are logged and left out.
+
+        :raises ConnectError, ConfigError: as join.
+        """
+
+    def watch(self, namespace: str | None = None) -> Watcher:
+        """Every change from now on, beginning with what is there: see :class:`Watcher`. Never raises."""
 
     async def leave(self) -> None:
-        """Remove the entry and stop keeping it alive. Never raises: the lease ends it otherwise."""
+        """Remove the entry and stop keeping it alive. Never raises: the TTL ends it otherwise.
+
+        Without watchers nothing of this object runs any more; it may be used again.
+        """
+
+    async def close(self) -> None:
+        """Leave, and end all watchers."""

@@ -1,7 +1,7 @@
-"""The registry in etcd: one leased key per worker. The only module that imports etcd3.
+"""The registry in etcd: one leased key per worker.
 
-etcd3's client is synchronous, so every call runs in a thread. It has no keepalive of its own; ours
-refreshes the lease three times per TTL and joins again when the lease is gone (etcd was away for long).
+The lease has no keepalive of its own in the client; ours refreshes it three times per TTL and joins
+again when lease or key is gone (etcd was away for long, or came back empty).
 """
 
 from __future__ import annotations
@@ -9,69 +9,79 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+import os
+from typing import Any
 
-from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
-from vswa_plugin.registry import PREFIX, Entry, _etcd3_compat, decode_entry, encode_entry
-
-import etcd3  # isort: skip  (after the compatibility module)
-import etcd3.exceptions  # isort: skip
-
-assert _etcd3_compat is not None
+from vswa_plugin.errors import ProtocolError, VswaError
+from vswa_plugin.registry import Entry, changed, check_key, decode_entry, encode_entry, prefix_of
+from vswa_plugin.registry._etcd3_client import FAILURES, Connection, is_lost_lease
+from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
+from vswa_plugin.registry.etcd_watch import RECONCILE_S, follow
+from vswa_plugin.registry.watching import Watcher
 
 logger = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10
-CALL_TIMEOUT_S = 5.0
-T = TypeVar("T")
-
-
-def parse_endpoints(endpoints: str) -> list[tuple[str, int]]:
-    """``http://a:2379,b:2380`` -> [("a", 2379), ("b", 2380)]; raises ConfigError on what is neither."""
-    parsed = []
-    for text in filter(None, (part.strip() for part in endpoints.split(","))):
-        parts = urlsplit(text if "://" in text else f"http://{text}")
-        try:
-            host, port = parts.hostname, parts.port or 2379
-        except ValueError as error:
-            raise ConfigError(f"ETCD_ENDPOINTS: expected http://host:port, got {text!r}") from error
-        if not host or parts.scheme not in ("http", "https"):
-            raise ConfigError(f"ETCD_ENDPOINTS: expected http://host:port, got {text!r}")
-        parsed.append((host, port))
-    if not parsed:
-        raise ConfigError("ETCD_ENDPOINTS: expected at least one http://host:port, got none")
-    return parsed
 
 
 class EtcdRegistry:
-    """Registry of one process. Constructing it connects to nothing."""
+    """Registry of one process. Constructing it connects to nothing.
 
-    def __init__(self, endpoints: str, lease_ttl_s: int = LEASE_TTL_S) -> None:
-        self._endpoints = parse_endpoints(endpoints)
+    :param endpoints: as ETCD_ENDPOINTS.
+    :param security: credentials; None: from the environment.
+    :param reconcile_s: how often a watcher lists what is there, in case its stream died silently.
+    :raises ConfigError: an endpoint or a credential is not one; the message names the variable.
+    """
+
+    def __init__(
+        self,
+        endpoints: str,
+        lease_ttl_s: int = LEASE_TTL_S,
+        security: EtcdSecurity | None = None,
+        reconcile_s: float = RECONCILE_S,
+    ) -> None:
+        security = EtcdSecurity.from_env(os.environ) if security is None else security
+        self._connection = Connection(parse_endpoints(endpoints), security)
         self._lease_ttl_s = lease_ttl_s
-        self._client: Any = None
-        self._lease: Any = None
+        self._reconcile_s = reconcile_s
+        self._lease_id: int | None = None  # touched in the connection's thread only
         self._entry: Entry | None = None
+        self._unwritten = False
         self._keepalive: asyncio.Task[None] | None = None
-        self._busy = asyncio.Lock()  # one call at a time: a failing one swaps the client
+        self._watchers: set[Watcher] = set()
+
+    def __str__(self) -> str:
+        return str(self._connection)
 
     async def join(self, entry: Entry) -> None:
-        self._entry = entry
-        await self._call(self._put)
+        check_key(self._entry, entry)
+        self._entry, self._unwritten = entry, True
         if self._keepalive is None:
             self._keepalive = asyncio.create_task(self._keep_alive(), name="etcd-keepalive")
+        await self._connection.call(self._put)
 
-    async def entries(self) -> list[Entry]:
-        found = await self._call(lambda client: list(client.get_prefix(PREFIX)))
+    async def update(self, **changes: object) -> Entry:
+        entry = changed(self._entry, changes)
+        await self.join(entry)
+        return entry
+
+    async def entries(self, namespace: str | None = None) -> list[Entry]:
+        listing = await self._connection.call(lambda client: client.list_prefix(prefix_of(namespace)))
         entries = []
-        for value, meta in found:
+        for key, payload in listing.content.items():
             try:
-                entries.append(decode_entry(meta.key.decode(), value))
+                entries.append(decode_entry(key, payload))
             except ProtocolError as error:
                 logger.warning("registry entry left out: %s", error)
         return entries
+
+    def watch(self, namespace: str | None = None) -> Watcher:
+        prefix = prefix_of(namespace)
+        watcher = Watcher(
+            lambda view: follow(self._connection, prefix, view, self._reconcile_s), f"watch {prefix}"
+        )
+        self._watchers = {watcher, *(each for each in self._watchers if not each.closed)}
+        return watcher
 
     async def leave(self) -> None:
         if self._keepalive is not None:
@@ -79,29 +89,64 @@ class EtcdRegistry:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keepalive
             self._keepalive = None
-        lease, self._lease, self._entry = self._lease, None, None
-        if lease is not None:
+        if self._entry is not None:
+            self._entry = None
             try:
-                await self._call(lambda client: client.revoke_lease(lease.id))
-            except ConnectError as error:
+                await self._connection.call(self._revoke)
+            except VswaError as error:
                 logger.warning("could not leave the registry, the lease will end it: %s", error)
-        if self._client is not None:
-            client, self._client = self._client, None
-            await asyncio.to_thread(client.close)
+                self._lease_id = None
+        self._watchers = {watcher for watcher in self._watchers if not watcher.closed}
+        if not self._watchers:
+            await self._connection.close()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(watcher.close() for watcher in self._watchers))
+        await self.leave()
 
     def _put(self, client: Any) -> None:
-        assert self._entry is not None
-        if self._lease is None:
-            self._lease = client.lease(self._lease_ttl_s)
-        client.put(self._entry.key, encode_entry(self._entry), self._lease)
+        entry = self._entry
+        if entry is None:
+            return  # left while this call waited for its turn
+        try:
+            self._put_leased(client, entry)
+        except FAILURES as error:
+            if not is_lost_lease(error):
+                raise
+            self._lease_id = None
+            self._put_leased(client, entry)
+        self._unwritten = self._entry is not entry
+
+    def _put_leased(self, client: Any, entry: Entry) -> None:
+        if self._lease_id is None:
+            self._lease_id = client.lease(self._lease_ttl_s).id
+        client.put(entry.key, encode_entry(entry), self._lease_id)
+
+    def _refresh(self, client: Any) -> None:
+        """Keep the lease; where it or our key is gone, join again."""
+        entry = self._entry
+        if entry is None:
+            return
+        if self._lease_id is not None:
+            if not any(response.TTL > 0 for response in client.refresh_lease(self._lease_id)):
+                self._lease_id = None
+            elif not self._unwritten and client.get(entry.key)[0] is not None:
+                return
+        logger.warning("%s is not in etcd as it should be: joining again", entry.key)
+        self._put(client)
+
+    def _revoke(self, client: Any) -> None:
+        if self._lease_id is not None:
+            client.revoke_lease(self._lease_id)
+            self._lease_id = None
 
     async def _keep_alive(self) -> None:
         healthy = True
         while True:
             await asyncio.sleep(self._lease_ttl_s / 3)
             try:
-                await self._call(self._refresh)
-            except ConnectError as error:
+                await self._connection.call(self._refresh)
+            except VswaError as error:
                 if healthy:
                     logger.warning("registry lease not refreshed, trying on: %s", error)
                 healthy = False
@@ -109,39 +154,3 @@ class EtcdRegistry:
                 if not healthy:
                     logger.info("registry reached again")
                 healthy = True
-
-    def _refresh(self, client: Any) -> None:
-        if self._lease is not None and self._lease.refresh()[0].TTL > 0:
-            return
-        # The lease ran out while etcd could not be reached, and our key with it.
-        self._lease = None
-        self._put(client)
-
-    async def _call(self, use: Callable[[Any], T]) -> T:
-        """Run ``use`` with a client in a thread; on a dead connection try each endpoint once."""
-        errors = []
-        async with self._busy:
-            for _ in range(1 + len(self._endpoints)):
-                try:
-                    return await asyncio.to_thread(self._with_client, use)
-                except (etcd3.exceptions.Etcd3Exception, OSError) as error:
-                    errors.append(f"{type(error).__name__} {error}".strip())
-                    await self._next_endpoint()
-        tried = ", ".join(f"{host}:{port}" for host, port in self._endpoints)
-        raise ConnectError(
-            f"expected etcd at {tried} (ETCD_ENDPOINTS), got {errors[-1]}; is it running and reachable?"
-        )
-
-    def _with_client(self, use: Callable[[Any], T]) -> T:
-        if self._client is None:
-            host, port = self._endpoints[0]
-            self._client = etcd3.client(host=host, port=port, timeout=CALL_TIMEOUT_S)
-            if self._lease is not None:  # leases outlive a connection, their client does not
-                self._lease.etcd_client = self._client
-        return use(self._client)
-
-    async def _next_endpoint(self) -> None:
-        self._endpoints.append(self._endpoints.pop(0))
-        if self._client is not None:
-            client, self._client = self._client, None
-            await asyncio.to_thread(client.close)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vswa_plugin import dynamo
 from vswa_plugin.host import load_host
 from vswa_plugin.programs import run_program, set_up_logging
-from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import parse
 
@@ -17,10 +17,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run one worker. What is local is checked before any connection is tried."""
     args = parse(argv)
     set_up_logging(args.log_level)
+    registry = open_registry(args.registry) if args.registry else registry_from_env()
     with load_host(args.plugin, args.no_plugin) as host:
         engine = host.engine(args.settings)
         host.event_adapter(engine.event_format, engine.info.layout)  # refused now rather than after start
-        registry = EtcdRegistry(args.etcd_endpoints)
         return dynamo.run(Worker(args, host, engine, registry).run())
 
 

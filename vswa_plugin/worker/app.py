@@ -153,7 +153,8 @@ class Worker:
         settings, info = self._args.settings, self._engine.info
         serving = endpoint.serve(handler.handle)
         await self._registry.join(self._entry(endpoint.worker_id))
-        await endpoint.register(settings.model_path, settings.served_model_name, info)
+        model_dir = info.model_dir or settings.model_path
+        await endpoint.register(model_dir, settings.served_model_name, info)
         self._status.ready = True
         windows = ", ".join(group.label for group in info.layout.groups)
         logger.info(
@@ -178,7 +179,7 @@ class Worker:
             mode=settings.mode,
             engine=settings.engine,
             served_model_name=settings.served_model_name,
-            model_path=settings.model_path,
+            model_path=info.model_dir or settings.model_path,
             context_length=info.context_length,
             block_size=layout.block_size,
             rule=layout.rule,

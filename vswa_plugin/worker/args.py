@@ -16,6 +16,7 @@ from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.host import add_plugin_arguments
 from vswa_plugin.programs import LEVELS
+from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
 from vswa_plugin.transport import DEFAULT_SERVER, check_name
 
 _EXAMPLE = """\
@@ -27,8 +28,7 @@ example, on a machine with nats-server and etcd running:
 
 environment:
   NATS_SERVER      where batches are published   (default nats://127.0.0.1:4222)
-  ETCD_ENDPOINTS   discovery and the registry    (default http://127.0.0.1:2379)
-  DYN_LOG          level of Dynamo's own log
+{registry}  DYN_LOG          level of Dynamo's own log
   VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
 
 exit codes: 0 after SIGTERM, 1 when engine, broker or runtime failed, 2 for what you can correct.
@@ -43,6 +43,7 @@ class WorkerArgs(msgspec.Struct, frozen=True):
     endpoint: EndpointName
     nats_server: str
     etcd_endpoints: str
+    registry: str | None
     heartbeat_s: float
     drain_timeout_s: float
     status_host: str
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m vswa_plugin.worker",
         description="Serve a model through NVIDIA Dynamo and publish the KV block events of every "
         "attention window on NATS.",
-        epilog=_EXAMPLE,
+        epilog=_EXAMPLE.replace("{registry}", ENVIRONMENT),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -82,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
         "--endpoint",
         default=_DEFAULT_ENDPOINT,
         help=f"dyn://namespace.component.endpoint ({_DEFAULT_ENDPOINT})",
+    )
+    run.add_argument(
+        "--registry", metavar="etcd|file:DIR", help=f"where to announce the worker (default: {REGISTRY_ENV})"
     )
     run.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
     run.add_argument("--status-host", default="127.0.0.1", help="address for --status-port (127.0.0.1)")
@@ -129,6 +133,7 @@ def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
         endpoint=endpoint,
         nats_server=os.environ.get(NATS_ENV, DEFAULT_SERVER),
         etcd_endpoints=os.environ.get(ETCD_ENV, DEFAULT_ETCD),
+        registry=given.registry,
         heartbeat_s=given.heartbeat,
         drain_timeout_s=given.drain_timeout,
         status_host=given.status_host,

@@ -1,0 +1,411 @@
+/* vswa_plugin._kernel: the window index's table and the hashes, compiled. Optional: index/python_table.py and
+ * hashing.py do the same without it, and are what it is tested against. The GIL is held throughout. */
+#include "hashes.h"
+#include "score.h"
+
+/* Raised when what vswa_plugin.kernel relies on changes: an old build is then left aside. */
+#define VSWA_KERNEL_VERSION 1
+#define MAX_BIT (1 << 20)
+#define MAX_GROUPS (1 << 12)
+#define SCRATCH_KEPT ((size_t)1 << 22)
+
+typedef struct {
+    PyObject_HEAD
+    vswa_table table;
+    u64 *scratch; /* for walks; kept between calls while it is small */
+    size_t scratch_bytes;
+    need_class *classes; /* [groups] */
+    Py_ssize_t *needs;   /* [2 * groups] */
+    u32 *class_of;       /* [groups] */
+} KernelTable;
+
+static void *scratch(KernelTable *self, size_t bytes) {
+    if (bytes > self->scratch_bytes) {
+        free(self->scratch);
+        self->scratch_bytes = 0;
+        self->scratch = malloc(bytes);
+        if (self->scratch == NULL) return PyErr_NoMemory();
+        self->scratch_bytes = bytes;
+    }
+    return self->scratch;
+}
+
+static void scratch_done(KernelTable *self) {
+    if (self->scratch_bytes <= SCRATCH_KEPT) return;
+    free(self->scratch);
+    self->scratch = NULL;
+    self->scratch_bytes = 0;
+}
+
+static int expect_count(const char *method, Py_ssize_t expected, Py_ssize_t got) {
+    if (expected == got) return 0;
+    PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", method, expected, got);
+    return -1;
+}
+
+/* A number in [0, limit). */
+static int small_number(PyObject *o, const char *what, long limit, u32 *out) {
+    long value = PyLong_AsLong(o);
+    if (value == -1 && PyErr_Occurred()) return -1;
+    if (value < 0 || value >= limit) {
+        PyErr_Format(PyExc_ValueError, "expected a %s of 0 to %ld, got %ld", what, limit - 1, value);
+        return -1;
+    }
+    *out = (u32)value;
+    return 0;
+}
+
+static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"groups", NULL};
+    int groups;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i:Table", names, &groups)) return NULL;
+    if (groups < 1 || groups > MAX_GROUPS)
+        return PyErr_Format(PyExc_ValueError, "expected 1 to %d cache groups, got %d", MAX_GROUPS, groups);
+    KernelTable *self = (KernelTable *)type->tp_alloc(type, 0);
+    if (self == NULL) return NULL;
+    self->classes = calloc((size_t)groups, sizeof *self->classes);
+    self->needs = calloc(2 * (size_t)groups, sizeof *self->needs);
+    self->class_of = calloc((size_t)groups, sizeof *self->class_of);
+    if (!self->classes || !self->needs || !self->class_of || table_init(&self->table, (u32)groups) < 0) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void table_dealloc(KernelTable *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    table_free(&self->table);
+    free(self->scratch);
+    free(self->classes);
+    free(self->needs);
+    free(self->class_of);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+/* All keys, read before anything changes. */
+static u64 *read_keys(KernelTable *self, PyObject *source, Py_ssize_t *count) {
+    vswa_hashes hashes;
+    if (vswa_hashes_open(&hashes, source) < 0) return NULL;
+    u64 *keys = scratch(self, (size_t)(hashes.count + 1) * sizeof(u64));
+    if (keys != NULL && vswa_hashes_read(&hashes, 0, hashes.count, keys) < 0) keys = NULL;
+    *count = hashes.count;
+    vswa_hashes_close(&hashes);
+    return keys;
+}
+
+#define PREFETCH_AHEAD 16
+
+PyDoc_STRVAR(add_doc, "add(group, bit, hashes, room) -> (added, left_out)\n\n"
+                      "Set the rank's bit for the group's hashes; at most `room` hashes new to the group\n"
+                      "(negative: any number). On any error nothing has changed.");
+static PyObject *table_add(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    vswa_table *t = &self->table;
+    u32 group, bit, row = NO_ROW;
+    Py_ssize_t count, added = 0, left_out = 0;
+    if (expect_count("add", 4, nargs) < 0 || small_number(args[0], "group", (long)t->groups, &group) < 0 ||
+        small_number(args[1], "bit", MAX_BIT, &bit) < 0)
+        return NULL;
+    Py_ssize_t room = PyLong_AsSsize_t(args[3]);
+    if (room == -1 && PyErr_Occurred()) return NULL;
+    u64 *keys = read_keys(self, args[2], &count);
+    if (keys == NULL) return NULL;
+    size_t more = room < 0 || room > count ? (size_t)count : (size_t)room;
+    if ((bit / 64 >= t->words && table_rebuild(t, t->capacity, bit / 64 + 1) < 0) || table_reserve(t, more) < 0)
+        return PyErr_NoMemory();
+    size_t limit = room < 0 ? SIZE_MAX : t->resident[group] + (size_t)room;
+    for (Py_ssize_t i = 0; i < count && i < PREFETCH_AHEAD; i++) index_prefetch(t, keys[i]);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + PREFETCH_AHEAD < count) index_prefetch(t, keys[i + PREFETCH_AHEAD]);
+        set_result set = table_set(t, keys[i], group, bit, t->resident[group] < limit, &row);
+        added += set == NEWLY_SET;
+        left_out += set == LEFT_OUT;
+    }
+    scratch_done(self);
+    return Py_BuildValue("(nn)", added, left_out);
+}
+
+PyDoc_STRVAR(discard_doc, "discard(group, bit, hashes) -> removed\n\n"
+                          "Clear the rank's bit; hashes that it does not hold are passed over.");
+static PyObject *table_discard(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    vswa_table *t = &self->table;
+    u32 group, bit, row = NO_ROW;
+    Py_ssize_t count, removed = 0;
+    if (expect_count("discard", 3, nargs) < 0 || small_number(args[0], "group", (long)t->groups, &group) < 0 ||
+        small_number(args[1], "bit", MAX_BIT, &bit) < 0)
+        return NULL;
+    u64 *keys = read_keys(self, args[2], &count);
+    if (keys == NULL) return NULL;
+    for (Py_ssize_t i = 0; i < count && i < PREFETCH_AHEAD; i++) index_prefetch(t, keys[i]);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + PREFETCH_AHEAD < count) index_prefetch(t, keys[i + PREFETCH_AHEAD]);
+        removed += table_unset(t, keys[i], group, bit, &row);
+    }
+    table_shrink(t);
+    scratch_done(self);
+    return PyLong_FromSsize_t(removed);
+}
+
+static PyObject *mask_as_int(const u64 *words, u32 count) {
+    if (count == 1) return PyLong_FromUnsignedLongLong(words[0]);
+    return PyObject_CallMethod((PyObject *)&PyLong_Type, "from_bytes", "y#s", (const char *)words,
+                               (Py_ssize_t)(count * sizeof(u64)), "little");
+}
+
+PyDoc_STRVAR(masks_doc, "masks(group, hashes) -> list of int\n\nFor each hash the ranks that hold it.");
+static PyObject *table_masks(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    const vswa_table *t = &self->table;
+    u32 group;
+    Py_ssize_t count;
+    if (expect_count("masks", 2, nargs) < 0 || small_number(args[0], "group", (long)t->groups, &group) < 0)
+        return NULL;
+    u64 *keys = read_keys(self, args[1], &count);
+    PyObject *masks = keys == NULL ? NULL : PyList_New(count);
+    for (Py_ssize_t i = 0; masks != NULL && i < count; i++) {
+        u32 row = index_find(t, keys[i]);
+        PyObject *mask = row == NO_ROW ? PyLong_FromLong(0) : mask_as_int(row_mask(t, row, group), t->words);
+        if (mask == NULL)
+            Py_CLEAR(masks);
+        else
+            PyList_SET_ITEM(masks, i, mask);
+    }
+    scratch_done(self);
+    return masks;
+}
+
+static int append_item(PyObject *list, u64 key, const u64 *mask, u32 words) {
+    PyObject *ranks = mask_as_int(mask, words);
+    PyObject *item = ranks == NULL ? NULL : Py_BuildValue("(KN)", (unsigned long long)key, ranks);
+    int failed = item == NULL || PyList_Append(list, item) < 0;
+    Py_XDECREF(item);
+    return failed ? -1 : 0;
+}
+
+PyDoc_STRVAR(items_doc, "items(group) -> list of (hash, mask of ranks)\n\nAll that the group holds, in no order.");
+static PyObject *table_items(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    const vswa_table *t = &self->table;
+    u32 group;
+    if (expect_count("items", 1, nargs) < 0 || small_number(args[0], "group", (long)t->groups, &group) < 0)
+        return NULL;
+    PyObject *items = PyList_New(0);
+    for (u32 row = 0; items != NULL && row < t->high; row++) {
+        const u64 *mask = row_mask(t, row, group);
+        if (mask_any(mask, t->words) && append_item(items, *row_at(t, row), mask, t->words) < 0)
+            Py_CLEAR(items);
+    }
+    return items;
+}
+
+/* A mask of ranks given as little-endian bytes, cut or filled with zeros to the table's words. */
+static u64 *mask_words(KernelTable *self, PyObject *source, u64 *out) {
+    char *bytes;
+    Py_ssize_t length, wanted = (Py_ssize_t)(self->table.words * sizeof(u64));
+    if (PyBytes_AsStringAndSize(source, &bytes, &length) < 0) return NULL;
+    memset(out, 0, (size_t)wanted);
+    memcpy(out, bytes, (size_t)(length < wanted ? length : wanted));
+    return out;
+}
+
+PyDoc_STRVAR(sweep_doc, "sweep(dead, budget, group) -> done\n\n"
+                        "Take the ranks of the mask `dead` (bytes) out of up to `budget` rows, in one group or\n"
+                        "(negative) in all; True when all are seen. rewind() starts a pass.");
+static PyObject *table_sweep_method(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    vswa_table *t = &self->table;
+    if (expect_count("sweep", 3, nargs) < 0) return NULL;
+    Py_ssize_t budget = PyLong_AsSsize_t(args[1]);
+    if (budget == -1 && PyErr_Occurred()) return NULL;
+    long group = PyLong_AsLong(args[2]);
+    if (group == -1 && PyErr_Occurred()) return NULL;
+    if (group >= (long)t->groups) return PyErr_Format(PyExc_ValueError, "unknown group %ld", group);
+    u64 *dead = scratch(self, t->words * sizeof(u64));
+    if (dead == NULL || mask_words(self, args[0], dead) == NULL) return NULL;
+    u32 from = group < 0 ? 0 : (u32)group, to = group < 0 ? t->groups : from + 1;
+    int done = table_sweep(t, from, to, dead, budget < 0 ? 0 : (size_t)budget);
+    if (done) table_shrink(t);
+    return PyBool_FromLong(done);
+}
+
+static PyObject *table_rewind(KernelTable *self, PyObject *Py_UNUSED(none)) {
+    self->table.cursor = 0;
+    Py_RETURN_NONE;
+}
+
+static int read_needs(PyObject *source, u32 groups, Py_ssize_t *out) {
+    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != (Py_ssize_t)groups) {
+        PyErr_Format(PyExc_ValueError, "expected a tuple of %u needs, one for each group", groups);
+        return -1;
+    }
+    for (u32 g = 0; g < groups; g++) {
+        PyObject *need = PyTuple_GET_ITEM(source, g);
+        out[g] = need == Py_None ? ALL_BLOCKS : PyLong_AsSsize_t(need);
+        if (out[g] == -1 && PyErr_Occurred()) return -1;
+        if (out[g] < 0) {
+            PyErr_SetString(PyExc_ValueError, "expected needs that are not negative");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* Give the ranks of `found` (one word of them) min(tokens, limit). */
+static int report(PyObject *result, PyObject *ranks, u64 found, u32 word, PyObject *tokens) {
+    for (; found; found &= found - 1) {
+        Py_ssize_t bit = 64 * (Py_ssize_t)word + __builtin_ctzll(found);
+        if (bit >= PyList_GET_SIZE(ranks)) {
+            PyErr_Format(PyExc_ValueError, "a wanted rank, bit %zd, is not among the ranks", bit);
+            return -1;
+        }
+        if (PyDict_SetItem(result, PyList_GET_ITEM(ranks, bit), tokens) < 0) return -1;
+    }
+    return 0;
+}
+
+/* From the deepest boundary on, each rank at its first. */
+static int settle(vswa_walk *k, PyObject *ranks, Py_ssize_t unit, Py_ssize_t limit, PyObject *result) {
+    for (u32 word = 0; word < k->table->words; word++) {
+        u64 remaining = k->wanted[word];
+        for (u32 c = 0; c < k->class_count; c++) k->classes[c].piece = -1;
+        if (k->walked > 0) remaining &= k->running[(Py_ssize_t)word * k->blocks];
+        for (Py_ssize_t b = k->walked; b > 0 && remaining; b--) {
+            u64 found = remaining & resumable_at(k, b, word);
+            if (!found) continue;
+            remaining &= ~found;
+            Py_ssize_t tokens = b > limit / unit ? limit : b * unit;
+            if (tokens <= 0) continue;
+            PyObject *value = PyLong_FromSsize_t(tokens);
+            int failed = value == NULL || report(result, ranks, found, word, value) < 0;
+            Py_XDECREF(value);
+            if (failed) return -1;
+        }
+    }
+    return 0;
+}
+
+static int walk_and_settle(KernelTable *self, vswa_walk *k, PyObject *const *args, const vswa_hashes *hashes,
+                           PyObject *result) {
+    Py_ssize_t unit = PyLong_AsSsize_t(args[6]), limit = PyLong_AsSsize_t(args[7]);
+    if (PyErr_Occurred()) return -1;
+    if (unit < 1 || !PyList_Check(args[5])) {
+        PyErr_SetString(PyExc_ValueError, "expected a list of ranks, and at least one token a block");
+        return -1;
+    }
+    Py_ssize_t *needs = self->needs;
+    if (read_needs(args[2], k->table->groups, needs) < 0) return -1;
+    if (k->ends_on_edge && read_needs(args[3], k->table->groups, needs + k->table->groups) < 0) return -1;
+    make_classes(k, needs, needs + k->table->groups);
+    size_t words = k->table->words, arrays = place_arrays(k, NULL);
+    u64 *space = scratch(self, (arrays + 2 * words) * sizeof(u64));
+    if (space == NULL || mask_words(self, args[4], space) == NULL) return -1;
+    k->wanted = space;
+    place_arrays(k, space + 2 * words);
+    if (walk_blocks(k, hashes, space + words) < 0) return -1;
+    return settle(k, args[5], unit, limit, result);
+}
+
+PyDoc_STRVAR(score_doc,
+             "score(hashes, boundaries, trailing, at_end, wanted, ranks, unit, limit) -> {rank: tokens}\n\n"
+             "For each rank of the mask `wanted` (bytes) the deepest boundary of at most `boundaries` blocks at\n"
+             "which all groups hold what they need, as min(boundary * unit, limit); ranks with 0 are left out.\n"
+             "trailing, at_end: per group blocks needed before a boundary, None for all; at_end (or None) holds\n"
+             "at the deepest boundary. hashes: ints, or the bytes of sequence_hashes(packed=True).");
+static PyObject *table_score(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    vswa_hashes hashes;
+    if (expect_count("score", 8, nargs) < 0) return NULL;
+    Py_ssize_t boundaries = PyLong_AsSsize_t(args[1]);
+    if (boundaries == -1 && PyErr_Occurred()) return NULL;
+    if (vswa_hashes_open(&hashes, args[0]) < 0) return NULL;
+    PyObject *result = PyDict_New();
+    vswa_walk walk = {.table = &self->table, .classes = self->classes, .class_of = self->class_of};
+    walk.blocks = boundaries < hashes.count ? boundaries : hashes.count;
+    walk.ends_on_edge = args[3] != Py_None && walk.blocks == boundaries;
+    if (result != NULL && walk.blocks > 0 && walk_and_settle(self, &walk, args, &hashes, result) < 0)
+        Py_CLEAR(result);
+    vswa_hashes_close(&hashes);
+    scratch_done(self);
+    return result;
+}
+
+static PyObject *table_check_method(KernelTable *self, PyObject *Py_UNUSED(none)) {
+    const char *wrong = table_check(&self->table);
+    if (wrong == NULL) Py_RETURN_NONE;
+    return PyUnicode_FromString(wrong);
+}
+
+static PyObject *table_resident(KernelTable *self, PyObject *Py_UNUSED(none)) {
+    PyObject *counts = PyTuple_New(self->table.groups);
+    for (u32 g = 0; counts != NULL && g < self->table.groups; g++) {
+        PyObject *count = PyLong_FromSize_t(self->table.resident[g]);
+        if (count == NULL)
+            Py_CLEAR(counts);
+        else
+            PyTuple_SET_ITEM(counts, g, count);
+    }
+    return counts;
+}
+
+static PyObject *table_nbytes(KernelTable *self, PyObject *Py_UNUSED(none)) {
+    return PyLong_FromSize_t(table_bytes(&self->table) + self->scratch_bytes);
+}
+
+static PyObject *table_rows(KernelTable *self, PyObject *Py_UNUSED(none)) {
+    return PyLong_FromUnsignedLong(self->table.high);
+}
+
+#define FAST(name, function, doc) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, doc}
+static PyMethodDef table_methods[] = {
+    FAST("add", table_add, add_doc),
+    FAST("discard", table_discard, discard_doc),
+    FAST("masks", table_masks, masks_doc),
+    FAST("items", table_items, items_doc),
+    FAST("sweep", table_sweep_method, sweep_doc),
+    FAST("score", table_score, score_doc),
+    {"rewind", (PyCFunction)table_rewind, METH_NOARGS, "rewind()\n\nThe next sweep starts at the first row."},
+    {"resident", (PyCFunction)table_resident, METH_NOARGS, "resident() -> tuple\n\nDistinct hashes per group."},
+    {"check", (PyCFunction)table_check_method, METH_NOARGS, "check() -> str | None\n\nWhat is wrong inside."},
+    {"nbytes", (PyCFunction)table_nbytes, METH_NOARGS, "nbytes() -> int\n\nMemory allocated."},
+    {"rows", (PyCFunction)table_rows, METH_NOARGS, "rows() -> int\n\nHow many a full sweep looks at."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot table_type_slots[] = {
+    {Py_tp_new, table_new},
+    {Py_tp_dealloc, table_dealloc},
+    {Py_tp_methods, table_methods},
+    {Py_tp_doc, "Table(groups)\n\nSequence hash -> per cache group, the ranks that hold it as bits."},
+    {0, NULL},
+};
+
+static PyType_Spec table_spec = {
+    .name = "vswa_plugin._kernel.Table",
+    .basicsize = sizeof(KernelTable),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = table_type_slots,
+};
+
+static PyMethodDef module_methods[] = {
+    FAST("sequence_hashes", sequence_hashes, sequence_hashes_doc),
+    {"xxh3_64", xxh3_method, METH_VARARGS, xxh3_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module) {
+    PyObject *type = PyType_FromSpec(&table_spec);
+    if (type == NULL || PyModule_AddObject(module, "Table", type) < 0) {
+        Py_XDECREF(type);
+        return -1;
+    }
+    return PyModule_AddIntConstant(module, "VERSION", VSWA_KERNEL_VERSION);
+}
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+
+static PyModuleDef module_def = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "vswa_plugin._kernel",
+    .m_doc = "The window index's table and sequence hashes, compiled.",
+    .m_methods = module_methods,
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__kernel(void) { return PyModuleDef_Init(&module_def); }

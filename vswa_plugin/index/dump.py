@@ -1,0 +1,29 @@
+"""All that an index holds as plain data, for ``/dump`` and for tests: our schema, versioned."""
+
+from __future__ import annotations
+
+import msgspec
+
+from vswa_plugin.layout import CacheLayout
+
+DUMP_VERSION = 1
+
+
+class GroupDump(msgspec.Struct, frozen=True):
+    """:param blocks: tier -> sequence hashes, ascending."""
+
+    group_id: int
+    blocks: dict[str, tuple[int, ...]]
+
+
+class RankDump(msgspec.Struct, frozen=True):
+    worker_id: int
+    dp_rank: int
+    scored: bool
+    layout: CacheLayout
+    groups: tuple[GroupDump, ...]
+
+
+class IndexDump(msgspec.Struct, frozen=True):
+    version: int
+    ranks: tuple[RankDump, ...]

@@ -1,0 +1,246 @@
+"""Ranks with one model, hash scheme, layout and rule, and what each of them holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from vswa_plugin.errors import InvariantError, StreamError
+from vswa_plugin.events import TIERS, Rank
+from vswa_plugin.index.plans import Plan, boundaries_for, plan_for, run_starts
+from vswa_plugin.index.python_table import PythonTable
+from vswa_plugin.index.tables import ALL_GROUPS, Hashes, KernelTable, Table, only_wanted
+from vswa_plugin.layout import CacheLayout
+from vswa_plugin.reuse import ReuseRule
+
+DEVICE = TIERS[0]
+#: Bits of cleared ranks that wait for their sweep; more are swept at once, so that masks stay short.
+MAX_DEAD = 64
+#: A pass of the background sweep ends within so many events, and looks at no fewer hashes at a time.
+SWEEP_EVENTS, SWEEP_LEAST = 4096, 256
+_PLANS = 16_384
+
+
+class Member:
+    """One rank in a part: its bit, and what the table does not say."""
+
+    __slots__ = ("bit", "counts", "scored", "slow")
+
+    def __init__(self, bit: int, groups: int, scored: bool) -> None:
+        self.bit = bit
+        self.scored = scored
+        self.counts = [0] * groups
+        #: Per group: tier of the blocks that are not on the device.
+        self.slow: list[dict[int, str]] = [{} for _ in range(groups)]
+
+
+class Part:
+    """Scores its ranks together. Groups are named by their index in the layout."""
+
+    def __init__(self, layout: CacheLayout, rule: ReuseRule, kernel: ModuleType | None) -> None:
+        groups = len(layout.groups)
+        self.layout = layout
+        self.block_size = layout.block_size
+        self.rule = rule
+        self.group_index = {group.group_id: index for index, group in enumerate(layout.groups)}
+        self.members: dict[Rank, Member] = {}
+        self.table: Table = PythonTable(groups) if kernel is None else KernelTable(kernel, groups)
+        self._ranks: list[Rank | None] = []
+        self._free: list[int] = []
+        self._waiting = self._sweeping = 0
+        self._wanted = 0
+        self._plans: dict[int, Plan | None] = {}
+
+    def join(self, rank: Rank, scored: bool) -> None:
+        bit = self._free.pop() if self._free else len(self._ranks)
+        if bit == len(self._ranks):
+            self._ranks.append(None)
+        self._ranks[bit] = rank
+        self.members[rank] = Member(bit, len(self.layout.groups), scored)
+        self._want()
+
+    def leave(self, rank: Rank) -> None:
+        """At once for scoring; what it held is swept later."""
+        member = self.members.pop(rank)
+        self._ranks[member.bit] = None
+        self._want()
+        if any(member.counts):
+            self._waiting |= 1 << member.bit
+        else:
+            self._free.append(member.bit)
+        if (self._waiting | self._sweeping).bit_count() > MAX_DEAD:
+            while not self.sweep(self.table.rows() + 1):
+                pass
+
+    def clear(self, rank: Rank) -> None:
+        """The rank starts again under a fresh bit."""
+        member = self.members[rank]
+        if any(member.counts):
+            self.leave(rank)
+            self.join(rank, member.scored)
+
+    def clear_group(self, rank: Rank, group: int) -> None:
+        """Rare, and not worth a bit for each group: the table is looked through at once."""
+        member = self.members[rank]
+        if not member.counts[group]:
+            return
+        self.table.rewind()
+        while not self.table.sweep(1 << member.bit, self.table.rows() + 1, group):
+            pass
+        # A pass that was under way starts over.
+        self._waiting, self._sweeping = self._waiting | self._sweeping, 0
+        member.counts[group] = 0
+        member.slow[group].clear()
+
+    def set_scored(self, rank: Rank, scored: bool) -> None:
+        self.members[rank].scored = scored
+        self._want()
+
+    def store(self, rank: Rank, group: int, hashes: Hashes, tier: str, room: int) -> int:
+        """Returns how many were left out for lack of room."""
+        member = self.members[rank]
+        added, left_out = self.table.add(group, member.bit, hashes, room)
+        member.counts[group] += added
+        if tier != DEVICE or member.slow[group]:
+            self._set_tier(member, group, hashes, tier)
+        return left_out
+
+    def remove(self, rank: Rank, group: int, hashes: Hashes) -> None:
+        member = self.members[rank]
+        member.counts[group] -= self.table.discard(group, member.bit, hashes)
+        slow = member.slow[group]
+        if slow:
+            for sequence_hash in hashes:
+                slow.pop(sequence_hash, None)
+
+    def move(self, rank: Rank, group: int, hashes: Hashes, tier: str) -> None:
+        self._set_tier(self.members[rank], group, hashes, tier)
+
+    def sweep(self, budget: int) -> bool:
+        """Look at ``budget`` hashes for ranks that are gone; True when there is nothing left to sweep."""
+        if not self._sweeping:
+            if not self._waiting:
+                return True
+            self._sweeping, self._waiting = self._waiting, 0
+            self.table.rewind()
+        if self.table.sweep(self._sweeping, budget):
+            self._free += _bits(self._sweeping)
+            self._sweeping = 0
+        return not (self._sweeping or self._waiting)
+
+    def sweep_a_little(self) -> None:
+        if self._sweeping or self._waiting:
+            self.sweep(max(SWEEP_LEAST, self.table.rows() // SWEEP_EVENTS))
+
+    def score(self, hashes: Hashes, prompt_len: int) -> dict[Rank, int]:
+        try:
+            plan = self._plans[prompt_len]
+        except KeyError:
+            plan = self._plan(prompt_len)
+        if plan is None:
+            return self._score_each(hashes, prompt_len)
+        scores = self.table.score(hashes, plan, self._wanted, self._ranks)
+        return self._tokens(scores, prompt_len) if plan.asks_tokens else scores
+
+    def held(self, rank: Rank, hashes: Hashes) -> list[list[bool]]:
+        """Per group, which of ``hashes`` the rank holds."""
+        bit = self.members[rank].bit
+        return [
+            [bool(mask >> bit & 1) for mask in self.table.masks(group, hashes)]
+            for group in range(len(self.layout.groups))
+        ]
+
+    def contents(self, rank: Rank) -> Iterator[tuple[int, dict[int, str]]]:
+        """Per group: all that the rank holds there, hash -> tier."""
+        member = self.members[rank]
+        for group in range(len(self.layout.groups)):
+            slow = member.slow[group]
+            yield (
+                group,
+                {
+                    sequence_hash: slow.get(sequence_hash, DEVICE)
+                    for sequence_hash, mask in self.table.items(group)
+                    if mask >> member.bit & 1
+                },
+            )
+
+    def nbytes(self) -> int:
+        """Estimate; 150 bytes for a block that is not on the device."""
+        slow = sum(len(tiers) for member in self.members.values() for tiers in member.slow)
+        return self.table.nbytes() + 150 * slow
+
+    def check(self) -> None:
+        """Raise InvariantError for what must never be."""
+        wrong = self.table.check()
+        if wrong:
+            raise InvariantError(f"window index, model {self.layout.model!r}: {wrong}")
+        bits = [member.bit for member in self.members.values()]
+        dead = [*_bits(self._waiting), *_bits(self._sweeping)]
+        if sorted([*bits, *dead, *self._free]) != list(range(len(self._ranks))):
+            raise InvariantError(f"window index: bits in use {bits}, dead {dead}, free {self._free}")
+        if any(self._ranks[member.bit] != rank for rank, member in self.members.items()):
+            raise InvariantError("window index: a rank is not where its bit says")
+        for group in range(len(self.layout.groups)):
+            self._check_group(group, sum(1 << bit for bit in (*bits, *dead)))
+
+    def _check_group(self, group: int, known: int) -> None:
+        items = list(self.table.items(group))
+        if len(items) != self.table.resident()[group]:
+            raise InvariantError(
+                f"window index: {self.table.resident()[group]} hashes counted, {len(items)} held"
+            )
+        if any(mask & ~known for _, mask in items):
+            raise InvariantError("window index: a block is held by a rank that never was, or was swept")
+        for rank, member in self.members.items():
+            held = {sequence_hash for sequence_hash, mask in items if mask >> member.bit & 1}
+            if len(held) != member.counts[group]:
+                raise InvariantError(
+                    f"window index: rank {rank} counts {member.counts[group]}, holds {len(held)}"
+                )
+            if not member.slow[group].keys() <= held or DEVICE in member.slow[group].values():
+                raise InvariantError(f"window index: rank {rank} has a tier for blocks that it does not hold")
+
+    def _want(self) -> None:
+        self._wanted = sum(1 << member.bit for member in self.members.values() if member.scored)
+
+    def _plan(self, prompt_len: int) -> Plan | None:
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        plan = self._plans[prompt_len] = plan_for(self.rule, self.layout, prompt_len)
+        return plan
+
+    def _tokens(self, boundaries: dict[Rank, int], prompt_len: int) -> dict[Rank, int]:
+        tokens = {b: self.rule.tokens(self.layout, b, prompt_len) for b in set(boundaries.values())}
+        return {rank: tokens[boundary] for rank, boundary in boundaries.items() if tokens[boundary] > 0}
+
+    def _score_each(self, hashes: Hashes, prompt_len: int) -> dict[Rank, int]:
+        """By asking the rule at every boundary: for rules whose needs are no plain numbers."""
+        asked = boundaries_for(self.rule, self.layout, prompt_len, len(hashes))
+        masks = [self.table.masks(group, hashes) for group in range(len(self.layout.groups))]
+        anywhere = 0
+        for mask in set().union(*masks):
+            anywhere |= mask
+        found = {
+            rank: asked.deepest([run_starts([bool(mask >> bit & 1) for mask in group]) for group in masks])
+            for rank, bit in only_wanted(anywhere & self._wanted, self._ranks).items()
+        }
+        return self._tokens({rank: boundary for rank, boundary in found.items() if boundary}, prompt_len)
+
+    def _set_tier(self, member: Member, group: int, hashes: Hashes, tier: str) -> None:
+        slow = member.slow[group]
+        if tier == DEVICE:
+            for sequence_hash in hashes:
+                slow.pop(sequence_hash, None)
+            return
+        for sequence_hash, mask in zip(hashes, self.table.masks(group, hashes), strict=True):
+            if mask >> member.bit & 1:
+                slow[sequence_hash] = tier
+
+
+def check_tier(tier: str) -> None:
+    if tier not in TIERS:
+        raise StreamError(f"expected a tier of {', '.join(TIERS)}, got {tier!r}; update the older side")
+
+
+def _bits(mask: int) -> Sequence[int]:
+    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]

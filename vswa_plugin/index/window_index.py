@@ -1,0 +1,342 @@
+"""Which blocks every rank holds in each cache group, and how much of a prompt each could reuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from vswa_plugin.errors import ConfigError, StreamError
+from vswa_plugin.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored
+from vswa_plugin.hashing import sequence_hashes_of_tokens
+from vswa_plugin.index.dump import DUMP_VERSION, GroupDump, IndexDump, RankDump
+from vswa_plugin.index.explain import Explanation, explain_part
+from vswa_plugin.index.part import DEVICE, Part, check_tier
+from vswa_plugin.index.plans import boundaries_for
+from vswa_plugin.index.tables import UNLIMITED, Hashes
+from vswa_plugin.kernel import load_kernel, require_kernel
+from vswa_plugin.layout import HASH_SCHEME, CacheLayout
+from vswa_plugin.reuse import RULES, ReuseRule, rule_named
+
+
+class IndexStats(msgspec.Struct, frozen=True):
+    """:param blocks: per window label ("512", "global"): distinct blocks, counted once for all ranks.
+    :param nbytes: memory of the tables, estimated without the kernel.
+    :param kernel: whether the compiled kernel is in use.
+    :param left_out: stored blocks that were left out for lack of room, since the start.
+    """
+
+    ranks: int
+    scored: int
+    blocks: dict[str, int]
+    nbytes: int
+    kernel: bool
+    left_out: int
+
+
+class WindowIndex:
+    """The blocks of all ranks. Not thread safe: one thread, or the event loop, owns it.
+
+    Ranks of one model, hash scheme, layout and rule are scored together, others apart. Sets on the wire,
+    sets here: storing twice is storing once, removing what is not held does nothing.
+
+    :param max_blocks: distinct blocks of all groups that are kept; what does not fit is left out and counted,
+        so that ranks score less than they could, never more. None: no limit.
+    :param kernel: True: the compiled kernel or ConfigError; False: pure Python; None: what there is.
+    :param rules: reuse rules by name; one of its own is asked for tokens, the built-in ones need not be.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_blocks: int | None = None,
+        kernel: bool | None = None,
+        rules: Mapping[str, ReuseRule] = RULES,
+    ) -> None:
+        if max_blocks is not None and max_blocks < 1:
+            raise ConfigError(f"expected room for at least one block in the index, got {max_blocks}")
+        self._kernel: ModuleType | None = None
+        if kernel is not False:
+            self._kernel = require_kernel() if kernel else load_kernel()
+        self._max_blocks = max_blocks
+        self._rules = rules
+        self._parts: dict[CacheLayout, Part] = {}
+        self._of_model: dict[str, list[Part]] = {}
+        self._of_rank: dict[Rank, Part] = {}
+        self._left_out = 0
+
+    @property
+    def uses_kernel(self) -> bool:
+        return self._kernel is not None
+
+    @property
+    def ranks(self) -> Iterable[Rank]:
+        return self._of_rank.keys()
+
+    def join(self, rank: Rank, layout: CacheLayout) -> None:
+        """A rank that holds nothing yet. Under the layout that it has already: nothing changes.
+
+        :raises ConfigError: an unknown rule, or a layout that the rule cannot be applied to.
+        """
+        before = self._of_rank.get(rank)
+        if before is not None and before.layout == layout:
+            return
+        part = self._part(layout)
+        scored = before is None or before.members[rank].scored
+        if before is not None:
+            self.drop(rank)
+        self._keep(part)
+        part.join(rank, scored)
+        self._of_rank[rank] = part
+
+    def apply(self, rank: Rank, event: Event) -> None:
+        """What one event says. A Layout begins from empty, whatever was there, and may be a rank's first.
+
+        :raises StreamError: an unknown rank, cache group, tier or hash; nothing has changed.
+        :raises ConfigError: a layout that cannot be used; nothing has changed.
+        """
+        if isinstance(event, Layout):
+            self.join(rank, CacheLayout(event.groups, event.rule, event.model, event.hash_scheme))
+            self.clear(rank)
+            return
+        part = self._part_of(rank)
+        if isinstance(event, Cleared):
+            if event.group_id is None:
+                part.clear(rank)
+            else:
+                part.clear_group(rank, self._group(part, rank, event.group_id))
+        else:
+            self._apply_blocks(part, rank, event)
+        part.sweep_a_little()
+
+    def clear(self, rank: Rank) -> None:
+        """The rank holds nothing any more."""
+        self._part_of(rank).clear(rank)
+
+    def drop(self, rank: Rank) -> None:
+        """Forget the rank; one that is not there is forgotten already."""
+        part = self._of_rank.pop(rank, None)
+        if part is None:
+            return
+        part.leave(rank)
+        if not part.members:
+            self._discard(part)
+
+    def set_scored(self, rank: Rank, scored: bool) -> None:
+        """A rank that is not scored scores 0 and keeps its blocks."""
+        self._part_of(rank).set_scored(rank, scored)
+
+    def sweep(self, budget: int) -> bool:
+        """Free what ranks held that are gone, looking at about ``budget`` blocks; True: nothing is left."""
+        return all([part.sweep(budget) for part in self._parts.values()])
+
+    def score(self, sequence_hashes: Hashes, prompt_len: int, model: str | None = None) -> dict[Rank, int]:
+        """Cached tokens of every rank that would reuse any.
+
+        :param sequence_hashes: of the prompt's full blocks; fewer are scored as far as they go.
+        :param prompt_len: tokens of the prompt.
+        :param model: only ranks that serve it; None: all.
+        """
+        parts = self._candidates(model)
+        if len(parts) == 1:
+            return parts[0].score(sequence_hashes, prompt_len)
+        scores: dict[Rank, int] = {}
+        for part in parts:
+            scores.update(part.score(sequence_hashes, prompt_len))
+        return scores
+
+    def score_tokens(self, token_ids: Sequence[int], model: str | None = None) -> dict[Rank, int]:
+        """The same from the prompt itself, plain text; only ranks whose hash scheme is ours."""
+        scores: dict[Rank, int] = {}
+        hashes: dict[int, Hashes] = {}
+        for part in self._candidates(model):
+            size = part.block_size
+            if part.layout.hash_scheme != HASH_SCHEME:
+                continue
+            if size not in hashes:
+                hashes[size] = self._hashed(token_ids, size)
+            scores.update(part.score(hashes[size], len(token_ids)))
+        return scores
+
+    def tiers(self, rank: Rank, sequence_hashes: Sequence[int], cached_tokens: int) -> dict[str, int]:
+        """Whole reused blocks by tier: each in the slowest of what must be loaded at its position.
+
+        :param cached_tokens: as scored.
+        """
+        part = self._part_of(rank)
+        boundary, prompt_len = _resumed(part.block_size, len(sequence_hashes), cached_tokens)
+        member, slowest = part.members[rank], [DEVICE] * boundary
+        for index, group in enumerate(part.layout.groups):
+            slow = member.slow[index]
+            if slow:
+                for block in range(part.rule.first_needed(group, boundary, prompt_len), boundary):
+                    tier = slow.get(sequence_hashes[block], DEVICE)
+                    slowest[block] = max(slowest[block], tier, key=TIERS.index)
+        return dict(Counter(slowest[: cached_tokens // part.block_size]))
+
+    def explain(
+        self, sequence_hashes: Sequence[int], prompt_len: int, model: str | None = None
+    ) -> list[Explanation]:
+        """Why each rank scores what it scores."""
+        return [
+            explanation
+            for part in self._candidates(model)
+            for explanation in explain_part(part, sequence_hashes, prompt_len)
+        ]
+
+    def blocks(self, rank: Rank) -> dict[int, dict[str, int]]:
+        """Group id -> tier -> blocks that the rank holds."""
+        part = self._part_of(rank)
+        member = part.members[rank]
+        counts = {}
+        for index, group in enumerate(part.layout.groups):
+            slow = Counter(member.slow[index].values())
+            counts[group.group_id] = {DEVICE: member.counts[index] - slow.total(), **slow}
+        return counts
+
+    def contents(self, rank: Rank) -> dict[int, dict[int, str]]:
+        """Group id -> sequence hash -> tier: all that the rank holds."""
+        part = self._part_of(rank)
+        return {part.layout.groups[index].group_id: held for index, held in part.contents(rank)}
+
+    def layout(self, rank: Rank) -> CacheLayout:
+        return self._part_of(rank).layout
+
+    def check(self) -> None:
+        """Look at everything; InvariantError says what must not be. For tests and ``vswa index --check``."""
+        for part in self._parts.values():
+            part.check()
+
+    def dump(self) -> Any:
+        """All that is held, as built-in types; :meth:`load` takes it."""
+        return msgspec.to_builtins(
+            IndexDump(DUMP_VERSION, tuple(self._dump_rank(rank) for rank in sorted(self._of_rank)))
+        )
+
+    @classmethod
+    def load(cls, dumped: Any, **settings: Any) -> WindowIndex:
+        """An index that holds what was dumped. ``settings`` as for a new one.
+
+        :raises ConfigError: this is no dump of this version.
+        """
+        try:
+            dump = msgspec.convert(dumped, IndexDump)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"expected a dump of a window index: {error}") from error
+        if dump.version != DUMP_VERSION:
+            raise ConfigError(f"expected a dump of version {DUMP_VERSION}, got {dump.version}")
+        index = cls(**settings)
+        for ranked in dump.ranks:
+            rank = Rank(ranked.worker_id, ranked.dp_rank)
+            index.join(rank, ranked.layout)
+            index.set_scored(rank, ranked.scored)
+            for group in ranked.groups:
+                for tier, hashes in group.blocks.items():
+                    index.apply(rank, Stored(group.group_id, 0, None, hashes, tier))
+        return index
+
+    def stats(self) -> IndexStats:
+        blocks: Counter[str] = Counter()
+        for part in self._parts.values():
+            for group, count in zip(part.layout.groups, part.table.resident(), strict=True):
+                blocks[group.label] += count
+        members = [member for part in self._parts.values() for member in part.members.values()]
+        return IndexStats(
+            ranks=len(members),
+            scored=sum(member.scored for member in members),
+            blocks=dict(blocks),
+            nbytes=sum(part.nbytes() for part in self._parts.values()),
+            kernel=self.uses_kernel,
+            left_out=self._left_out,
+        )
+
+    def _apply_blocks(self, part: Part, rank: Rank, event: Stored | Removed | Moved) -> None:
+        group = self._group(part, rank, event.group_id)
+        try:
+            if isinstance(event, Stored):
+                check_tier(event.tier)
+                self._left_out += part.store(rank, group, event.sequence_hashes, event.tier, self._room())
+            elif isinstance(event, Removed):
+                part.remove(rank, group, event.sequence_hashes)
+            else:
+                check_tier(event.tier)
+                part.move(rank, group, event.sequence_hashes, event.tier)
+        except (TypeError, OverflowError) as error:
+            raise StreamError(f"rank {rank}, group {event.group_id}: a sequence hash: {error}") from error
+
+    def _room(self) -> int:
+        if self._max_blocks is None:
+            return UNLIMITED
+        return max(0, self._max_blocks - sum(sum(part.table.resident()) for part in self._parts.values()))
+
+    def _hashed(self, token_ids: Sequence[int], block_size: int) -> Hashes:
+        if self._kernel is None:
+            return sequence_hashes_of_tokens(token_ids, block_size)
+        hashes: Hashes = self._kernel.sequence_hashes(token_ids, block_size, True)
+        return hashes
+
+    def _candidates(self, model: str | None) -> Sequence[Part]:
+        return list(self._parts.values()) if model is None else self._of_model.get(model, ())
+
+    def _part(self, layout: CacheLayout) -> Part:
+        part = self._parts.get(layout)
+        if part is None:
+            rule = rule_named(layout.rule, self._rules)
+            layout.check()
+            # Refuses a layout that it cannot be applied to, before the first prompt comes.
+            boundaries_for(rule, layout, layout.block_size + 1, 1)
+            rule.needs(layout, layout.block_size)
+            part = Part(layout, rule, self._kernel)
+        return part
+
+    def _keep(self, part: Part) -> None:
+        if part.layout not in self._parts:
+            self._parts[part.layout] = part
+            self._of_model.setdefault(part.layout.model, []).append(part)
+
+    def _discard(self, part: Part) -> None:
+        del self._parts[part.layout]
+        of_model = self._of_model[part.layout.model]
+        of_model.remove(part)
+        if not of_model:
+            del self._of_model[part.layout.model]
+
+    def _part_of(self, rank: Rank) -> Part:
+        part = self._of_rank.get(rank)
+        if part is None:
+            raise StreamError(f"rank {rank} is not in the index; its layout must come first")
+        return part
+
+    def _group(self, part: Part, rank: Rank, group_id: int) -> int:
+        group = part.group_index.get(group_id)
+        if group is None:
+            declared = ", ".join(f"{g.group_id} (window {g.label})" for g in part.layout.groups)
+            raise StreamError(
+                f"unknown cache group {group_id} of rank {rank}; its layout declared {declared}"
+            )
+        return group
+
+    def _dump_rank(self, rank: Rank) -> RankDump:
+        part = self._of_rank[rank]
+        groups = []
+        for index, held in part.contents(rank):
+            tiers: dict[str, list[int]] = {}
+            for sequence_hash, tier in sorted(held.items()):
+                tiers.setdefault(tier, []).append(sequence_hash)
+            blocks = {tier: tuple(hashes) for tier, hashes in tiers.items()}
+            groups.append(GroupDump(part.layout.groups[index].group_id, blocks))
+        return RankDump(rank.worker_id, rank.dp_rank, part.members[rank].scored, part.layout, tuple(groups))
+
+
+def _resumed(block_size: int, blocks: int, cached_tokens: int) -> tuple[int, int]:
+    """The boundary and a prompt length that give so many cached tokens.
+
+    One token short of an edge is the end of a prompt that is a whole number of blocks.
+    """
+    if block_size > 1 and cached_tokens % block_size == block_size - 1:
+        return min(blocks, cached_tokens // block_size + 1), cached_tokens + 1
+    boundary = min(blocks, cached_tokens // block_size)
+    return boundary, max(cached_tokens, blocks * block_size) + 1

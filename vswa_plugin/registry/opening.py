@@ -1,0 +1,91 @@
+"""Which registry: from an argument or the environment.
+
+VSWA_REGISTRY            etcd | http(s)://host:port,... | file:DIR | file (Dynamo's directory)
+DYN_DISCOVERY_BACKEND    where VSWA_REGISTRY is not set: as Dynamo finds its instances, etcd | file
+DYN_FILE_KV              Dynamo's directory (default: dynamo_store_kv in the temporary directory)
+ETCD_ENDPOINTS, ETCD_AUTH_*   see etcd_settings.py
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from vswa_plugin.dynamo import DEFAULT_ETCD, ETCD_ENV
+from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.registry import Registry
+from vswa_plugin.registry.etcd_settings import EtcdSecurity
+from vswa_plugin.registry.file import FileRegistry
+
+REGISTRY_ENV, DISCOVERY_ENV, FILE_ENV = "VSWA_REGISTRY", "DYN_DISCOVERY_BACKEND", "DYN_FILE_KV"
+#: Dynamo's names of the backends that we have too; "" and kv_store mean etcd.
+_DISCOVERY = {"": "etcd", "etcd": "etcd", "kv_store": "etcd", "file": "file"}
+
+#: For ``--help``.
+ENVIRONMENT = """\
+  VSWA_REGISTRY    who is alive: etcd, file:DIR, or etcd URLs (default: as DYN_DISCOVERY_BACKEND)
+  ETCD_ENDPOINTS   discovery and the registry, several with commas (default http://127.0.0.1:2379)
+  ETCD_AUTH_USERNAME, ETCD_AUTH_PASSWORD     user of etcd, both or none
+  ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT, ETCD_AUTH_CLIENT_KEY   PEM files, for https endpoints
+  DYN_DISCOVERY_BACKEND, DYN_FILE_KV         Dynamo's discovery: etcd (default) or file, and its directory
+"""
+
+
+def open_registry(where: str, environ: Mapping[str, str] | None = None) -> Registry:
+    """The registry that ``where`` names (see VSWA_REGISTRY above). Connects to nothing.
+
+    :raises ConfigError: names the variable that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    scheme = where.partition(":")[0]
+    if where == "etcd":
+        return _etcd(environ.get(ETCD_ENV) or DEFAULT_ETCD, environ)
+    if scheme in ("http", "https"):
+        return _etcd(where, environ)
+    if where == "file":
+        return FileRegistry(_dynamo_directory(environ))
+    if scheme == "file":
+        return FileRegistry(_directory(where))
+    known = ("etcd", "file", "file:DIR", "http://host:port", "https://host:port")
+    raise ConfigError(f"{REGISTRY_ENV}: {unknown_choice('registry', where, known)}")
+
+
+def registry_from_env(environ: Mapping[str, str] | None = None) -> Registry:
+    """The registry that VSWA_REGISTRY names, else the one beside Dynamo's discovery. Raises ConfigError."""
+    environ = os.environ if environ is None else environ
+    where = environ.get(REGISTRY_ENV) or discovery_backend(environ)
+    if where is None:
+        raise ConfigError(
+            f"{DISCOVERY_ENV}: expected etcd or file for a registry beside Dynamo's discovery, got "
+            f"{environ[DISCOVERY_ENV]!r}; set {REGISTRY_ENV} to etcd or file:DIR"
+        )
+    return open_registry(where, environ)
+
+
+def discovery_backend(environ: Mapping[str, str] | None = None) -> str | None:
+    """``etcd`` or ``file``: where Dynamo finds its instances. None where it is something else."""
+    environ = os.environ if environ is None else environ
+    return _DISCOVERY.get(environ.get(DISCOVERY_ENV, ""))
+
+
+def _etcd(endpoints: str, environ: Mapping[str, str]) -> Registry:
+    from vswa_plugin.registry.etcd import EtcdRegistry  # imports gRPC: not for those who use files
+
+    return EtcdRegistry(endpoints, security=EtcdSecurity.from_env(environ))
+
+
+def _directory(where: str) -> str:
+    """The directory of ``file:DIR``, ``file:/DIR`` or ``file:///DIR``."""
+    parts = urlsplit(where)
+    path = unquote(parts.path)
+    if parts.netloc not in ("", "localhost") or not path:
+        raise ConfigError(f"{REGISTRY_ENV}: expected file:DIR or file:///DIR, got {where!r}")
+    return path
+
+
+def _dynamo_directory(environ: Mapping[str, str]) -> Path:
+    named = environ.get(FILE_ENV)
+    return Path(named) if named else Path(tempfile.gettempdir()) / "dynamo_store_kv"

@@ -1,0 +1,142 @@
+"""What watching a registry means, for every backend: content in, changes out.
+
+A backend tells a :class:`View` what it sees, as single keys or as whole listings; the view tells the
+difference to what it told before, so that a listing repairs whatever went missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import Any
+
+from vswa_plugin.errors import ProtocolError
+from vswa_plugin.registry import (
+    Change,
+    Connected,
+    Disconnected,
+    Entry,
+    Joined,
+    Left,
+    Updated,
+    decode_entry,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class View:
+    """The registry's content as told so far. Pure but for ``emit`` and the log."""
+
+    def __init__(self, emit: Callable[[Change], None]) -> None:
+        self._emit = emit
+        self._payloads: dict[str, bytes] = {}  # malformed ones too: each is logged once
+        self.entries: dict[str, Entry] = {}
+        self.connected = False
+        self._told_why = ""
+
+    def put(self, key: str, payload: bytes) -> bool:
+        """Key and payload as they are now; whether that was news. A malformed entry is none."""
+        if self._payloads.get(key) == payload:
+            return False
+        self._payloads[key] = payload
+        try:
+            entry = decode_entry(key, payload)
+        except ProtocolError as error:
+            logger.warning("registry entry left out: %s", error)
+            self._forget(key)
+            return True
+        known = self.entries.get(key)
+        self.entries[key] = entry
+        if known is None:
+            self._emit(Joined(entry))
+        elif known != entry:
+            self._emit(Updated(entry))
+        return True
+
+    def remove(self, key: str) -> bool:
+        """The key is gone; whether that was news."""
+        known = self._payloads.pop(key, None) is not None
+        self._forget(key)
+        return known
+
+    def replace(self, payloads: Mapping[str, bytes]) -> bool:
+        """The whole content as it is now; whether any of it was news."""
+        gone = [key for key in self._payloads if key not in payloads]
+        news = [self.remove(key) for key in gone]
+        news += [self.put(key, payloads[key]) for key in sorted(payloads)]
+        return any(news)
+
+    def connect(self) -> None:
+        """The content is complete."""
+        if not self.connected:
+            self.connected, self._told_why = True, ""
+            self._emit(Connected())
+
+    def disconnect(self, reason: str) -> None:
+        """The content cannot be read any more; told once, until it can."""
+        if self.connected or not self._told_why:
+            self.connected, self._told_why = False, reason
+            logger.warning("registry not readable, the last known state stands: %s", reason)
+            self._emit(Disconnected(reason))
+
+    def _forget(self, key: str) -> None:
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            self._emit(Left(entry))
+
+
+class Watcher:
+    """Changes of a registry, in order, as an async iterator; made by :meth:`Registry.watch`.
+
+    First a ``Joined`` for each entry that is there, then ``Connected``, then what happens. Whoever
+    applies ``Joined``, ``Updated`` and ``Left`` holds exactly what the registry holds whenever nothing
+    is under way, after any outage too: what came and went meanwhile may be told as its net difference.
+    Between ``Disconnected`` and ``Connected`` the last known state stands. A reader that is slow loses
+    nothing. Close it, or use it with ``async with``; iteration ends then.
+    """
+
+    def __init__(self, follow: Callable[[View], Coroutine[Any, Any, None]], name: str) -> None:
+        """Runs ``follow``, which feeds the view until it is cancelled. Needs a running event loop."""
+        self._changes: asyncio.Queue[Change | None] = asyncio.Queue()  # registrations change rarely
+        self._view = View(self._changes.put_nowait)
+        self._closed = False
+        self._task = asyncio.create_task(follow(self._view), name=name)
+        self._task.add_done_callback(lambda _: self._changes.put_nowait(None))
+
+    @property
+    def connected(self) -> bool:
+        """Whether the registry can be read right now; may be ahead of the changes taken so far."""
+        return self._view.connected
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __aiter__(self) -> Watcher:
+        return self
+
+    async def __anext__(self) -> Change:
+        change = None if self._closed else await self._changes.get()
+        if change is not None and not self._closed:
+            return change
+        self._changes.put_nowait(None)  # for others that wait, and for the next call
+        if self._task.done() and not self._task.cancelled() and (error := self._task.exception()):
+            raise error
+        raise StopAsyncIteration
+
+    async def close(self) -> None:
+        """End the watch and all that runs for it."""
+        self._closed = True
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def __aenter__(self) -> Watcher:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
