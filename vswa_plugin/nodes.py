@@ -47,7 +47,7 @@ class NodeTable:
     """
 
     def __init__(self, hasher: BlockHasher = plain_hasher, limit: int = 2_000_000) -> None:
-        self._hasher = hasher
+        self.hasher = hasher
         self._limit = limit
         self._nodes: dict[EngineHash, Node] = {}
 
@@ -56,6 +56,10 @@ class NodeTable:
 
     def get(self, engine_hash: EngineHash) -> Node | None:
         return self._nodes.get(engine_hash)
+
+    def by_sequence_hash(self) -> dict[int, EngineHash]:
+        """The table turned round: sequence hash -> the engine's name."""
+        return {node.sequence_hash: engine_hash for engine_hash, node in self._nodes.items()}
 
     def add(
         self, parent: EngineHash | None, block: EngineBlock, cache_salt: str | None, lora_name: str | None
@@ -74,7 +78,7 @@ class NodeTable:
             if before is None:
                 return None
             position, prefix = before.position + 1, before.sequence_hash
-        node = Node(chain(prefix, self._hasher(block.token_ids, cache_salt, lora_name)), position, prefix)
+        node = Node(chain(prefix, self.hasher(block.token_ids, cache_salt, lora_name)), position, prefix)
         self._nodes[block.hash] = node
         return node
 

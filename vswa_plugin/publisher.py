@@ -19,7 +19,7 @@ from typing import Protocol
 
 import msgspec
 
-from vswa_plugin.engine import EventAdapter, RawEvent
+from vswa_plugin.engine import BlocksRemoved, EngineEvent, EventAdapter, RawEvent
 from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
 from vswa_plugin.events import (
     VERSION,
@@ -32,6 +32,7 @@ from vswa_plugin.events import (
     encode,
     layout_event,
 )
+from vswa_plugin.healing import Claim, Healing
 from vswa_plugin.history import History, HistoryOptions
 from vswa_plugin.residency import Residency, Restart
 
@@ -163,11 +164,12 @@ class Publisher:
         self.numbering = Numbering(time.time_ns, last_epoch)
         message_bytes = self.options.batch_bytes
         self.history = History(residency, HistoryOptions(message_bytes=message_bytes), time.monotonic)
+        self.healing = Healing(residency, residency.nodes.hasher)
         self._superseded: Batch | None = None
         self._adapter = adapter
         self._send = send
         self._observe = observe
-        self._inbox: deque[RawEvent] = deque()
+        self._inbox: deque[RawEvent | Claim] = deque()
         self._overflowed = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
@@ -199,6 +201,12 @@ class Publisher:
             return
         if batch.epoch > self.numbering.epoch:
             self._superseded = batch
+            self._arrived.set()
+
+    def claim(self, claim: Claim) -> None:
+        """A finished request proves blocks; of use only after a restart. Event loop only."""
+        if self.healing.active:
+            self._inbox.append(claim)
             self._arrived.set()
 
     async def run(self) -> None:
@@ -262,24 +270,35 @@ class Publisher:
             changes = self._restart(
                 f"over {self.options.inbox_events} engine events waited: the loop was held up"
             )
-        for raw in self._take():
+        for item in self._take():
+            if isinstance(item, Claim):
+                changes += self.healing.changes(item)
+                continue
+            self.healing.events += 1
             try:
-                engine_events = self._adapter.feed(raw)
+                engine_events = self._adapter.feed(item)
             except VswaError as error:
                 self._reject(error)
-                changes = self._restart(f"an engine event could not be read: {error}")
                 self.residency.clear()
+                changes = self._restart(f"an engine event could not be read: {error}")
                 continue
             for event in engine_events:
-                try:
-                    changes += self.residency.apply(event)
-                except Restart as reason:
-                    changes = self._restart(str(reason))
-                except VswaError as error:
-                    self._reject(error)
+                changes = self._applied(event, changes)
         return changes
 
-    def _take(self) -> Iterator[RawEvent]:
+    def _applied(self, event: EngineEvent, changes: list[Event]) -> list[Event]:
+        """``changes`` and those that ``event`` amounts to; or what a new epoch begins with."""
+        if self.healing.active and isinstance(event, BlocksRemoved):
+            self.healing.saw_removed(event.group_id, event.hashes)
+        try:
+            return changes + self.residency.apply(event)
+        except Restart as reason:
+            return self._restart(str(reason))
+        except VswaError as error:
+            self._reject(error)
+            return changes
+
+    def _take(self) -> Iterator[RawEvent | Claim]:
         """Up to :data:`PASS_EVENTS` waiting events: the loop has other work too, heartbeats above all."""
         for _ in range(PASS_EVENTS):
             if not self._inbox:
@@ -299,6 +318,7 @@ class Publisher:
         logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
         self.numbering.new_epoch()
         self.history.begin_epoch(self.numbering.epoch)
+        self.healing.restarted()
         return [layout_event(self.residency.layout)]
 
     def _write(self, events: Sequence[Event]) -> None:

@@ -17,7 +17,7 @@ from vswa_plugin.engine import (
     EventsLost,
     GroupCreated,
 )
-from vswa_plugin.events import Event, Moved, Removed, Stored
+from vswa_plugin.events import TIERS, Event, Moved, Removed, Stored
 from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.nodes import Node, NodeTable
 
@@ -67,6 +67,15 @@ class Residency:
         """Nothing is resident any more. The node table stays: it depends on content only."""
         for tiers in self._tiers.values():
             tiers.clear()
+
+    def readmit(self, group_id: int, engine_hash: EngineHash) -> Node | None:
+        """Note a block as resident that was not announced again; its node, None if nothing changed."""
+        tiers = self._group(group_id)
+        node = self.nodes.get(engine_hash)
+        if node is None or engine_hash in tiers:
+            return None
+        tiers[engine_hash] = TIERS[0]
+        return node
 
     def resident(self) -> dict[int, set[int]]:
         """Sequence hashes held, by group id."""

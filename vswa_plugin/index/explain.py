@@ -1,4 +1,4 @@
-"""Why a rank scores what it scores: which blocks each group holds, and which block spoilt the next boundary."""
+"""Why a rank scores what it does: which blocks each group holds, and which spoilt the next boundary."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from vswa_plugin.errors import InvariantError, StreamError
 from vswa_plugin.events import TIERS, Rank
 from vswa_plugin.index.plans import Plan, boundaries_for, plan_for, run_starts
 from vswa_plugin.index.python_table import PythonTable
-from vswa_plugin.index.tables import ALL_GROUPS, Hashes, KernelTable, Table, only_wanted
+from vswa_plugin.index.tables import Hashes, KernelTable, Table, ranks_of
 from vswa_plugin.layout import CacheLayout
 from vswa_plugin.reuse import ReuseRule
 
@@ -222,7 +222,7 @@ class Part:
             anywhere |= mask
         found = {
             rank: asked.deepest([run_starts([bool(mask >> bit & 1) for mask in group]) for group in masks])
-            for rank, bit in only_wanted(anywhere & self._wanted, self._ranks).items()
+            for rank, bit in ranks_of(anywhere & self._wanted, self._ranks).items()
         }
         return self._tokens({rank: boundary for rank, boundary in found.items() if boundary}, prompt_len)
 

@@ -37,7 +37,7 @@ def plan_for(rule: ReuseRule, layout: CacheLayout, prompt_len: int) -> Plan | No
         return None
     size = layout.block_size
     at_end = needs.at_prompt_end if boundaries * size == prompt_len else None
-    # The built-in rules count whole blocks up to the last token but one; asking them costs more than the walk.
+    # The built-in rules count whole blocks up to the last token but one; asking costs more than the walk.
     if rule is RULES.get(rule.name):
         return Plan(boundaries, needs.trailing, at_end, size, prompt_len - 1, False)
     return Plan(boundaries, needs.trailing, at_end, 1, sys.maxsize, True)

@@ -14,7 +14,7 @@ from operator import and_
 
 from vswa_plugin.events import Rank
 from vswa_plugin.index.plans import Plan
-from vswa_plugin.index.tables import ALL_GROUPS, Hashes, only_wanted
+from vswa_plugin.index.tables import ALL_GROUPS, Hashes, ranks_of
 
 _LIMIT = 2**64
 _FIRST_CHUNK, _LAST_CHUNK = 16, 1024
@@ -74,7 +74,7 @@ class PythonTable:
         for boundary, found in self._settle(hashes[: plan.boundaries], plan, wanted):
             tokens = min(boundary * plan.unit, plan.limit)
             if tokens > 0:
-                scores.update(dict.fromkeys(only_wanted(found, ranks), tokens))
+                scores.update(dict.fromkeys(ranks_of(found, ranks), tokens))
         return scores
 
     def sweep(self, dead: int, budget: int, group: int = ALL_GROUPS) -> bool:
@@ -141,12 +141,11 @@ class PythonTable:
         needs = [_need(need, blocks) for need in plan.trailing]
         last_needs = needs if at_end is None else [_need(need, blocks) for need in at_end]
         whole = [g for g, need in enumerate(needs) if need == blocks == last_needs[g]]
+        sliding = [g for g, need in enumerate(needs) if need and g not in whole]
         running = self._running(whole, hashes, wanted)
         windows = [
-            _Window(
-                need, [self._groups[g] for g, n in enumerate(needs) if n == need and g not in whole], hashes
-            )
-            for need in sorted({n for g, n in enumerate(needs) if n and g not in whole})
+            _Window(need, [self._groups[g] for g in sliding if needs[g] == need], hashes)
+            for need in sorted({needs[g] for g in sliding})
         ]
         remaining = running[0] if running else 0
         boundary = len(running)

@@ -62,7 +62,7 @@ def mask_bytes(mask: int) -> bytes:
     return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 
 
-def only_wanted(mask: int, ranks: Sequence[Rank | None]) -> Mapping[Rank, int]:
+def ranks_of(mask: int, ranks: Sequence[Rank | None]) -> Mapping[Rank, int]:
     """The ranks of a mask, with their bits."""
     found = {}
     while mask:

@@ -131,7 +131,8 @@ class WindowIndex:
 
     def sweep(self, budget: int) -> bool:
         """Free what ranks held that are gone, looking at about ``budget`` blocks; True: nothing is left."""
-        return all([part.sweep(budget) for part in self._parts.values()])
+        left = [part for part in self._parts.values() if not part.sweep(budget)]
+        return not left
 
     def score(self, sequence_hashes: Hashes, prompt_len: int, model: str | None = None) -> dict[Rank, int]:
         """Cached tokens of every rank that would reuse any.

@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 
 #: How often a listing checks that the stream is not silently dead.
 RECONCILE_S = 3.0
+#: How much later than a listing the stream may tell.
+GRACE_S = 0.5
 #: Back-off while etcd is away: from, to.
-RETRY_MIN_S, RETRY_MAX_S = 0.05, 1.0
+RETRY_MIN_S, RETRY_MAX_S = 0.05, 0.5
 
 
 async def follow(connection: Connection, prefix: str, view: View, reconcile_s: float) -> None:
@@ -88,39 +90,36 @@ class _Stream:
         if isinstance(item, Ended):
             logger.info("watch of etcd ended (%s): listing and watching again", item.reason)
             return False
-        if item.revision <= self._revision:
-            return True  # a listing has shown it already, or it is the greeting, without events
         for event in item.events:
             match event:
                 case Put(key, value):
                     self._view.put(key, value)
                 case Deleted(key):
                     self._view.remove(key)
-        self._revision = item.revision
+        self._revision = max(self._revision, item.revision)  # the greeting has none
         self.worked = True
         return True
 
     async def _verify(self) -> bool:
-        """List; False where that shows news that the stream should have told."""
-        listing = await self._list()
-        while not self._items.empty():
-            if not self._apply(self._items.get_nowait()):
-                return False
-        if listing.revision < self._revision:
-            # Nothing was applied while the list was under way but what came after it; a store that
-            # went back to an earlier revision is another one.
-            return await self._verify_newer()
-        if self._view.replace(listing.content):
-            logger.warning("etcd's watch was silent about changes: watching again")
-            return False
-        self._revision = listing.revision
-        return True
-
-    async def _verify_newer(self) -> bool:
-        """Whether a listing that begins now has caught up with what was applied before."""
+        """List; False where that shows that the stream does not tell what it should."""
         applied = self._revision
         listing = await self._list()
         if listing.revision < applied:
             logger.warning("etcd went back from revision %d to %d", applied, listing.revision)
             return False
-        return True
+        while not self._items.empty():
+            if not self._apply(self._items.get_nowait()):
+                return False
+        if self._revision > listing.revision or not self._view.differs(listing.content):
+            return True
+        return await self._hear(listing)
+
+    async def _hear(self, listing: Listing) -> bool:
+        """Whether the stream was only later than the listing; else tell what it did not."""
+        try:
+            async with asyncio.timeout(GRACE_S):
+                return self._apply(await self._items.get())
+        except TimeoutError:
+            logger.warning("etcd's watch was silent about changes: watching again")
+            self._view.replace(listing.content)
+            return False

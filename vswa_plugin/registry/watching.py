@@ -37,37 +37,39 @@ class View:
         self.connected = False
         self._told_why = ""
 
-    def put(self, key: str, payload: bytes) -> bool:
-        """Key and payload as they are now; whether that was news. A malformed entry is none."""
+    def put(self, key: str, payload: bytes) -> None:
+        """Key and payload as they are now. A malformed entry is none."""
         if self._payloads.get(key) == payload:
-            return False
+            return
         self._payloads[key] = payload
         try:
             entry = decode_entry(key, payload)
         except ProtocolError as error:
             logger.warning("registry entry left out: %s", error)
             self._forget(key)
-            return True
+            return
         known = self.entries.get(key)
         self.entries[key] = entry
         if known is None:
             self._emit(Joined(entry))
         elif known != entry:
             self._emit(Updated(entry))
-        return True
 
-    def remove(self, key: str) -> bool:
-        """The key is gone; whether that was news."""
-        known = self._payloads.pop(key, None) is not None
+    def remove(self, key: str) -> None:
+        """The key is gone."""
+        self._payloads.pop(key, None)
         self._forget(key)
-        return known
 
-    def replace(self, payloads: Mapping[str, bytes]) -> bool:
-        """The whole content as it is now; whether any of it was news."""
-        gone = [key for key in self._payloads if key not in payloads]
-        news = [self.remove(key) for key in gone]
-        news += [self.put(key, payloads[key]) for key in sorted(payloads)]
-        return any(news)
+    def replace(self, payloads: Mapping[str, bytes]) -> None:
+        """The whole content as it is now."""
+        for key in [key for key in self._payloads if key not in payloads]:
+            self.remove(key)
+        for key in sorted(payloads):
+            self.put(key, payloads[key])
+
+    def differs(self, payloads: Mapping[str, bytes]) -> bool:
+        """Whether :meth:`replace` would be news."""
+        return self._payloads != payloads
 
     def connect(self) -> None:
         """The content is complete."""

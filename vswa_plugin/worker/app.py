@@ -68,6 +68,7 @@ class Worker:
                 self._args.settings.served_model_name,
                 endpoint.worker_id,
                 self._host.request_finished,
+                self._publishers,
             )
             serving = await self._go_live(endpoint, handler)
             await self._until_stopped(stop, serving)

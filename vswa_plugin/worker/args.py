@@ -70,7 +70,11 @@ def parser() -> argparse.ArgumentParser:
         default=os.environ.get("VSWA_ENGINE", "gemma3_cpu"),
         help="an engine that a plugin provides (`vswa plugins`); default gemma3_cpu or VSWA_ENGINE",
     )
-    model.add_argument("--model-path", required=True, help="directory of a Hugging Face checkpoint")
+    model.add_argument(
+        "--model-path",
+        required=True,
+        help="directory of a Hugging Face checkpoint; gemma3_cpu also takes a GGUF file",
+    )
     model.add_argument("--served-model-name", help="what clients call it (default: the directory's name)")
     model.add_argument(
         "--extra-engine-args", metavar="FILE", help="engine options, YAML in TensorRT-LLM's format"

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import cast
 
 from vswa_plugin.engine import ChunkDict, Engine, RequestDict
 from vswa_plugin.errors import RequestError, Unavailable
+from vswa_plugin.healing import Claim
+from vswa_plugin.publisher import Publisher
 from vswa_plugin.records import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -20,15 +22,22 @@ class RequestHandler:
     """Serves requests of one engine until :meth:`drain`.
 
     :param record: told of each request that ended; must not raise.
+    :param publishers: by dp_rank; told what a finished request proves to be resident.
     """
 
     def __init__(
-        self, engine: Engine, model: str, worker_id: int, record: Callable[[RequestRecord], None]
+        self,
+        engine: Engine,
+        model: str,
+        worker_id: int,
+        record: Callable[[RequestRecord], None],
+        publishers: Mapping[int, Publisher] | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._worker_id = worker_id
         self._record = record
+        self._publishers = publishers or {}
         self._in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -48,6 +57,8 @@ class RequestHandler:
         if self._draining or self._engine.failure() is not None:
             raise Unavailable(self._engine.failure() or "the worker is stopping; another one can serve this")
         tracked = _Tracked(request, request_id)
+        publisher = self._publishers.get(tracked.dp_rank)
+        mark = publisher.healing.events if publisher is not None else 0
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -71,6 +82,8 @@ class RequestHandler:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
+            if publisher is not None and publisher.healing.active and tracked.cached_tokens:
+                publisher.claim(tracked.claim(request, mark))
             self._record(tracked.record(self._model, self._worker_id))
 
     async def drain(self, timeout_s: float) -> bool:
@@ -118,12 +131,12 @@ class _Tracked:
     def __init__(self, request: RequestDict, request_id: str) -> None:
         routing = request.get("routing") or {}
         self._request_id = request_id
-        self._dp_rank = int(routing.get("dp_rank") or 0)
+        self.dp_rank = int(routing.get("dp_rank") or 0)
         self._prompt_tokens = len(request.get("token_ids") or ())
         self._began = time.monotonic()
         self._first_token_s: float | None = None
         self._output_tokens = 0
-        self._cached_tokens = 0
+        self.cached_tokens = 0
         self.finish_reason = "cancelled"
 
     def saw(self, chunk: ChunkDict) -> None:
@@ -132,20 +145,31 @@ class _Tracked:
             self._first_token_s = time.monotonic() - self._began
         self._output_tokens += len(tokens)
         usage = chunk.get("completion_usage") or {}
-        self._cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
-            "cached_tokens", self._cached_tokens
+        self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
+            "cached_tokens", self.cached_tokens
         )
         if reason := chunk.get("finish_reason"):
             self.finish_reason = str(reason)
+
+    def claim(self, request: RequestDict, mark: int) -> Claim:
+        """What this request proves, had it arrived when ``mark`` engine events had been seen."""
+        routing = request.get("routing") or {}
+        return Claim(
+            tuple(request["token_ids"]),
+            self.cached_tokens,
+            mark,
+            routing.get("cache_salt"),
+            routing.get("lora_name"),
+        )
 
     def record(self, model: str, worker_id: int) -> RequestRecord:
         return RequestRecord(
             request_id=self._request_id,
             model=model,
             worker_id=worker_id,
-            dp_rank=self._dp_rank,
+            dp_rank=self.dp_rank,
             prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
+            cached_tokens=self.cached_tokens,
             output_tokens=self._output_tokens,
             finish_reason=self.finish_reason,
             queued_s=None,

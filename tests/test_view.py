@@ -1,0 +1,94 @@
+"""When a rank may be scored: staleness, silence, and whose fault a pause was."""
+
+from __future__ import annotations
+
+from vswa_plugin.events import Batch, Layout, Source, Unknown
+from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.view import View, ViewOptions
+
+LAYOUT = CacheLayout((CacheGroup(0, 512, 32),), "trtllm_v2", "m")
+EVENT = Layout(LAYOUT.groups, "trtllm_v2", "h", "m")
+
+
+def live_view() -> View:
+    view = View(Source("ns", "backend", 1), ViewOptions())
+    view.layout = LAYOUT
+    view.reader.on_batch(Batch(1, 5, 0, 0, (EVENT,)), 0.0)
+    view.stale_since = None
+    return view
+
+
+def ticks(view: View, start: float, seconds: float, connected: bool = True, step: float = 0.25) -> float:
+    now = start
+    while now < start + seconds:
+        now += step
+        view.tick(now, connected)
+    return now
+
+
+def test_a_rank_that_was_never_heard_of_is_not_scored() -> None:
+    view = View(Source("ns", "backend", 1), ViewOptions())
+
+    assert not view.scored(0.0)
+    assert view.state(0.0) == "waiting"
+
+
+def test_a_live_rank_is_scored() -> None:
+    assert live_view().scored(0.0)
+    assert live_view().state(0.0) == "live"
+
+
+def test_a_stale_rank_is_scored_as_last_seen_for_ten_seconds() -> None:
+    view = live_view()
+    view.stale_since = 100.0
+
+    assert view.scored(109.9)
+    assert not view.scored(110.1)
+    assert view.state(105.0) == "stale"
+
+
+def test_missing_heartbeats_score_0_within_three() -> None:
+    view = live_view()
+    view.tick(0.0, connected=True)
+    now = ticks(view, 0.0, 2.0)
+    assert view.scored(now)
+
+    now = ticks(view, now, 1.0)
+    assert not view.scored(now)
+    assert view.state(now) == "silent"
+    view.heard()
+    assert view.scored(now)
+
+
+def test_heartbeats_that_are_missing_while_our_own_broker_is_away_do_not_count() -> None:
+    view = live_view()
+    now = ticks(view, 0.0, 60.0, connected=False)
+
+    assert view.scored(now)
+
+
+def test_a_loop_that_did_not_run_does_not_blame_the_rank() -> None:
+    view = live_view()
+    view.tick(0.0, connected=True)
+    view.tick(300.0, connected=True)
+
+    assert view.scored(300.0)
+
+
+def test_only_an_unregistered_rank_is_forgotten_and_only_after_long() -> None:
+    view = live_view()
+    view.tick(0.0, connected=True)
+    now = ticks(view, 0.0, 59.0)
+    assert not view.forgotten
+    now = ticks(view, now, 2.0)
+    assert view.forgotten
+    view.registered = True
+    assert not view.forgotten
+
+
+def test_an_epoch_with_an_event_of_a_later_version_is_not_scored() -> None:
+    view = live_view()
+    view.reader.on_batch(Batch(1, 5, 1, 0, (Unknown("grown"),)), 0.0)
+
+    assert not view.scored(0.0)
+    assert view.state(0.0) == "unreadable"
