@@ -4,7 +4,7 @@
         [--transformers-python /path/to/other/venv/bin/python]
 
 Both compute the same random checkpoints in float32 with the same number of threads, each in its own process,
-in turns; the best of all turns counts. Prefill is one pass over the prompt with the last token's logits;
+in turns; the best of all turns counts. The machine should be idle: see load_average_at_start in the result. Prefill is one pass over the prompt with the last token's logits;
 decode is one token for each sequence of the batch. transformers runs as it comes: SDPA attention, its
 DynamicCache. A ratio above 1 means that ours is faster.
 """
@@ -270,6 +270,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/bench_engine.py", *_shown(sys.argv[1:])]),
         "date": date.today().isoformat(),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {args.threads} threads each",
+        "load_average_at_start": round(os.getloadavg()[0], 2),
         "versions": versions(args),
         "checkpoints": {},
     }

@@ -87,6 +87,8 @@ class Subscriber:
     ) -> None:
         self.options = options or SubscriberOptions()
         self.stats = SubscriberStats()
+        #: Set when a rank became live or left; for whoever waits for that.
+        self.changed = asyncio.Event()
         self._transport = transport
         self._index = index
         self._namespace = namespace
@@ -127,6 +129,7 @@ class Subscriber:
         """The registry says that this rank has gone."""
         if self._views.pop(rank, None) is not None:
             self._index.drop(rank)
+            self.changed.set()
 
     # -- incoming ----------------------------------------------------------------------------------
 
@@ -211,6 +214,7 @@ class Subscriber:
 
     def _became_live(self, view: View) -> None:
         self.stats.became_live += 1
+        self.changed.set()
         if view.stale_since is not None:
             took_ms = (self._now() - view.stale_since) * 1000
             logger.info("%s: view is live again after %.0f ms", view.source, took_ms)

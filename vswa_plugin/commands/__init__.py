@@ -22,6 +22,8 @@ Run: TypeAlias = Callable[[argparse.Namespace], int]
 BUILT_IN: Mapping[str, str] = {
     "demo": "see it work: brokers, frontend, two workers, a few requests, and every window's events",
     "events": "follow the KV block events of every worker and window",
+    "explain": "what every rank could reuse of a prompt, and what spoilt the rest",
+    "index": "what every rank holds, per window and tier, live",
     "plugins": "list plugins: version, hooks, where from, and why one is not loaded",
     "serve": "the demo's servers, left running for your own requests",
 }

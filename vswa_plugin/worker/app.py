@@ -51,6 +51,7 @@ class Worker:
         self._status = Status()
         self._publishers: dict[int, Publisher] = {}
         self._publishing: list[asyncio.Task[None]] = []
+        self._told_epochs: dict[int, int] = {}
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT (0) or until something fails (raises)."""
@@ -153,7 +154,9 @@ class Worker:
     async def _go_live(self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler) -> asyncio.Task[None]:
         settings, info = self._args.settings, self._engine.info
         serving = endpoint.serve(handler.handle)
-        await self._registry.join(self._entry(endpoint.worker_id))
+        entry = self._entry(endpoint.worker_id)
+        await self._registry.join(entry)
+        self._told_epochs = dict(entry.epochs)
         model_dir = info.model_dir or settings.model_path
         await endpoint.register(model_dir, settings.served_model_name, info)
         self._status.ready = True
@@ -168,6 +171,18 @@ class Worker:
             self._args.endpoint,
         )
         return serving
+
+    async def _tell_epochs(self) -> None:
+        """Keep the registry's epochs true after a restart of a stream."""
+        epochs = {rank: each.numbering.epoch for rank, each in self._publishers.items()}
+        if epochs == self._told_epochs:
+            return
+        try:
+            await self._registry.update(epochs=epochs)
+        except ConnectError as error:
+            logger.warning("the registry does not know of a new epoch yet: %s", error)
+        else:
+            self._told_epochs = epochs
 
     def _entry(self, worker_id: int) -> Entry:
         settings, info = self._args.settings, self._engine.info
@@ -204,6 +219,7 @@ class Worker:
                     f"Dynamo's runtime ended unasked ({_why(serving)}); was etcd away for longer than "
                     "its lease?"
                 )
+            await self._tell_epochs()
             for task in self._publishing:
                 if task.done():
                     raise WorkerFailed(f"a publisher ended unasked ({_why(task)})")

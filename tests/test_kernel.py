@@ -1,0 +1,219 @@
+"""The compiled kernel against the xxhash package, the pure hashes and the pure table."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.index_helpers import KERNEL, needs_kernel
+from vswa_plugin import hashing, kernel
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.events import Rank
+from vswa_plugin.index.plans import Plan
+from vswa_plugin.index.python_table import PythonTable
+from vswa_plugin.index.tables import KernelTable, Table
+
+pytestmark = needs_kernel
+
+TOKENS = st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 300_000), max_size=300)
+ODD = 0x9E3779B97F4A7C15
+RANKS: list[Rank | None] = [Rank(number) for number in range(200)]
+
+
+def compiled() -> Any:
+    assert KERNEL is not None
+    return KERNEL
+
+
+def keys_of_one_tag(count: int, tag: int) -> list[int]:
+    """Keys that the table's index cannot tell apart: key * odd agrees in its upper half."""
+    return [(tag << 32 | low) * pow(ODD, -1, 2**64) % 2**64 for low in range(count)]
+
+
+#: Ordinary hashes; 0 and the largest; tags that are equal, the lowest, and the highest (whose probes wrap).
+KEYS = [
+    *random.Random(5).sample(range(2**64), 12),
+    *(0, 2**64 - 1, 1, 2),
+    *keys_of_one_tag(6, 77),
+    *keys_of_one_tag(6, 2**32 - 1),
+]
+CHAIN = st.lists(st.sampled_from(KEYS), max_size=12, unique=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1337, 2**64 - 1, 0x0123456789ABCDEF])
+def test_xxh3_equals_the_xxhash_package_at_every_length(seed: int) -> None:
+    data = random.Random(seed).randbytes(2048)
+
+    for length in range(2049):
+        assert xxhash.xxh3_64_intdigest(data[:length], seed) == compiled().xxh3_64(data[:length], seed), (
+            length
+        )
+
+
+@given(st.binary(max_size=5000), st.integers(0, 2**64 - 1))
+def test_xxh3_equals_the_xxhash_package_for_any_bytes_and_seed(data: bytes, seed: int) -> None:
+    assert xxhash.xxh3_64_intdigest(data, seed) == compiled().xxh3_64(data, seed)
+
+
+@given(TOKENS, st.sampled_from([1, 2, 3, 16, 32, 60, 61, 64]))
+def test_compiled_sequence_hashes_equal_the_pure_ones(tokens: list[int], block_size: int) -> None:
+    expected = hashing.sequence_hashes(hashing.block_hashes(tokens, block_size))
+
+    assert expected == compiled().sequence_hashes(tokens, block_size)
+    assert expected == compiled().sequence_hashes(tuple(tokens), block_size)
+    packed = compiled().sequence_hashes(tokens, block_size, True)
+    assert b"".join(value.to_bytes(8, "little") for value in expected) == packed
+
+
+def test_blocks_too_large_for_the_stack_hash_alike() -> None:
+    tokens = list(range(2_000))
+
+    assert hashing.sequence_hashes(hashing.block_hashes(tokens, 600)) == compiled().sequence_hashes(
+        tokens, 600
+    )
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_hashing_tokens_is_the_same_with_and_without_the_kernel(
+    switched_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if switched_off:
+        monkeypatch.setattr(hashing, "_kernel", None)
+    tokens = list(range(100))
+
+    assert hashing.sequence_hashes(hashing.block_hashes(tokens, 16)) == hashing.sequence_hashes_of_tokens(
+        tokens, 16
+    )
+    for bad in (-1, 2**32, 2**80):
+        with pytest.raises(OverflowError):
+            hashing.sequence_hashes_of_tokens([1, bad], 2)
+    with pytest.raises(TypeError):
+        hashing.sequence_hashes_of_tokens([1, "a"], 2)  # type: ignore[list-item]
+
+
+def test_the_switch_and_an_old_build_leave_the_kernel_aside(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernel, "VERSION", kernel.VERSION + 1)
+    assert kernel.load_kernel() is None
+    assert f"expected compiled kernel version {kernel.VERSION}" in caplog.text
+
+    monkeypatch.undo()
+    monkeypatch.setenv(kernel.SWITCH, "0")
+    assert kernel.load_kernel() is None
+    with pytest.raises(ConfigError, match="with a C compiler"):
+        kernel.require_kernel()
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"), st.integers(0, 1), st.sampled_from([0, 1, 63, 64, 150]), CHAIN, st.integers(-1, 6)
+        ),
+        st.tuples(st.just("discard"), st.integers(0, 1), st.sampled_from([0, 1, 63, 64, 150]), CHAIN),
+    ),
+    max_size=25,
+)
+
+
+def same_contents(one: Table, other: Table) -> None:
+    assert (None, None) == (one.check(), other.check())
+    assert list(one.resident()) == list(other.resident())
+    for group in range(2):
+        assert dict(one.items(group)) == dict(other.items(group))
+        assert one.masks(group, KEYS) == other.masks(group, KEYS)
+
+
+@given(STEPS, st.integers(0, 2**151 - 1), st.sampled_from([-1, 0, 1]))
+def test_both_tables_hold_the_same_after_every_step(steps: list[Any], dead: int, group: int) -> None:
+    tables: list[Table] = [PythonTable(2), KernelTable(compiled(), 2)]
+    for name, *arguments in steps:
+        first, second = [getattr(table, name)(*arguments) for table in tables]
+        assert first == second
+        same_contents(*tables)
+    for table in tables:
+        table.rewind()
+        while not table.sweep(dead, 3, group):
+            pass
+    same_contents(*tables)
+
+
+NEEDS = st.tuples(*[st.none() | st.integers(0, 9)] * 2)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0, 1, 70]), CHAIN), max_size=8),
+    CHAIN,
+    st.integers(0, 14),
+    NEEDS,
+    st.none() | NEEDS,
+    st.integers(0, 2**71 - 1),
+)
+def test_both_tables_score_alike(
+    stored: list[Any], prompt: list[int], boundaries: int, trailing: Any, at_end: Any, wanted: int
+) -> None:
+    plan = Plan(boundaries, trailing, at_end, 4, 4 * boundaries - 1, False)
+    tables: list[Table] = [PythonTable(2), KernelTable(compiled(), 2)]
+    for table in tables:
+        for group, bit, hashes in stored:
+            table.add(group, bit, [*hashes, *prompt[: len(prompt) - len(hashes) // 2]], -1)
+    first, second = [table.score(prompt, plan, wanted, RANKS) for table in tables]
+
+    assert first == second
+    packed = b"".join(value.to_bytes(8, "little") for value in prompt)
+    assert first == tables[1].score(packed, plan, wanted, RANKS)  # type: ignore[arg-type]
+
+
+def test_long_prompts_score_alike() -> None:
+    """Longer than a chunk of the walk and a piece of a window, with holes and staggered depths."""
+    dice = random.Random(3)
+    prompt = [dice.getrandbits(64) for _ in range(500)]
+    tables: list[Table] = [PythonTable(2), KernelTable(compiled(), 2)]
+    for bit in range(130):
+        whole = prompt[: dice.randrange(501)]
+        sliding = [h for h in whole if dice.random() < 0.97]
+        for table in tables:
+            table.add(0, bit, whole, -1)
+            table.add(1, bit, sliding, -1)
+    for trailing in [(None, 16), (40, 16), (None, None), (7, 450)]:
+        plan = Plan(500, trailing, (None, 17), 32, 16_000, False)
+        first, second = [table.score(prompt, plan, 2**130 - 1, RANKS) for table in tables]
+        assert first == second
+        assert first
+
+
+@pytest.mark.parametrize("churn", ["as stored", "backwards", "at random"])
+def test_growing_and_shrinking_lose_nothing_and_give_memory_back(churn: str) -> None:
+    table = KernelTable(compiled(), 1)
+    dice = random.Random(1)
+    keys = [dice.getrandbits(64) for _ in range(50_000)]
+    for at in range(0, len(keys), 1000):
+        table.add(0, 3, keys[at : at + 1000], -1)
+    assert ([1 << 3] * len(keys), None) == (table.masks(0, keys), table.check())
+    full = table.nbytes()
+    gone = {"as stored": keys, "backwards": keys[::-1], "at random": dice.sample(keys, len(keys))}[churn][
+        :-10
+    ]
+    for at in range(0, len(gone), 997):
+        assert len(gone[at : at + 997]) == table.discard(0, 3, gone[at : at + 997])
+    assert ([10], None) == (list(table.resident()), table.check())
+    assert table.nbytes() < full / 10
+
+
+def test_a_bad_hash_changes_nothing() -> None:
+    table = KernelTable(compiled(), 1)
+    for bad in (-1, 2**64, 2**200):
+        with pytest.raises(OverflowError):
+            table.add(0, 0, [1, bad], -1)
+    with pytest.raises(TypeError):
+        table.add(0, 0, [1, "a"], -1)  # type: ignore[list-item]
+    with pytest.raises(ValueError):
+        table.add(1, 0, [1], -1)
+
+    assert [0] == list(table.resident())
