@@ -4,9 +4,10 @@
         [--transformers-python /path/to/other/venv/bin/python]
 
 Both compute the same random checkpoints in float32 with the same number of threads, each in its own process,
-in turns; the best of all turns counts. The machine should be idle: see load_average_at_start in the result. Prefill is one pass over the prompt with the last token's logits;
+in turns; the best of all turns counts. Prefill is one pass over the prompt with the last token's logits;
 decode is one token for each sequence of the batch. transformers runs as it comes: SDPA attention, its
-DynamicCache. A ratio above 1 means that ours is faster.
+DynamicCache. A ratio above 1 means that ours is faster. The machine should be idle: the result holds its
+load average at the start.
 """
 
 from __future__ import annotations

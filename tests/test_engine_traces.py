@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ from vswa_plugin.events import (
     layout_event,
 )
 from vswa_plugin.hashing import block_hashes, sequence_hashes
+from vswa_plugin.index import WindowIndex
 from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.residency import Residency, Restart
 from vswa_plugin.reuse import resumable, rule_named
@@ -166,7 +168,9 @@ def replay(
     return predictions, reader
 
 
-@pytest.mark.parametrize("make", [SetIndex])
+@pytest.mark.parametrize(
+    "make", [SetIndex, WindowIndex, partial(WindowIndex, kernel=False)], ids=["sets", "index", "pure index"]
+)
 @pytest.mark.parametrize(
     ("trace", "requests", "tiers"),
     [

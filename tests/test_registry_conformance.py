@@ -171,9 +171,7 @@ def test_a_live_worker_stays_for_longer_than_its_ttl(run: Run[Any], backend: Bac
             reader = Reader(watcher)
             await reader.until_holds(entry(1))
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(
-                    2.6 if backend.name == "etcd" else 1.4
-                ):  # a lease of 1 s lives 2.5
+                async with asyncio.timeout(2.2 if backend.name == "etcd" else 1.4):
                     await anext(watcher)
         await asyncio.gather(worker.close(), router.close())
         return list(reader.seen)

@@ -30,6 +30,7 @@ from vswa_plugin.registry import (
     encode_entry,
 )
 from vswa_plugin.registry import _etcd3_client as client_module
+from vswa_plugin.registry import etcd_watch as etcd_watch_module
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity
 from vswa_plugin.registry.etcd_watch import _Stream
@@ -328,11 +329,14 @@ def test_what_a_silent_stream_did_not_tell_is_told_by_the_next_listing(
 def test_an_event_that_overtakes_a_listing_is_not_undone_by_it(
     run: Run[Any], etcd: EtcdBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overtaken = asyncio.Event()
+    overtaken, listed_again = asyncio.Event(), asyncio.Event()
+    monkeypatch.setattr(etcd_watch_module, "GRACE_S", 0.01)
     original = _Stream._list
 
     async def list_slowly(stream: _Stream) -> Any:
         listing = await original(stream)
+        if overtaken.is_set():
+            listed_again.set()
         if entry(1).key in listing.content and not overtaken.is_set():
             await plant_entry(etcd, entry(1, 2))
             while stream._items.empty():
@@ -348,7 +352,7 @@ def test_an_event_that_overtakes_a_listing_is_not_undone_by_it(
             monkeypatch.setattr(_Stream, "_list", list_slowly)
             await plant_entry(etcd, entry(1))
             await reader.until_holds(entry(1))
-            await overtaken.wait()
+            await asyncio.wait_for(listed_again.wait(), PATIENCE_S)
             await plant_entry(etcd, entry(2))
             await reader.until_holds(entry(1, 2), entry(2))
         await router.close()

@@ -66,7 +66,7 @@ def compare(case: Case, name: str) -> tuple[str, int, int]:
 
 
 @pytest.mark.parametrize("name", RULES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_a_rule_says_in_whole_blocks_what_the_engines_walk_reuses(name: str, rng: random.Random) -> None:
     case = random_case(rng)
@@ -95,7 +95,7 @@ def test_rule_and_walk_agree_over_many_worlds_and_exceptions_are_rare_and_of_bot
         assert WORLDS == seen["none"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_v1s_one_pass_is_the_rule_for_one_sliding_window_and_never_below_it_for_more(
     rng: random.Random,

@@ -174,7 +174,9 @@ class Publisher:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived = asyncio.Event()
+        #: What :meth:`run` waits for; a bare future, because each step of a wait costs latency.
+        self._waiter: asyncio.Future[None] | None = None
+        self._waking = False
         self._queue_filled = asyncio.Event()
         self._closing = False
 
@@ -184,9 +186,7 @@ class Publisher:
             self._overflowed = True
         else:
             self._inbox.extend(events)
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped
-                self._loop.call_soon_threadsafe(self._arrived.set)
+        self._wake_from_thread()
 
     def answer(self, payload: bytes) -> bytes:
         """The answer to a reader's replay or snapshot request. Event loop only."""
@@ -201,13 +201,13 @@ class Publisher:
             return
         if batch.epoch > self.numbering.epoch:
             self._superseded = batch
-            self._arrived.set()
+            self._wake()
 
     def claim(self, claim: Claim) -> None:
         """A finished request proves blocks; of use only after a restart. Event loop only."""
         if self.healing.active:
             self._inbox.append(claim)
-            self._arrived.set()
+            self._wake()
 
     async def run(self) -> None:
         """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already.
@@ -231,12 +231,10 @@ class Publisher:
                     self._enqueue(encode(self.numbering.batch()))
                     self.stats.heartbeats += 1
                     next_heartbeat = self._loop.time() + self.options.heartbeat_s
-                self._arrived.clear()
                 if self._inbox or self._overflowed:
                     await asyncio.sleep(0)
                     continue
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._arrived.wait(), next_heartbeat - self._loop.time())
+                await self._pause(next_heartbeat)
             while self._inbox:
                 self._drain()
         finally:
@@ -247,8 +245,30 @@ class Publisher:
     def close(self) -> None:
         """Ask :meth:`run` to publish what is in the inbox and return. Any thread."""
         self._closing = True
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._arrived.set)
+        self._wake_from_thread()
+
+    async def _pause(self, until: float) -> None:
+        """Sleep until that time of the loop, or until woken."""
+        assert self._loop is not None
+        self._waiter = self._loop.create_future()
+        timer = self._loop.call_at(until, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _wake(self) -> None:
+        self._waking = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _wake_from_thread(self) -> None:
+        # One wake-up on its way is enough: it finds all that is in the inbox by then.
+        if self._loop is not None and not self._waking:
+            self._waking = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped
+                self._loop.call_soon_threadsafe(self._wake)
 
     def _begin_epoch(self) -> None:
         """Take in what came before the first batch, so that event 0 is the engine's own layout."""
@@ -283,20 +303,19 @@ class Publisher:
                 changes = self._restart(f"an engine event could not be read: {error}")
                 continue
             for event in engine_events:
-                changes = self._applied(event, changes)
+                self._apply(event, changes)
         return changes
 
-    def _applied(self, event: EngineEvent, changes: list[Event]) -> list[Event]:
-        """``changes`` and those that ``event`` amounts to; or what a new epoch begins with."""
+    def _apply(self, event: EngineEvent, changes: list[Event]) -> None:
+        """Add to ``changes`` what ``event`` amounts to; or begin them anew with a new epoch."""
         if self.healing.active and isinstance(event, BlocksRemoved):
             self.healing.saw_removed(event.group_id, event.hashes)
         try:
-            return changes + self.residency.apply(event)
+            changes += self.residency.apply(event)
         except Restart as reason:
-            return self._restart(str(reason))
+            changes[:] = self._restart(str(reason))
         except VswaError as error:
             self._reject(error)
-            return changes
 
     def _take(self) -> Iterator[RawEvent | Claim]:
         """Up to :data:`PASS_EVENTS` waiting events: the loop has other work too, heartbeats above all."""

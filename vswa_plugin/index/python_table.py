@@ -204,7 +204,7 @@ class _Window:
         self._held: list[int] = []
 
     def held(self, above: int, boundary: int) -> list[int]:
-        """For each boundary in (``above``, ``boundary``]; all lie in one piece or few, and come descending."""
+        """For each boundary in (``above``, ``boundary``]; calls come from the deepest boundary backwards."""
         held: list[int] = []
         while boundary > above:
             piece = (boundary - 1) // self.need * self.need
