@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ Run = Callable[[Coroutine[Any, Any, T]], T]
 @pytest.fixture(autouse=True)
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brokers and plugin switches of whoever runs the tests must not decide what passes."""
-    for name in ("NATS_SERVER", "ETCD_ENDPOINTS", "VSWA_PLUGINS", "VSWA_PLUGINS_DISABLED", "VSWA_ENGINE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_")):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

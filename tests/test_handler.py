@@ -87,6 +87,40 @@ def test_a_client_that_goes_before_the_first_token_closes_the_engines_generator(
     assert [record.finish_reason for record in served.records] == ["cancelled"]
 
 
+def test_a_client_that_goes_while_nobody_asks_for_chunks_still_stops_the_engine() -> None:
+    """Dynamo drops the stream of a client that has gone without closing it."""
+    engine = Scripted({"token_ids": [5]}, None)
+    served = Served(engine)
+
+    async def body() -> None:
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        abandoned = served.handler.handle({"token_ids": [1]}, "r1", gone)
+        await anext(abandoned)
+        gone.set_result(True)
+        async with asyncio.timeout(5):
+            while served.handler.in_flight:
+                await asyncio.sleep(0)
+        assert engine.closed == 1
+        assert [record.finish_reason for record in served.records] == ["cancelled"]
+        assert await served.handler.drain(1)
+        await abandoned.aclose()
+
+    asyncio.run(body())
+
+
+def test_a_client_that_has_gone_before_the_engine_is_asked_ends_at_once() -> None:
+    served = Served(Scripted(None))
+
+    async def body() -> list[ChunkDict]:
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        gone.set_result(True)
+        return await asyncio.wait_for(served.request(gone), 5)
+
+    assert asyncio.run(body()) == []
+    assert served.handler.in_flight == 0
+    assert [record.finish_reason for record in served.records] == ["cancelled"]
+
+
 @pytest.mark.parametrize("error", [InvalidRequest("too long"), RuntimeError("bug")])
 def test_an_error_reaches_dynamo_and_is_recorded(error: Exception) -> None:
     engine = Scripted({"token_ids": [5]}, error)

@@ -198,7 +198,9 @@ def test_many_ranks_are_as_exact_as_few(other_ranks: int) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.skipif("'soak' not in (config.getoption('-m') or '')", reason="runs for minutes: ask with -m soak")
+@pytest.mark.skipif(
+    "'soak' not in (config.getoption('-m') or '')", reason="runs for minutes: ask with -m soak"
+)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", BOTH_PATHS)
 def test_an_index_scores_as_a_naive_one_for_minutes(kernel: bool) -> None:

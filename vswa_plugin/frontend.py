@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from vswa_plugin import __version__, dynamo
 from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
 from vswa_plugin.programs import LEVELS, run_program, set_up_logging
-from vswa_plugin.registry.opening import discovery_backend, open_registry
+from vswa_plugin.registry.opening import reach_discovery
 from vswa_plugin.transport import DEFAULT_SERVER, Transport
 
 logger = logging.getLogger("vswa_plugin.frontend")
@@ -83,10 +83,7 @@ async def _probe() -> None:
     transport = Transport(os.environ.get(dynamo.NATS_ENV, DEFAULT_SERVER), "vswa frontend")
     await transport.connect(timeout=30)
     await transport.close()
-    if (backend := discovery_backend()) is not None:
-        registry = open_registry(backend)
-        await registry.entries()
-        await registry.leave()
+    await reach_discovery(timeout_s=30)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ examples:
   NATS_SERVER=nats://host:4222 vswa events --namespace prod
 
 The windows of a worker are known from its first batch or, for one that ran before, from the registry
-(ETCD_ENDPOINTS).
+(ETCD_ENDPOINTS or VSWA_REGISTRY).
 """
 
 
@@ -191,15 +191,14 @@ def _as_json(batch: Batch) -> dict[str, object]:
 
 
 async def _learn_from_registry(follower: Follower) -> None:
-    """Windows of workers that were there before us; without etcd, groups are shown by number."""
-    from vswa_plugin.dynamo import DEFAULT_ETCD, ETCD_ENV
-    from vswa_plugin.registry.etcd import EtcdRegistry
+    """Windows of workers that were there before us; without a registry, groups are shown by number."""
+    from vswa_plugin.registry.opening import registry_from_env
 
-    registry = EtcdRegistry(os.environ.get(ETCD_ENV, DEFAULT_ETCD))
+    registry = registry_from_env()
     try:
         for entry in await registry.entries():
             follower.learn(entry)
     except ConnectError as error:
         sys.stderr.write(f"windows of running workers are unknown: {error}\n")
     finally:
-        await registry.leave()
+        await registry.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from vswa_plugin.commands.index import fleet_from_env
+from vswa_plugin.commands.index import fleet_for
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.fleet import Fleet
 from vswa_plugin.hashing import block_hashes, sequence_hashes
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    fleet = fleet_from_env(args.namespace)
+    fleet = fleet_for(args)
     try:
         await fleet.start(args.timeout)
         if not await fleet.settled(args.timeout):

@@ -12,6 +12,8 @@ import msgspec
 
 from vswa_plugin.dynamo import NATS_ENV
 from vswa_plugin.fleet import Fleet, RankStatus
+from vswa_plugin.host import load_host
+from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.transport import DEFAULT_SERVER, Transport
 
@@ -43,14 +45,16 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(_run(args))
 
 
-def fleet_from_env(namespace: str | None) -> Fleet:
-    """A fleet of the brokers that the environment names; connects to nothing yet."""
+def fleet_for(args: argparse.Namespace) -> Fleet:
+    """A fleet of the brokers that the environment names, with the plugins' reuse rules; not connected yet."""
     transport = Transport(os.environ.get(NATS_ENV, DEFAULT_SERVER), "vswa index")
-    return Fleet(transport, registry_from_env(), namespace=namespace)
+    with load_host(args.plugin, args.no_plugin) as host:
+        index = WindowIndex(rules=host.reuse_rules())
+    return Fleet(transport, registry_from_env(), namespace=args.namespace, index=index)
 
 
 async def _run(args: argparse.Namespace) -> int:
-    fleet = fleet_from_env(args.namespace)
+    fleet = fleet_for(args)
     try:
         await fleet.start(args.timeout)
         if args.once:

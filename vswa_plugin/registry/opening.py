@@ -8,17 +8,22 @@ ETCD_ENDPOINTS, ETCD_AUTH_*   see etcd_settings.py
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vswa_plugin.dynamo import DEFAULT_ETCD, ETCD_ENV
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity
 from vswa_plugin.registry.file import FileRegistry
+
+logger = logging.getLogger(__name__)
 
 REGISTRY_ENV, DISCOVERY_ENV, FILE_ENV = "VSWA_REGISTRY", "DYN_DISCOVERY_BACKEND", "DYN_FILE_KV"
 #: Dynamo's names of the backends that we have too; "" and kv_store mean etcd.
@@ -63,6 +68,32 @@ def registry_from_env(environ: Mapping[str, str] | None = None) -> Registry:
             f"{environ[DISCOVERY_ENV]!r}; set {REGISTRY_ENV} to etcd or file:DIR"
         )
     return open_registry(where, environ)
+
+
+async def reach(registry: Registry, timeout_s: float) -> None:
+    """Return once ``registry`` answers; raises ConnectError after ``timeout_s``, with progress meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            await registry.entries()
+            return
+        except ConnectError as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("%s; trying on", error)
+            await asyncio.sleep(1)
+
+
+async def reach_discovery(timeout_s: float) -> None:
+    """The same for what Dynamo's runtime would wait for, which blocks the event loop for minutes."""
+    backend = discovery_backend()
+    if backend is None:
+        return
+    registry = open_registry(backend)
+    try:
+        await reach(registry, timeout_s)
+    finally:
+        await registry.close()
 
 
 def discovery_backend(environ: Mapping[str, str] | None = None) -> str | None:

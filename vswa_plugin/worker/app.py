@@ -19,6 +19,7 @@ from vswa_plugin.host import PluginHost
 from vswa_plugin.nodes import NodeTable
 from vswa_plugin.publisher import Publisher, PublisherOptions, check_batch_bytes
 from vswa_plugin.registry import Entry, Registry
+from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.residency import Residency
 from vswa_plugin.transport import Transport, subject
 from vswa_plugin.worker.args import WorkerArgs
@@ -91,20 +92,12 @@ class Worker:
         return stop
 
     async def _probe(self) -> None:
-        """Reach NATS and etcd before Dynamo's runtime tries, which would block this loop for minutes."""
+        """Reach all brokers before Dynamo's runtime tries, which would block this loop for minutes."""
         logger.info("connecting to NATS at %s", self._args.nats_server)
         await self._transport.connect(CONNECT_TIMEOUT_S)
-        logger.info("connecting to etcd at %s", self._args.etcd_endpoints)
-        deadline = time.monotonic() + CONNECT_TIMEOUT_S
-        while True:
-            try:
-                await self._registry.entries()
-                return
-            except ConnectError as error:
-                if time.monotonic() > deadline:
-                    raise
-                logger.warning("%s; trying on", error)
-                await asyncio.sleep(1)
+        logger.info("connecting to the registry, %s", self._registry)
+        await reach(self._registry, CONNECT_TIMEOUT_S)
+        await reach_discovery(CONNECT_TIMEOUT_S)
 
     async def _start_engine(self, worker_id: int) -> None:
         settings = self._args.settings

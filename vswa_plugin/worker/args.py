@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from vswa_plugin import __version__
-from vswa_plugin.dynamo import DEFAULT_ETCD, ETCD_ENV, NATS_ENV, EndpointName
+from vswa_plugin.dynamo import NATS_ENV, EndpointName
 from vswa_plugin.engine import MODES, EngineSettings
 from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError, unknown_choice
@@ -42,7 +42,6 @@ class WorkerArgs(msgspec.Struct, frozen=True):
     settings: EngineSettings
     endpoint: EndpointName
     nats_server: str
-    etcd_endpoints: str
     registry: str | None
     heartbeat_s: float
     drain_timeout_s: float
@@ -136,7 +135,6 @@ def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
         ),
         endpoint=endpoint,
         nats_server=os.environ.get(NATS_ENV, DEFAULT_SERVER),
-        etcd_endpoints=os.environ.get(ETCD_ENV, DEFAULT_ETCD),
         registry=given.registry,
         heartbeat_s=given.heartbeat,
         drain_timeout_s=given.drain_timeout,

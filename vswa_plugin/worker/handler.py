@@ -59,32 +59,60 @@ class RequestHandler:
         tracked = _Tracked(request, request_id)
         publisher = self._publishers.get(tracked.dp_rank)
         mark = publisher.healing.events if publisher is not None else 0
-        self._in_flight += 1
-        self._idle.clear()
-        try:
-            chunks = cast("AsyncGenerator[ChunkDict, None]", self._engine.generate(request))
-            async with (
-                contextlib.aclosing(chunks),
-                contextlib.aclosing(_until(client_gone, chunks)) as served,
-            ):
-                async for chunk in served:
-                    tracked.saw(chunk)
-                    yield chunk
-        except RequestError as error:
-            tracked.finish_reason = "error"
-            logger.info("request %s refused: %s", request_id, error)
-            raise
-        except Exception:
-            tracked.finish_reason = "error"
-            logger.exception("request %s failed in the engine", request_id)
-            raise
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+        chunks: asyncio.Queue[ChunkDict | Exception | None] = asyncio.Queue()
+
+        def ended(_: object) -> None:
+            chunks.put_nowait(None)
+            gone.cancel()
             if publisher is not None and publisher.healing.active and tracked.cached_tokens:
                 publisher.claim(tracked.claim(request, mark))
-            self._record(tracked.record(self._model, self._worker_id))
+            self._ended(tracked)
+
+        self._in_flight += 1
+        self._idle.clear()
+        # The engine is read by a task of its own: when a client goes, Dynamo stops asking this generator
+        # for chunks without closing it, and nobody would tell the engine.
+        reading = asyncio.create_task(self._read(request, tracked, chunks), name=f"request {request_id}")
+        gone = asyncio.ensure_future(client_gone)
+        reading.add_done_callback(ended)
+        gone.add_done_callback(lambda _: reading.cancel())
+        try:
+            while (chunk := await chunks.get()) is not None:
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+        finally:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+
+    async def _read(
+        self,
+        request: RequestDict,
+        tracked: _Tracked,
+        chunks: asyncio.Queue[ChunkDict | Exception | None],
+    ) -> None:
+        """Put the engine's chunks into the queue, and its error if it raises one."""
+        try:
+            generated = cast("AsyncGenerator[ChunkDict, None]", self._engine.generate(request))
+            async with contextlib.aclosing(generated):
+                async for chunk in generated:
+                    tracked.saw(chunk)
+                    chunks.put_nowait(chunk)
+        except RequestError as error:
+            tracked.finish_reason = "error"
+            logger.info("request %s refused: %s", tracked.request_id, error)
+            chunks.put_nowait(error)
+        except Exception as error:
+            tracked.finish_reason = "error"
+            logger.exception("request %s failed in the engine", tracked.request_id)
+            chunks.put_nowait(error)
+
+    def _ended(self, tracked: _Tracked) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+        self._record(tracked.record(self._model, self._worker_id))
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those under way; False if some still were after the time-out."""
@@ -96,41 +124,12 @@ class RequestHandler:
         return True
 
 
-async def _until(
-    client_gone: Awaitable[bool], chunks: AsyncGenerator[ChunkDict, None]
-) -> AsyncGenerator[ChunkDict, None]:
-    """``chunks``, until the client goes; also while the engine has none yet."""
-    gone = asyncio.ensure_future(client_gone)
-    following: asyncio.Task[ChunkDict] | None = None
-    try:
-        while True:
-            following = asyncio.create_task(_next(chunks))
-            await asyncio.wait((following, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                return
-            try:
-                chunk = following.result()
-            except StopAsyncIteration:
-                return
-            yield chunk
-    finally:
-        gone.cancel()
-        if following is not None and not following.done():
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await following
-
-
-async def _next(chunks: AsyncGenerator[ChunkDict, None]) -> ChunkDict:
-    return await anext(chunks)
-
-
 class _Tracked:
     """What is learnt about a request while it is served."""
 
     def __init__(self, request: RequestDict, request_id: str) -> None:
         routing = request.get("routing") or {}
-        self._request_id = request_id
+        self.request_id = request_id
         self.dp_rank = int(routing.get("dp_rank") or 0)
         self._prompt_tokens = len(request.get("token_ids") or ())
         self._began = time.monotonic()
@@ -164,7 +163,7 @@ class _Tracked:
 
     def record(self, model: str, worker_id: int) -> RequestRecord:
         return RequestRecord(
-            request_id=self._request_id,
+            request_id=self.request_id,
             model=model,
             worker_id=worker_id,
             dp_rank=self.dp_rank,
