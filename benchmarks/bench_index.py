@@ -3,9 +3,9 @@
     python benchmarks/bench_index.py [--json benchmarks/results/bench_index.json] [--short]
 
 One process and one run. Dynamo's tree holds the global blocks; ours holds the same blocks *and* those of a
-sliding window of 512 tokens, compiled and in pure Python. The three take turns, each with a list of hashes
-of its own made just before, warmed up; medians count. A ratio is ours divided by Dynamo's: below 1 we are faster.
-The machine should be idle: the result holds its load.
+sliding window of 512 tokens, compiled and in pure Python. The three take turns, each with hashes made just
+before, warmed up; medians count. A ratio is ours divided by Dynamo's: below 1 we are faster. The machine
+should be idle: the result holds its load.
 """
 
 from __future__ import annotations

@@ -49,7 +49,6 @@ def test_defaults_follow_dynamo(model_dir: Path) -> None:
 
     assert str(args.endpoint) == "dynamo.backend.generate"
     assert args.nats_server == "nats://127.0.0.1:4222"
-    assert args.etcd_endpoints == "http://127.0.0.1:2379"
     assert args.settings.served_model_name == model_dir.name
     assert (args.settings.mode, args.settings.engine) == ("agg", "gemma3_cpu")
 

@@ -53,16 +53,15 @@ class Part:
 
     def join(self, rank: Rank, scored: bool) -> None:
         bit = self._free.pop() if self._free else len(self._ranks)
-        if bit == len(self._ranks):
-            self._ranks.append(None)
-        self._ranks[bit] = rank
+        # A new list: see Table.score.
+        self._ranks = [*self._ranks[:bit], rank, *self._ranks[bit + 1 :]]
         self.members[rank] = Member(bit, len(self.layout.groups), scored)
         self._want()
 
     def leave(self, rank: Rank) -> None:
         """At once for scoring; what it held is swept later."""
         member = self.members.pop(rank)
-        self._ranks[member.bit] = None
+        self._ranks = [*self._ranks[: member.bit], None, *self._ranks[member.bit + 1 :]]
         self._want()
         if any(member.counts):
             self._waiting |= 1 << member.bit

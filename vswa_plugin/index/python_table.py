@@ -8,6 +8,7 @@ backwards, and no further than until every rank has found its own.
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
 from operator import and_
@@ -16,8 +17,7 @@ from vswa_plugin.events import Rank
 from vswa_plugin.index.plans import Plan
 from vswa_plugin.index.tables import ALL_GROUPS, Hashes, ranks_of
 
-_LIMIT = 2**64
-_FIRST_CHUNK, _LAST_CHUNK = 16, 1024
+_FIRST_CHUNK, _LAST_CHUNK = 16, 256
 #: Masks are shared between blocks; no more than so many are remembered for that.
 _SHARED = 1 << 16
 _INT_BYTES = 48  # an int object of 64 bits as the allocator rounds it
@@ -31,12 +31,18 @@ class PythonTable:
     def __init__(self, groups: int) -> None:
         self._groups: list[_Ranks] = [{} for _ in range(groups)]
         self._shared: dict[int, int] = {}
+        self._ranks: list[Rank | None] = []
+        self._rank_sets: dict[int, Iterable[Rank]] = {}
         self._to_sweep: list[tuple[_Ranks, list[int]]] | None = None
 
     def add(self, group: int, bit: int, hashes: Hashes, room: int) -> tuple[int, int]:
         _check(hashes)
         holders, one = self._groups[group], 1 << bit
         limit = sys.maxsize if room < 0 else len(holders) + room
+        fresh = dict.fromkeys(hashes, one)
+        if len(holders) + len(fresh) <= limit and holders.keys().isdisjoint(fresh):
+            holders.update(fresh)
+            return len(fresh), 0
         added = left_out = 0
         for sequence_hash in hashes:
             ranks = holders.get(sequence_hash)
@@ -74,7 +80,7 @@ class PythonTable:
         for boundary, found in self._settle(hashes[: plan.boundaries], plan, wanted):
             tokens = min(boundary * plan.unit, plan.limit)
             if tokens > 0:
-                scores.update(dict.fromkeys(ranks_of(found, ranks), tokens))
+                scores.update(dict.fromkeys(self._ranks_of(found, ranks), tokens))
         return scores
 
     def sweep(self, dead: int, budget: int, group: int = ALL_GROUPS) -> bool:
@@ -114,6 +120,16 @@ class PythonTable:
     def check(self) -> str | None:
         empty = sum(not ranks for holders in self._groups for ranks in holders.values())
         return f"{empty} hashes are held by no rank" if empty else None
+
+    def _ranks_of(self, mask: int, ranks: list[Rank | None]) -> Iterable[Rank]:
+        """Remembered as long as the same list comes: whoever changes it passes another."""
+        if ranks is not self._ranks or len(self._rank_sets) >= _SHARED:
+            self._ranks = ranks
+            self._rank_sets.clear()
+        found = self._rank_sets.get(mask)
+        if found is None:
+            found = self._rank_sets[mask] = tuple(ranks_of(mask, ranks))
+        return found
 
     def _share(self, ranks: int) -> int:
         if len(self._shared) >= _SHARED:
@@ -157,6 +173,13 @@ class PythonTable:
         step = windows[0].need if windows else boundary
         while remaining and boundary > 0:
             above = (boundary - 1) // step * step
+            # Block `above` is in every window of every boundary up to here.
+            candidates = remaining & running[above]
+            for group in sliding:
+                candidates &= self._groups[group].get(hashes[above], 0)
+            if not candidates:
+                boundary = above
+                continue
             held: Iterable[int] = running[above:boundary]
             for window in windows:
                 held = map(and_, held, window.held(above, boundary))
@@ -173,8 +196,12 @@ class PythonTable:
         running = [wanted]
         at, size = 0, _FIRST_CHUNK
         while at < len(hashes) and running[-1]:
-            masks = _masks([self._groups[group] for group in groups], hashes[at : at + size])
-            running += accumulate(masks, and_, initial=running.pop())
+            masks = list(_masks([self._groups[group] for group in groups], hashes[at : at + size]))
+            # Mostly the same ranks hold all of a chunk, and masks are shared.
+            if masks.count(masks[0]) == len(masks):
+                running += [running[-1] & masks[0]] * len(masks)
+            else:
+                running += accumulate(masks, and_, initial=running.pop())
             at, size = at + size, min(4 * size, _LAST_CHUNK)
         if not running[-1]:
             del running[running.index(0) :]
@@ -238,8 +265,5 @@ def _need(need: int | None, blocks: int) -> int:
 
 
 def _check(hashes: Hashes) -> None:
-    for sequence_hash in hashes:
-        if not isinstance(sequence_hash, int):
-            raise TypeError(f"expected an int, got {type(sequence_hash).__name__}")
-        if not 0 <= sequence_hash < _LIMIT:
-            raise OverflowError(f"expected 0 <= number < 2**64, got {sequence_hash}")
+    """TypeError or OverflowError for what is no u64."""
+    array("Q", hashes)

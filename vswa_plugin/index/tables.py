@@ -37,7 +37,10 @@ class Table(Protocol):
         """Every hash of the group, with its ranks (never none)."""
 
     def score(self, hashes: Hashes, plan: Plan, wanted: int, ranks: list[Rank | None]) -> dict[Rank, int]:
-        """For the ranks of the mask ``wanted`` the deepest boundary, as the plan reports it; none at 0."""
+        """For the ranks of the mask ``wanted`` the deepest boundary, as the plan reports it; none at 0.
+
+        :param ranks: bit -> rank; a list that is not changed afterwards, so that what it says may be kept.
+        """
 
     def sweep(self, dead: int, budget: int, group: int = ALL_GROUPS) -> bool:
         """Take the ranks of ``dead`` out of the next ``budget`` hashes; True at the end of the pass."""

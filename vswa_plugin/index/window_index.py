@@ -11,7 +11,7 @@ import msgspec
 
 from vswa_plugin.errors import ConfigError, StreamError
 from vswa_plugin.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored
-from vswa_plugin.hashing import sequence_hashes_of_tokens
+from vswa_plugin.hashing import block_hashes, sequence_hashes
 from vswa_plugin.index.dump import DUMP_VERSION, GroupDump, IndexDump, RankDump
 from vswa_plugin.index.explain import Explanation, explain_part
 from vswa_plugin.index.part import DEVICE, Part, check_tier
@@ -275,7 +275,7 @@ class WindowIndex:
 
     def _hashed(self, token_ids: Sequence[int], block_size: int) -> Hashes:
         if self._kernel is None:
-            return sequence_hashes_of_tokens(token_ids, block_size)
+            return sequence_hashes(block_hashes(token_ids, block_size))
         hashes: Hashes = self._kernel.sequence_hashes(token_ids, block_size, True)
         return hashes
 
