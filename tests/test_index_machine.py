@@ -1,4 +1,4 @@
-"""The window index against a naive model after every event, in pure Python and compiled, with and without room."""
+"""The window index against a naive model after every event: pure and compiled, with room and without."""
 
 from __future__ import annotations
 
