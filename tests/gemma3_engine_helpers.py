@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 from vswa_plugins.gemma3_cpu.blas import set_threads
 from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.config import load_config
@@ -219,3 +220,23 @@ async def collect(engine: Gemma3CpuEngine, request: dict[str, Any]) -> list[dict
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(coroutine)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_model(Path(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def model(small: Path) -> Gemma3Model:
+    return load_small_model(small)
+
+
+@pytest.fixture(scope="module")
+def cold(model: Gemma3Model) -> Cold:
+    return Cold(model)
+
+
+@pytest.fixture
+def bench(model: Gemma3Model) -> Bench:
+    return Bench(model, OPTIONS)

@@ -73,6 +73,11 @@ def entry(worker_id: int, epoch: int = 1, namespace: str = "ns") -> Entry:
     return msgspec.structs.replace(ENTRY, worker_id=worker_id, epochs={0: epoch}, namespace=namespace)
 
 
+def remote(worker_id: int, epoch: int = 1, namespace: str = "ns") -> Entry:
+    """An entry of another machine: planted, it lives for a TTL."""
+    return msgspec.structs.replace(entry(worker_id, epoch, namespace), host="elsewhere")
+
+
 async def start_worker(where: str, joined: Entry, log_dir: Path) -> Child:
     """A process of its own that joins with ``joined``; it is not waited for."""
     command = [sys.executable, "-c", _WORKER, where, msgspec.json.encode(joined).decode()]

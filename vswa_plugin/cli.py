@@ -18,13 +18,14 @@ from vswa_plugin.errors import ConfigError, InvariantError, VswaError, unknown_c
 from vswa_plugin.host import add_plugin_arguments, load_host, tracing
 
 _DESCRIPTION = """\
-Exact KV-cache-aware routing for sliding-window models, such as Gemma 3, behind
-NVIDIA Dynamo. Workers publish which blocks every attention window holds, and
-requests go to where the engine can reuse most. A worker itself is started with
-python -m vswa_plugin.worker."""
+Per-window KV cache events for sliding-window models, such as Gemma 3, behind NVIDIA Dynamo. Workers publish
+which blocks every attention window holds, so that a router knows what each can really resume. This command
+looks at a deployment from outside; a worker itself is started with python -m vswa_plugin.worker."""
 
 _EXAMPLES = """\
 examples:
+  vswa demo                             see it work, from a chat request to every window's events
+  vswa index                            what every worker holds, per window, live
   vswa plugins                          what is loaded, from where, and why something is not
   vswa --plugin ./mine.py plugins       the same, with a plugin that you are writing
   vswa --no-plugin prometheus plugins   the same, with one switched off

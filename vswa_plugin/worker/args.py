@@ -28,6 +28,8 @@ example, on a machine with nats-server and etcd running:
 
 environment:
   NATS_SERVER      where batches are published   (default nats://127.0.0.1:4222)
+  NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD | NATS_AUTH_TOKEN | NATS_AUTH_NKEY | NATS_AUTH_CREDENTIALS_FILE
+  NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
 {registry}  DYN_LOG          level of Dynamo's own log
   VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
 
