@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from vswa_plugin.engine import BlocksStored, EngineBlock, EngineEvent, EventsLost, GroupCreated
 from vswa_plugin.errors import ConnectError, ProtocolError
 from vswa_plugin.events import Batch, Event, Layout, Removed, Source, Stored, decode, encode
+from vswa_plugin.healing import Claim
 from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.publisher import Numbering, Publisher, PublisherOptions, check_batch_bytes, split
 from vswa_plugin.residency import Residency
@@ -154,6 +156,27 @@ def test_lost_engine_events_begin_a_new_epoch_with_nothing_resident() -> None:
     assert ids_are_consecutive(harness.sent)
     assert len(harness.publisher.residency.resident()[1]) == 1
     assert new > old
+
+
+def test_after_lost_events_a_finished_request_proves_what_it_reused() -> None:
+    harness = Harness()
+    tokens = (1, 1, 9)
+
+    async def heal() -> None:
+        harness.offer(block(1))
+        await harness.until(lambda: len(harness.events()) == 2)
+        harness.publisher.claim(Claim(tokens, 2, mark=0))
+        harness.offer(EventsLost(1, 5))
+        await harness.until(lambda: len(harness.events()) == 3)
+        harness.publisher.claim(Claim(tokens, 2, mark=harness.publisher.healing.events))
+        await harness.until(lambda: len(harness.events()) == 5)
+
+    asyncio.run(harness.during(heal))
+
+    _, stored, layout, *healed = harness.events()
+    assert isinstance(stored, Stored)
+    assert isinstance(layout, Layout)
+    assert healed == [msgspec.structs.replace(stored, group_id=group) for group in (0, 1)]
 
 
 def test_an_engine_event_that_cannot_be_read_voids_the_epoch_since_it_may_have_been_a_removal() -> None:

@@ -101,6 +101,18 @@ def test_a_change_of_tier_keeps_the_block_resident() -> None:
     assert residency.resident()[1] == {named((1,)), named((1, 2))}
 
 
+def test_a_block_that_changes_its_tier_amid_a_run_parts_the_run() -> None:
+    residency = Residency(LAYOUT)
+    residency.apply(stored(1, (1, 2)))
+    residency.apply(BlocksRemoved(1, (block((1,)).hash,)))
+
+    assert residency.apply(stored(1, (1, 2, 3), tier="host")) == [
+        Stored(1, 0, None, (named((1,)),), "host"),
+        Moved(1, (named((1, 2)),), "host"),
+        Stored(1, 2, named((1, 2)), (named((1, 2, 3)),), "host"),
+    ]
+
+
 def test_lost_engine_events_clear_everything_and_ask_for_a_new_epoch() -> None:
     residency = Residency(LAYOUT)
     residency.apply(stored(1, (1, 2)))
