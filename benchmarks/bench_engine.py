@@ -63,7 +63,7 @@ class Contender(Protocol):
     """One way to compute a checkpoint."""
 
     def prefill(self, length: int, batch: int) -> Any:
-        """Compute ``batch`` prompts of ``length`` tokens; what decode goes on from."""
+        """Compute one prompt of ``length`` tokens, kept ``batch`` times: what decode goes on from."""
 
     def copied(self, state: Any) -> Any:
         """A copy that :meth:`decode` may change."""
@@ -90,8 +90,10 @@ class Ours:
         from vswa_plugins.gemma3_cpu.model import Chunk
 
         prompt = np.arange(length) % 3000 + 300
-        for i in range(batch):
-            self._model.forward([Chunk(prompt, 0, self._tables[i])], self._kv)
+        self._model.forward([Chunk(prompt, 0, self._tables[0])], self._kv)
+        for store in (*self._kv.k, *self._kv.v) if batch > 1 else ():
+            copies = store.reshape(*store.shape[:2], max(BATCHES), -1, store.shape[-1])
+            copies[:, :, 1:batch] = copies[:, :, :1]
 
     def copied(self, state: Any) -> Any:
         # Decoding again from the same position writes the same pages again.
@@ -120,8 +122,11 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
     def prefill(self, length: int, batch: int) -> Any:
-        prompt = (self._torch.arange(length) % 3000 + 300).expand(batch, length)
-        return self._model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        prompt = (self._torch.arange(length) % 3000 + 300)[None]
+        cache = self._model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        if batch > 1:
+            cache.batch_repeat_interleave(batch)
+        return cache
 
     def copied(self, state: Any) -> Any:
         return copy.deepcopy(state)
@@ -279,9 +284,9 @@ def main() -> None:
         result["checkpoints"][name] = compare(name, args)
         for what, rates in result["checkpoints"][name]["tokens_per_second"].items():
             ratio = result["checkpoints"][name]["ratio"].get(what)
-            print(f"{name:11} {what:25} {rates}  ratio {ratio}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+            print(f"{name:11} {what:25} {rates}  ratio {ratio}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _shown(arguments: list[str]) -> list[str]:

@@ -222,6 +222,7 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(coroutine)
 
 
+# Imported as `x as x`: pytest finds a fixture by its name in the module, ruff sees that it is meant.
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_small_model(Path(tmp_path_factory.mktemp("model")))

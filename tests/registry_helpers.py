@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import gethostname
 from typing import Any, Protocol
@@ -120,6 +121,17 @@ class Reader:
         """Read until exactly ``entries`` are held."""
         expected = {each.key: each for each in entries}
         await self.until(lambda reader: reader.content == expected and reader.connected)
+
+
+@asynccontextmanager
+async def joined_and_watched(worker: Registry, router: Registry) -> AsyncIterator[Reader]:
+    """``worker`` has joined with ``entry(1)``, and ``router`` watches it; both are closed at the end."""
+    await worker.join(entry(1))
+    async with router.watch() as watcher:
+        reader = Reader(watcher)
+        await reader.until_holds(entry(1))
+        yield reader
+    await asyncio.gather(worker.close(), router.close())
 
 
 class Backend(Protocol):

@@ -185,3 +185,14 @@ async def running(*parts: Publishing | Following) -> AsyncIterator[None]:
     finally:
         for part in reversed(started):
             await part.stop()
+
+
+@asynccontextmanager
+async def one_of_each(
+    nats_server: str, namespace: str, **options: Any
+) -> AsyncIterator[tuple[Publishing, Following]]:
+    """A running worker, made with ``options``, and a running reader of ``namespace``."""
+    worker = Publishing(nats_server, Source(namespace, "b", 1), **options)
+    reader = Following(nats_server, namespace)
+    async with running(reader, worker):
+        yield worker, reader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,22 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vswa_plugins.gemma3_cpu.model import Gemma3Model
-from vswa_plugins.gemma3_cpu.scheduler import MAX_FAILED_STEPS
 
-from vswa_plugin.errors import InvariantError, RequestError
-
-from .gemma3_engine_helpers import (
-    BLOCK,
-    CONTEXT,
-    OPTIONS,
-    Bench,
-    Cold,
-    Reader,
-    load_small_model,
-    make_small_model,
-    prompt_of,
-    request_for,
-)
+from tests.gemma3_engine_helpers import BLOCK, OPTIONS, Bench, Cold, prompt_of, request_for
+from tests.gemma3_engine_helpers import bench as bench
+from tests.gemma3_engine_helpers import cold as cold
+from tests.gemma3_engine_helpers import model as model
+from tests.gemma3_engine_helpers import small as small
 
 #: One prompt of 120 tokens needs 15 blocks: room for one or two, so that every other request evicts.
 TIGHT: dict[str, Any] = {
@@ -33,21 +22,6 @@ TIGHT: dict[str, Any] = {
     "max_batch_size": 3,
     "gemma3_cpu": {"max_chunk_tokens": 24, "kv_blocks": {32: 18, "global": 34}},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Gemma3Model:
-    return load_small_model(make_small_model(Path(tmp_path_factory.mktemp("model"))))
-
-
-@pytest.fixture(scope="module")
-def cold(model: Gemma3Model) -> Cold:
-    return Cold(model)
-
-
-@pytest.fixture
-def bench(model: Gemma3Model) -> Bench:
-    return Bench(model, OPTIONS)
 
 
 def computed(bench: Bench) -> list[list[tuple[int, int, bool]]]:
@@ -190,102 +164,6 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room(model
         assert not (large in bench.scheduler.waiting and small in bench.scheduler.running)
 
 
-def test_the_last_chunk_has_reason_and_usage(bench: Bench) -> None:
-    [reader] = bench.run(request_for(prompt_of(20), 3))
-
-    assert [{"token_ids": [token], "index": 0} for token in reader.tokens[:2]] == reader.outputs[:2]
-    assert {
-        "token_ids": reader.tokens[2:],
-        "index": 0,
-        "finish_reason": "length",
-        "completion_usage": {
-            "prompt_tokens": 20,
-            "completion_tokens": 3,
-            "total_tokens": 23,
-            "prompt_tokens_details": {"cached_tokens": 0},
-        },
-    } == reader.last
-
-
-def first_tokens(cold: Cold, count: int = 6) -> tuple[list[int], list[int]]:
-    """A prompt, and the greedy answer to it, without repetitions."""
-    for seed in range(50):
-        answer = cold.greedy(prompt_of(20, seed), count)
-        if len(set(answer)) == count:
-            return prompt_of(20, seed), answer
-    raise AssertionError("no prompt with an answer of distinct tokens")
-
-
-@pytest.mark.parametrize(
-    ("where", "key"), [("stop_conditions", "stop_token_ids"), ("stop_conditions", "stop_token_ids_hidden")]
-)
-def test_a_stop_token_ends_the_answer(bench: Bench, cold: Cold, where: str, key: str) -> None:
-    prompt, answer = first_tokens(cold)
-
-    [reader] = bench.run(request_for(prompt, 6, **{where: {key: [answer[3]]}}))
-
-    assert (answer[:4], "stop") == (reader.tokens, reader.last["finish_reason"])
-
-
-def test_an_eos_token_ends_the_answer_unless_it_is_ignored(bench: Bench, cold: Cold) -> None:
-    prompt, answer = first_tokens(cold)
-    eos = {"eos_token_ids": [answer[2]]}
-    # Dynamo repeats the eos ids among the hidden stop ids.
-    ignored = {"ignore_eos": True, "stop_token_ids_hidden": [answer[2]]}
-
-    stopped, going_on = bench.run(
-        request_for(prompt, 6, **eos), request_for(prompt, 6, **eos, stop_conditions=ignored)
-    )
-
-    assert (answer[:3], "stop") == (stopped.tokens, stopped.last["finish_reason"])
-    assert (answer, "length") == (going_on.tokens, going_on.last["finish_reason"])
-
-
-def test_min_tokens_keeps_stop_tokens_away(bench: Bench, cold: Cold) -> None:
-    prompt, answer = first_tokens(cold)
-    stop = {"stop_token_ids": [answer[1]]}
-
-    early, late = bench.run(
-        request_for(prompt, 6, stop_conditions={**stop, "min_tokens": 1}),
-        request_for(prompt, 6, stop_conditions={**stop, "min_tokens": 2}),
-    )
-
-    assert (answer[:2], "stop") == (early.tokens, early.last["finish_reason"])
-    assert answer[:1] == late.tokens[:1] and len(late.tokens) > 2
-    assert answer[1] not in late.tokens[:2]
-
-
-def test_an_answer_ends_at_the_context(bench: Bench) -> None:
-    [reader] = bench.run(request_for(prompt_of(CONTEXT - 5), 100))
-
-    assert (5, "length") == (len(reader.tokens), reader.last["finish_reason"])
-
-
-def test_log_probabilities_come_with_the_tokens(bench: Bench, cold: Cold) -> None:
-    prompt = prompt_of(20)
-
-    [reader] = bench.run(request_for(prompt, 2, output_options={"logprobs": 2}))
-
-    logits = cold.logits(prompt).astype(np.float64)
-    logprobs = logits - np.log(np.exp(logits).sum())
-    [first], [top] = reader.outputs[0]["log_probs"], reader.outputs[0]["top_logprobs"]  # type: ignore[index]
-    assert float(logprobs.max()) == pytest.approx(first, abs=1e-4)
-    assert [(1, reader.tokens[0]), (2, int(logprobs.argsort()[-2]))] == [
-        (t["rank"], t["token_id"]) for t in top
-    ]
-
-
-def test_the_same_seed_gives_the_same_answer_in_any_company(bench: Bench) -> None:
-    seeded = request_for(prompt_of(20), 12, sampling_options={"temperature": 1.0, "seed": 42})
-    other = request_for(prompt_of(20), 12, sampling_options={"temperature": 1.0, "seed": 43})
-
-    [alone] = bench.run(seeded)
-    together = bench.run(other, seeded, other, seeded)
-
-    assert alone.tokens == together[1].tokens == together[3].tokens
-    assert alone.tokens != together[0].tokens == together[2].tokens
-
-
 def test_events_are_published_before_the_tokens_of_their_step(bench: Bench) -> None:
     bench.run(request_for(prompt_of(100), 3), request_for(prompt_of(60, 1), 3))
 
@@ -311,22 +189,6 @@ def test_who_sees_the_first_token_can_rely_on_the_prompts_events(bench: Bench) -
     assert 100 // BLOCK == len(stored[0]) == len(stored[1])
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 6])
-def test_cancelling_frees_the_blocks_at_the_next_step(bench: Bench, steps: int) -> None:
-    reader = bench.add(request_for(prompt_of(100), 50))
-    for _ in range(steps):
-        bench.step()
-    assert reader.generation is not None
-    reader.generation.cancelled = True
-    heard = len(reader.outputs)
-
-    bench.step()
-
-    assert {"blocks_used_32": 0.0, "blocks_used_global": 0.0} == bench.used()
-    assert not bench.scheduler.has_work
-    assert heard == len(reader.outputs)
-
-
 def test_a_salt_keeps_prompts_apart(bench: Bench) -> None:
     prompt = prompt_of(100)
     salted = request_for(prompt, 2, routing={"cache_salt": "tenant"})
@@ -335,113 +197,6 @@ def test_a_salt_keeps_prompts_apart(bench: Bench) -> None:
 
     assert [0, 0, 96] == [first.cached_tokens, other.cached_tokens, again.cached_tokens]
     assert first.tokens == other.tokens == again.tokens
-
-
-class Boom(RuntimeError):
-    """A bug that only a test has."""
-
-
-def fail_when(bench: Bench, failing: list[bool]) -> None:
-    def before(chunks: Any) -> None:
-        if failing.pop(0) if failing else False:
-            raise Boom("bang")
-
-    bench.before_forward = before
-
-
-def error_of(reader: Reader) -> str:
-    assert isinstance(reader.outputs[-1], RequestError)
-    return str(reader.outputs[-1])
-
-
-def test_a_failing_step_ends_its_requests_and_no_others(model: Gemma3Model, cold: Cold) -> None:
-    bench = Bench(model, {**OPTIONS, "max_batch_size": 2})
-    readers = [bench.add(request_for(prompt_of(30, seed), 4)) for seed in range(3)]
-    fail_when(bench, [False, True])
-
-    while bench.scheduler.has_work:
-        bench.step()
-
-    assert "the engine failed while it ran this request: Boom: bang" == error_of(readers[0])
-    assert error_of(readers[0]) == error_of(readers[1])
-    assert readers[0].outputs[-1] is not readers[1].outputs[-1]
-    assert cold.greedy(prompt_of(30, 2), 4) == readers[2].tokens
-    assert 1 == bench.scheduler.counters.failed_steps
-    assert {0.0} == set(bench.used().values())
-
-
-def test_a_failure_that_repeats_stops_the_engine(bench: Bench) -> None:
-    fail_when(bench, [True] * MAX_FAILED_STEPS)
-    readers = []
-    for _ in range(MAX_FAILED_STEPS - 1):
-        readers.append(bench.add(request_for(prompt_of(30))))
-        bench.step()
-    readers.append(bench.add(request_for(prompt_of(30))))
-
-    with pytest.raises(Boom):
-        bench.step()
-
-    assert all("Boom: bang" in error_of(reader) for reader in readers)
-
-
-def test_failures_in_between_good_steps_do_not_stop_the_engine(bench: Bench) -> None:
-    fail_when(bench, [True, False] * (MAX_FAILED_STEPS + 1))
-
-    for seed in range(2 * (MAX_FAILED_STEPS + 1)):
-        bench.run(request_for(prompt_of(10, seed), 1))
-
-    assert MAX_FAILED_STEPS + 1 == bench.scheduler.counters.failed_steps
-
-
-def test_a_broken_cache_stops_the_engine_at_once_and_all_requests_hear_of_it(bench: Bench) -> None:
-    first, waiting = (bench.add(request_for(prompt_of(300, seed))) for seed in range(2))
-    bench.step()
-    pool = bench.manager._store.pools[0]
-
-    def before(chunks: Any) -> None:
-        pool.holders[0] += 1
-        raise Boom("bang")
-
-    bench.before_forward = before
-    with pytest.raises(InvariantError) as stopped:
-        bench.scheduler.step()
-    bench.scheduler.end_all(stopped.value)
-
-    assert "Boom" in error_of(first)
-    assert waiting.finished and isinstance(waiting.outputs[-1], RequestError)
-    assert not bench.scheduler.has_work
-
-
-def test_logits_that_are_not_finite_end_only_their_request(bench: Bench, cold: Cold) -> None:
-    good, bad = bench.add(request_for(prompt_of(8), 3)), bench.add(request_for(prompt_of(9), 3))
-    forward = bench._forward
-
-    def poisoned(chunks: Any, /) -> Any:
-        logits = forward(chunks)
-        if len(logits) == 2:
-            logits[1, 5] = np.nan
-        return logits
-
-    bench._forward = poisoned  # type: ignore[assignment]
-    while bench.scheduler.has_work:
-        bench.step()
-
-    assert cold.greedy(prompt_of(8), 3) == good.tokens
-    assert "FloatingPointError: expected finite logits" in error_of(bad)
-
-
-def test_ending_all_tells_running_and_waiting_requests(model: Gemma3Model) -> None:
-    bench = Bench(model, {**OPTIONS, "max_batch_size": 1})
-    running, waiting = (bench.add(request_for(prompt_of(30, seed), 9)) for seed in range(2))
-    bench.step()
-    bench.step()
-
-    bench.scheduler.end_all()
-
-    bench.manager.check()
-    assert ["cancelled", "cancelled"] == [r.last["finish_reason"] for r in (running, waiting)]
-    assert len(running.tokens) == running.last["completion_usage"]["completion_tokens"] > 0
-    assert {0.0} == set(bench.used().values())
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,21 @@ def test_what_a_dropped_rank_held_scores_nothing_at_once_and_is_swept_by_later_e
     assert index.sweep(1)
 
 
+def test_clearing_one_group_in_the_middle_of_a_sweep_does_not_end_the_sweep(kernel: bool) -> None:
+    index = picture(kernel)
+    index.join(B, LAYOUT)
+    hold(index, B, GLOBAL, [0])
+    index.drop(A)
+    index.sweep(1)
+    index.apply(B, Cleared(GLOBAL))
+    while not index.sweep(1):
+        index.check()
+    index.join(A, LAYOUT)
+
+    assert {SLIDING: {}, GLOBAL: {}} == index.contents(A)
+    index.check()
+
+
 def test_ranks_that_come_and_go_do_not_make_masks_ever_longer(kernel: bool) -> None:
     index = picture(kernel)
     for number in range(5 * MAX_DEAD):

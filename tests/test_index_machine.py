@@ -56,10 +56,12 @@ class IndexMachine(RuleBasedStateMachine):
     def group(self, rank: Rank, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(self.naive.ranks[rank].layout.groups)).group_id
 
-    @initialize(layouts=st.lists(st.sampled_from(LAYOUTS), min_size=2, max_size=2))
-    def start(self, layouts: list[CacheLayout]) -> None:
-        for rank, layout in zip(RANKS, [*layouts, layouts[0], layouts[1]], strict=True):
+    @initialize(shared=st.sampled_from(LAYOUTS), other=st.sampled_from(LAYOUTS), data=st.data())
+    def start(self, shared: CacheLayout, other: CacheLayout, data: st.DataObject) -> None:
+        """Three ranks share a part, and mostly a prompt."""
+        for rank, layout in zip(RANKS, [shared, shared, shared, other], strict=True):
             self.both("join", rank, layout)
+            self.store_everywhere(rank, data.draw(st.sampled_from(PROMPTS)), TIERS[0])
 
     @rule(rank=st.sampled_from(RANKS), prompt=st.sampled_from(PROMPTS), tier=st.sampled_from(TIERS))
     def store_everywhere(self, rank: Rank, prompt: list[int], tier: str) -> None:
@@ -182,7 +184,7 @@ def run(examples: int, **varied: Any) -> None:
 
 @pytest.mark.parametrize("kernel", BOTH_PATHS)
 def test_an_index_scores_as_a_naive_one_after_every_event(kernel: bool) -> None:
-    run(40, kernel=kernel)
+    run(50, kernel=kernel)
 
 
 @pytest.mark.parametrize("kernel", BOTH_PATHS)

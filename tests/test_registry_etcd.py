@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import msgspec
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry, start_etcd
+from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry, joined_and_watched, start_etcd
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
 from vswa_plugin.events import Rank
 from vswa_plugin.processes import free_port
@@ -217,10 +216,7 @@ def test_with_a_user_everything_works_and_a_restart_that_voids_the_token_is_surv
     async def body() -> None:
         security = EtcdSecurity.from_env(USER)
         worker, router = (EtcdRegistry(guarded.where, 1, security) for _ in range(2))
-        await worker.join(entry(1))
-        async with router.watch() as watcher:
-            reader = Reader(watcher)
-            await reader.until_holds(entry(1))
+        async with joined_and_watched(worker, router) as reader:
             await worker.update(epochs={0: 2})
             await reader.until_holds(entry(1, 2))
             await guarded.go_away()
@@ -228,7 +224,6 @@ def test_with_a_user_everything_works_and_a_restart_that_voids_the_token_is_surv
             await guarded.come_back()
             await worker.update(epochs={0: 3})
             await reader.until_holds(entry(1, 3))
-        await asyncio.gather(worker.close(), router.close())
 
     run(body())
     assert SECRET not in caplog.text
@@ -333,15 +328,11 @@ def test_with_certificates_from_files_or_as_text_everything_works_over_tls(run: 
         # No scheme: certificates say that TLS is meant.
         worker = EtcdRegistry(tls.url, security=EtcdSecurity.from_env(tls.environ))
         router = EtcdRegistry(tls.url.removeprefix("https://"), security=EtcdSecurity.from_env(as_text))
-        await worker.join(entry(1))
-        async with router.watch() as watcher:
-            reader = Reader(watcher)
-            await reader.until_holds(entry(1))
+        async with joined_and_watched(worker, router) as reader:
             await worker.update(epochs={0: 2})
             await reader.until_holds(entry(1, 2))
             await worker.leave()
             await reader.until_holds()
-        await asyncio.gather(worker.close(), router.close())
 
     run(body())
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually
-from tests.stream_helpers import Fault, Following, Publishing, running, whole
+from tests.stream_helpers import Fault, Following, Publishing, one_of_each, running, whole
 from vswa_plugin.embedded import start_nats
 from vswa_plugin.engine import EventsLost
 from vswa_plugin.events import Source, decode
@@ -86,12 +86,7 @@ def test_1_and_6_whatever_the_network_does_to_batches_the_view_ends_exact(
 
 def test_1_a_gap_makes_the_view_stale_at_once(run: Run[Any], brokers: Brokers, names: Names) -> None:
     async def body() -> None:
-        namespace = next(names)
-        worker, reader = (
-            Publishing(brokers.nats_server, Source(namespace, "b", 1)),
-            Following(brokers.nats_server, namespace),
-        )
-        async with running(reader, worker):
+        async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
             await reader.catches_up(worker)
             stale: list[str] = []
             carry_out = reader.subscriber._became_stale
@@ -113,11 +108,8 @@ def test_1_a_gap_makes_the_view_stale_at_once(run: Run[Any], brokers: Brokers, n
 
 def test_2_a_replay_that_is_too_old_becomes_a_snapshot(run: Run[Any], brokers: Brokers, names: Names) -> None:
     async def body() -> None:
-        namespace = next(names)
-        worker = Publishing(brokers.nats_server, Source(namespace, "b", 1))
-        worker.publisher.history.ring._max_batches = 3
-        reader = Following(brokers.nats_server, namespace)
-        async with running(reader, worker):
+        async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
+            worker.publisher.history.ring._max_batches = 3
             await reader.catches_up(worker)
             worker.fault = lambda payload: []
             for _ in range(10):
@@ -138,18 +130,15 @@ def test_2_a_publisher_that_does_not_answer_is_asked_again_with_pauses_and_no_st
     run: Run[Any], brokers: Brokers, names: Names
 ) -> None:
     async def body() -> None:
-        namespace = next(names)
-        worker = Publishing(brokers.nats_server, Source(namespace, "b", 1))
-        reader = Following(brokers.nats_server, namespace)
-        answer = worker.publisher.history.answer
         asked = []
 
         def deaf(payload: bytes) -> bytes:
             asked.append(payload)
             return b"\xc1"  # no MessagePack at all
 
-        async with running(reader, worker):
+        async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
             await reader.catches_up(worker)
+            answer = worker.publisher.history.answer
             worker.publisher.history.answer = deaf  # type: ignore[method-assign]
             worker.fault = lambda payload: []
             worker.work()
@@ -168,10 +157,7 @@ def test_3_loss_at_the_tail_shows_within_two_heartbeats(
     run: Run[Any], brokers: Brokers, names: Names
 ) -> None:
     async def body() -> None:
-        namespace = next(names)
-        worker = Publishing(brokers.nats_server, Source(namespace, "b", 1), heartbeat_s=0.3)
-        reader = Following(brokers.nats_server, namespace)
-        async with running(reader, worker):
+        async with one_of_each(brokers.nats_server, next(names), heartbeat_s=0.3) as (worker, reader):
             await reader.catches_up(worker)
             worker.fault = lambda payload: [payload] if not decode(payload).events else []
             worker.work()
@@ -210,9 +196,7 @@ def test_4_a_dead_worker_scores_0_within_three_heartbeats_and_leaves_with_its_re
 def test_4_a_broker_that_restarts_costs_nobody_anything_for_good(run: Run[Any], tmp_path: Path) -> None:
     async def body() -> None:
         nats, url = await start_nats(tmp_path)
-        worker = Publishing(url, Source("ns", "b", 1))
-        reader = Following(url, "ns")
-        async with running(reader, worker):
+        async with one_of_each(url, "ns") as (worker, reader):
             worker.work(5)
             await reader.catches_up(worker)
             nats.kill()
@@ -231,10 +215,7 @@ def test_4_a_broker_that_restarts_costs_nobody_anything_for_good(run: Run[Any], 
 
 def test_5_a_reader_that_is_slow_slows_no_publisher(run: Run[Any], brokers: Brokers, names: Names) -> None:
     async def body() -> None:
-        namespace = next(names)
-        worker = Publishing(brokers.nats_server, Source(namespace, "b", 1), heartbeat_s=0.05)
-        reader = Following(brokers.nats_server, namespace)
-        async with running(reader, worker):
+        async with one_of_each(brokers.nats_server, next(names), heartbeat_s=0.05) as (worker, reader):
             await reader.catches_up(worker)
             gate = asyncio.Event()
 
@@ -242,7 +223,7 @@ def test_5_a_reader_that_is_slow_slows_no_publisher(run: Run[Any], brokers: Brok
                 await gate.wait()
                 await on_message(event_subject, payload)
 
-            slow = Following(brokers.nats_server, namespace)
+            slow = Following(brokers.nats_server, worker.source.namespace)
             on_message = slow.subscriber._on_message
             slow.subscriber._on_message = held_up  # type: ignore[method-assign]
             async with running(slow):
@@ -312,14 +293,10 @@ def test_two_live_publishers_of_one_rank_the_higher_epoch_wins_and_the_loser_say
     run: Run[Any], brokers: Brokers, names: Names
 ) -> None:
     async def body() -> None:
-        namespace = next(names)
-        source = Source(namespace, "b", 1)
-        loser = Publishing(brokers.nats_server, source)
-        reader = Following(brokers.nats_server, namespace)
-        async with running(reader, loser):
+        async with one_of_each(brokers.nats_server, next(names)) as (loser, reader):
             loser.work(3)
             await reader.catches_up(loser)
-            winner = Publishing(brokers.nats_server, source)
+            winner = Publishing(brokers.nats_server, loser.source)
             async with running(winner):
                 winner.work(1)
                 assert loser.task is not None
@@ -336,10 +313,7 @@ def test_7_an_engine_that_lost_events_costs_its_residency_and_nothing_else(
     run: Run[Any], brokers: Brokers, names: Names
 ) -> None:
     async def body() -> None:
-        namespace = next(names)
-        worker = Publishing(brokers.nats_server, Source(namespace, "b", 1))
-        reader = Following(brokers.nats_server, namespace)
-        async with running(reader, worker):
+        async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
             worker.work(5)
             await reader.catches_up(worker)
             epoch = worker.publisher.numbering.epoch

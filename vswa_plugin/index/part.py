@@ -42,7 +42,9 @@ class Part:
         self.layout = layout
         self.block_size = layout.block_size
         self.rule = rule
-        self.group_index = {group.group_id: index for index, group in enumerate(layout.groups)}
+        self.group_index: dict[int | None, int] = {
+            group.group_id: index for index, group in enumerate(layout.groups)
+        }
         self.members: dict[Rank, Member] = {}
         self.table: Table = PythonTable(groups) if kernel is None else KernelTable(kernel, groups)
         self._ranks: list[Rank | None] = []
@@ -127,9 +129,13 @@ class Part:
             self._sweeping = 0
         return not (self._sweeping or self._waiting)
 
+    @property
+    def has_dead(self) -> bool:
+        """Whether anything waits for the sweep."""
+        return bool(self._sweeping or self._waiting)
+
     def sweep_a_little(self) -> None:
-        if self._sweeping or self._waiting:
-            self.sweep(max(SWEEP_LEAST, self.table.rows() // SWEEP_EVENTS))
+        self.sweep(max(SWEEP_LEAST, self.table.rows() // SWEEP_EVENTS))
 
     def score(self, hashes: Hashes, prompt_len: int) -> dict[Rank, int]:
         try:

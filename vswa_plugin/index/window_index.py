@@ -103,14 +103,18 @@ class WindowIndex:
             self.clear(rank)
             return
         part = self._part_of(rank)
-        if isinstance(event, Cleared):
-            if event.group_id is None:
-                part.clear(rank)
-            else:
-                part.clear_group(rank, self._group(part, rank, event.group_id))
+        if isinstance(event, Cleared) and event.group_id is None:
+            part.clear(rank)
         else:
-            self._apply_blocks(part, rank, event)
-        part.sweep_a_little()
+            group = part.group_index.get(event.group_id)
+            if group is None:
+                raise self._unknown_group(part, rank, event.group_id)
+            try:
+                self._apply_blocks(part, rank, group, event)
+            except (TypeError, OverflowError) as error:
+                raise StreamError(f"rank {rank}, group {event.group_id}: a sequence hash: {error}") from error
+        if part.has_dead:
+            part.sweep_a_little()
 
     def clear(self, rank: Rank) -> None:
         """The rank holds nothing any more."""
@@ -254,24 +258,23 @@ class WindowIndex:
             left_out=self._left_out,
         )
 
-    def _apply_blocks(self, part: Part, rank: Rank, event: Stored | Removed | Moved) -> None:
-        group = self._group(part, rank, event.group_id)
-        try:
-            if isinstance(event, Stored):
-                check_tier(event.tier)
-                self._left_out += part.store(rank, group, event.sequence_hashes, event.tier, self._room())
-            elif isinstance(event, Removed):
-                part.remove(rank, group, event.sequence_hashes)
-            else:
-                check_tier(event.tier)
-                part.move(rank, group, event.sequence_hashes, event.tier)
-        except (TypeError, OverflowError) as error:
-            raise StreamError(f"rank {rank}, group {event.group_id}: a sequence hash: {error}") from error
+    def _apply_blocks(
+        self, part: Part, rank: Rank, group: int, event: Stored | Removed | Moved | Cleared
+    ) -> None:
+        if isinstance(event, Stored):
+            room = UNLIMITED if self._max_blocks is None else self._room(self._max_blocks)
+            check_tier(event.tier)
+            self._left_out += part.store(rank, group, event.sequence_hashes, event.tier, room)
+        elif isinstance(event, Removed):
+            part.remove(rank, group, event.sequence_hashes)
+        elif isinstance(event, Moved):
+            check_tier(event.tier)
+            part.move(rank, group, event.sequence_hashes, event.tier)
+        else:
+            part.clear_group(rank, group)
 
-    def _room(self) -> int:
-        if self._max_blocks is None:
-            return UNLIMITED
-        return max(0, self._max_blocks - sum(sum(part.table.resident()) for part in self._parts.values()))
+    def _room(self, max_blocks: int) -> int:
+        return max(0, max_blocks - sum(sum(part.table.resident()) for part in self._parts.values()))
 
     def _hashed(self, token_ids: Sequence[int], block_size: int) -> Hashes:
         if self._kernel is None:
@@ -311,14 +314,10 @@ class WindowIndex:
             raise StreamError(f"rank {rank} is not in the index; its layout must come first")
         return part
 
-    def _group(self, part: Part, rank: Rank, group_id: int) -> int:
-        group = part.group_index.get(group_id)
-        if group is None:
-            declared = ", ".join(f"{g.group_id} (window {g.label})" for g in part.layout.groups)
-            raise StreamError(
-                f"unknown cache group {group_id} of rank {rank}; its layout declared {declared}"
-            )
-        return group
+    @staticmethod
+    def _unknown_group(part: Part, rank: Rank, group_id: int | None) -> StreamError:
+        declared = ", ".join(f"{g.group_id} (window {g.label})" for g in part.layout.groups)
+        return StreamError(f"unknown cache group {group_id} of rank {rank}; its layout declared {declared}")
 
     def _dump_rank(self, rank: Rank) -> RankDump:
         part = self._of_rank[rank]

@@ -12,12 +12,12 @@ import logging
 import os
 from typing import Any
 
-from vswa_plugin.errors import ProtocolError, VswaError
-from vswa_plugin.registry import Entry, changed, check_key, decode_entry, encode_entry, prefix_of
+from vswa_plugin.errors import VswaError
+from vswa_plugin.registry import Entry, changed, check_key, encode_entry, prefix_of
 from vswa_plugin.registry._etcd3_client import FAILURES, Connection, is_lost_lease
 from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
 from vswa_plugin.registry.etcd_watch import RECONCILE_S, follow
-from vswa_plugin.registry.watching import Watcher
+from vswa_plugin.registry.watching import Watcher, Watchers, readable
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class EtcdRegistry:
         self._entry: Entry | None = None
         self._unwritten = False
         self._keepalive: asyncio.Task[None] | None = None
-        self._watchers: set[Watcher] = set()
+        self._watchers = Watchers()
 
     def __str__(self) -> str:
         return str(self._connection)
@@ -67,21 +67,13 @@ class EtcdRegistry:
 
     async def entries(self, namespace: str | None = None) -> list[Entry]:
         listing = await self._connection.call(lambda client: client.list_prefix(prefix_of(namespace)))
-        entries = []
-        for key, payload in listing.content.items():
-            try:
-                entries.append(decode_entry(key, payload))
-            except ProtocolError as error:
-                logger.warning("registry entry left out: %s", error)
-        return entries
+        return readable(listing.content)
 
     def watch(self, namespace: str | None = None) -> Watcher:
         prefix = prefix_of(namespace)
-        watcher = Watcher(
-            lambda view: follow(self._connection, prefix, view, self._reconcile_s), f"watch {prefix}"
+        return self._watchers.start(
+            lambda view: follow(self._connection, prefix, view, self._reconcile_s), prefix
         )
-        self._watchers = {watcher, *(each for each in self._watchers if not each.closed)}
-        return watcher
 
     async def leave(self) -> None:
         if self._keepalive is not None:
@@ -96,12 +88,11 @@ class EtcdRegistry:
             except VswaError as error:
                 logger.warning("could not leave the registry, the lease will end it: %s", error)
                 self._lease_id = None
-        self._watchers = {watcher for watcher in self._watchers if not watcher.closed}
-        if not self._watchers:
+        if not self._watchers.any_open():
             await self._connection.close()
 
     async def close(self) -> None:
-        await asyncio.gather(*(watcher.close() for watcher in self._watchers))
+        await self._watchers.close()
         await self.leave()
 
     def _put(self, client: Any) -> None:

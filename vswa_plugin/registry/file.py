@@ -23,11 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from vswa_plugin.errors import ConnectError, ProtocolError, VswaError
-from vswa_plugin.registry import Entry, changed, check_key, decode_entry, encode_entry, prefix_of
+from vswa_plugin.errors import ConnectError, VswaError
+from vswa_plugin.registry import Entry, changed, check_key, encode_entry, prefix_of
 from vswa_plugin.registry.entry_files import EntryFile, Scanner, sweep
 from vswa_plugin.registry.threads import SerialThread
-from vswa_plugin.registry.watching import View, Watcher
+from vswa_plugin.registry.watching import View, Watcher, Watchers, readable
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class FileRegistry:
         self._entry: Entry | None = None
         self._file: EntryFile | None = None
         self._keepalive: asyncio.Task[None] | None = None
-        self._watchers: set[Watcher] = set()
+        self._watchers = Watchers()
 
     def __str__(self) -> str:
         return f"directory {self._folder}"
@@ -72,19 +72,11 @@ class FileRegistry:
         return entry
 
     async def entries(self, namespace: str | None = None) -> list[Entry]:
-        entries = []
-        for key, payload in sorted((await self._scan(prefix_of(namespace))).items()):
-            try:
-                entries.append(decode_entry(key, payload))
-            except ProtocolError as error:
-                logger.warning("registry entry left out: %s", error)
-        return entries
+        return readable(await self._scan(prefix_of(namespace)))
 
     def watch(self, namespace: str | None = None) -> Watcher:
         prefix = prefix_of(namespace)
-        watcher = Watcher(lambda view: self._follow(prefix, view), f"watch {prefix}")
-        self._watchers = {watcher, *(each for each in self._watchers if not each.closed)}
-        return watcher
+        return self._watchers.start(lambda view: self._follow(prefix, view), prefix)
 
     async def leave(self) -> None:
         if self._keepalive is not None:
@@ -98,12 +90,11 @@ class FileRegistry:
                 await self._call(self._remove)
             except VswaError as error:
                 logger.warning("could not leave the registry, the TTL will end it: %s", error)
-        self._watchers = {watcher for watcher in self._watchers if not watcher.closed}
-        if not self._watchers:
+        if not self._watchers.any_open():
             await self._thread.close()
 
     async def close(self) -> None:
-        await asyncio.gather(*(watcher.close() for watcher in self._watchers))
+        await self._watchers.close()
         await self.leave()
 
     async def _call(self, work: Callable[[], T]) -> T:

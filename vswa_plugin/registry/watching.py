@@ -27,6 +27,17 @@ from vswa_plugin.registry import (
 logger = logging.getLogger(__name__)
 
 
+def readable(payloads: Mapping[str, bytes]) -> list[Entry]:
+    """The entries in a listing, in order of their keys; malformed ones are logged and left out."""
+    entries = []
+    for key in sorted(payloads):
+        try:
+            entries.append(decode_entry(key, payloads[key]))
+        except ProtocolError as error:
+            logger.warning("registry entry left out: %s", error)
+    return entries
+
+
 class View:
     """The registry's content as told so far. Pure but for ``emit`` and the log."""
 
@@ -142,3 +153,27 @@ class Watcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class Watchers:
+    """The watchers that one registry has made."""
+
+    def __init__(self) -> None:
+        self._made: set[Watcher] = set()
+
+    def start(self, follow: Callable[[View], Coroutine[Any, Any, None]], prefix: str) -> Watcher:
+        """A new :class:`Watcher` of the keys under ``prefix``."""
+        watcher = Watcher(follow, f"watch {prefix}")
+        self._forget_closed()
+        self._made.add(watcher)
+        return watcher
+
+    def any_open(self) -> bool:
+        self._forget_closed()
+        return bool(self._made)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(watcher.close() for watcher in self._made))
+
+    def _forget_closed(self) -> None:
+        self._made = {watcher for watcher in self._made if not watcher.closed}
