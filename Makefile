@@ -38,7 +38,7 @@ $(BIN)/python:
 		{ echo "expected Python 3.11 or later, got $$($(PYTHON) --version): set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(RUN): $(BIN)/python pyproject.toml
+$(RUN): $(BIN)/python pyproject.toml $(wildcard vswa_plugin/_native/*)
 	@echo "installing vswa-plugin into $(VENV) (about 150 MB, once)"
 	$(PIP) --editable '.[embedded]'
 	@touch $@

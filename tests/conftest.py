@@ -23,7 +23,7 @@ Run = Callable[[Coroutine[Any, Any, T]], T]
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brokers and plugin switches of whoever runs the tests must not decide what passes."""
     for name in list(os.environ):
-        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_")):
+        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_")) and name != "VSWA_KERNEL":
             monkeypatch.delenv(name)
 
 
