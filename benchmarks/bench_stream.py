@@ -55,7 +55,9 @@ async def publish_ours(nats_server: str, events: int, pause_s: float) -> list[in
     async def send(payload: bytes) -> None:
         await transport.publish(subject(source, "events"), payload)
 
-    publisher = Publisher(source, Direct(), Residency(layout), send, lambda *_: None)
+    publisher = Publisher(
+        source, Direct(), Residency(layout), send, lambda *_: None, ready=lambda: transport.ready
+    )
     task = asyncio.create_task(publisher.run())
     offered: list[int] = []
 

@@ -80,7 +80,13 @@ class Publishing:
         self.transport = Transport(nats_server, echo=False)
         merged = {"heartbeat_s": 0.1, **options}
         self.publisher = Publisher(
-            source, DirectAdapter(), self.residency, self._send, lambda *_: None, PublisherOptions(**merged)
+            source,
+            DirectAdapter(),
+            self.residency,
+            self._send,
+            lambda *_: None,
+            PublisherOptions(**merged),
+            ready=lambda: self.transport.ready,
         )
         self.task: asyncio.Task[None] | None = None
         self._random = random.Random(source.worker_id)

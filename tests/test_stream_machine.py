@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from vswa_plugin import control
+from vswa_plugin.batches import Numbering
 from vswa_plugin.engine import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock, EngineEvent
 from vswa_plugin.events import Event, Layout, Moved, Removed, Stored, decode, encode, layout_event
 from vswa_plugin.history import History, HistoryOptions
 from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.publisher import Numbering
 from vswa_plugin.residency import Residency
 from vswa_plugin.stream import Apply, Ask, BecameLive, BecameStale, Reader, ReaderOptions, Reset
 

@@ -19,15 +19,13 @@ from typing import Protocol
 
 import msgspec
 
+from vswa_plugin.batches import Numbering, split
 from vswa_plugin.engine import BlocksRemoved, EngineEvent, EventAdapter, RawEvent
 from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
 from vswa_plugin.events import (
-    VERSION,
     Batch,
     Event,
-    Removed,
     Source,
-    Stored,
     decode,
     encode,
     layout_event,
@@ -72,63 +70,6 @@ class PublisherStats(msgspec.Struct):
     send_errors: int = 0
 
 
-class Numbering:
-    """Gives ids: consecutive from 0 within an epoch, which only rises. Pure but for the clock given."""
-
-    def __init__(self, clock_ns: Callable[[], int], last_epoch: int = 0) -> None:
-        self._clock_ns = clock_ns
-        self.epoch = last_epoch
-        self.next_event_id = 0
-        self.new_epoch()
-
-    def new_epoch(self) -> None:
-        self.epoch = max(self._clock_ns(), self.epoch + 1)
-        self.next_event_id = 0
-
-    def batch(self, events: Sequence[Event] = ()) -> Batch:
-        """The next batch; without events, a heartbeat, which uses up no id."""
-        batch = Batch(VERSION, self.epoch, self.next_event_id, self._clock_ns(), tuple(events))
-        self.next_event_id = batch.next_event_id
-        return batch
-
-
-def split(events: Sequence[Event], batch_bytes: int) -> Iterator[list[Event]]:
-    """Parts of ``events``, in order, each about ``batch_bytes`` encoded at most. Splits long events too."""
-    part: list[Event] = []
-    room = batch_bytes
-    for event in events:
-        for piece in _pieces(event, max(1, batch_bytes // 9 - 16)):
-            size = _encoded_bound(piece)
-            if part and size > room:
-                yield part
-                part, room = [], batch_bytes
-            part.append(piece)
-            room -= size
-    if part:
-        yield part
-
-
-def _encoded_bound(event: Event) -> int:
-    """At least the bytes of ``event`` on the wire: 9 a hash, and the rest."""
-    hashes = event.sequence_hashes if hasattr(event, "sequence_hashes") else ()
-    return 9 * len(hashes) + 128 if hashes else len(msgspec.msgpack.encode(event)) + 16
-
-
-def _pieces(event: Event, most: int) -> Iterator[Event]:
-    match event:
-        case Stored() if len(event.sequence_hashes) > most:
-            parent = event.parent_hash
-            for at in range(0, len(event.sequence_hashes), most):
-                hashes = event.sequence_hashes[at : at + most]
-                yield Stored(event.group_id, event.position + at, parent, hashes, event.tier)
-                parent = hashes[-1]
-        case Removed() if len(event.sequence_hashes) > most:
-            for at in range(0, len(event.sequence_hashes), most):
-                yield Removed(event.group_id, event.sequence_hashes[at : at + most])
-        case _:
-            yield event
-
-
 class Superseded(StreamError):
     """Another publisher of the same rank has begun a higher epoch; this one must stop."""
 
@@ -139,12 +80,17 @@ class Sender(Protocol):
     def __call__(self, payload: bytes) -> Awaitable[None]: ...
 
 
+def _never() -> bool:
+    return False
+
+
 class Publisher:
     """Publishes one rank. Constructing does nothing; :meth:`run` does all, until :meth:`close`.
 
     :param send: writes one encoded batch.
     :param observe: told of each batch with its source (the hook ``vswa_kv_batch``); must not raise.
     :param last_epoch: an epoch of this rank that is known from before; ours is higher.
+    :param ready: whether ``send`` would return without waiting, which saves a turn of the loop.
     """
 
     def __init__(
@@ -156,6 +102,7 @@ class Publisher:
         observe: Callable[[Source, Batch], None],
         options: PublisherOptions | None = None,
         last_epoch: int = 0,
+        ready: Callable[[], bool] = _never,
     ) -> None:
         self.source = source
         self.residency = residency
@@ -168,11 +115,14 @@ class Publisher:
         self._superseded: Batch | None = None
         self._adapter = adapter
         self._send = send
+        self._ready = ready
         self._observe = observe
         self._inbox: deque[RawEvent | Claim] = deque()
         self._overflowed = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
+        self._failing = False
+        self._sending = False
         self._loop: asyncio.AbstractEventLoop | None = None
         #: What :meth:`run` waits for; a bare future, because each step of a wait costs latency.
         self._waiter: asyncio.Future[None] | None = None
@@ -227,6 +177,8 @@ class Publisher:
                         f"{self.numbering.epoch}; is a worker running twice with the same id?"
                     )
                 self._drain()
+                if len(self._queue) == 1 and not self._sending and self._ready():
+                    await self._send_next()
                 if self._loop.time() >= next_heartbeat:
                     self._enqueue(encode(self.numbering.batch()))
                     self.stats.heartbeats += 1
@@ -360,28 +312,35 @@ class Publisher:
         self._queue_filled.set()
 
     async def _send_queue(self) -> None:
-        failing = False
         while True:
             if not self._queue:
                 if self._closing:
                     return
                 self._queue_filled.clear()
                 await self._queue_filled.wait()
-                continue
-            payload = self._queue.popleft()
-            self._queued_bytes -= len(payload)
-            try:
-                await self._send(payload)
-                self.stats.bytes += len(payload)
-                failing = False
-            except ConnectError as error:
-                self.stats.send_errors += 1
-                if not failing:
-                    logger.warning("%s: batches are dropped while the broker is away: %s", self.source, error)
-                failing = True
+            elif not await self._send_next():
                 if self._closing:
                     return
                 await asyncio.sleep(0.1)
+
+    async def _send_next(self) -> bool:
+        """Send the first batch of the queue; False where it was lost because the broker is away."""
+        payload = self._queue.popleft()
+        self._queued_bytes -= len(payload)
+        self._sending = True
+        try:
+            await self._send(payload)
+        except ConnectError as error:
+            self.stats.send_errors += 1
+            if not self._failing:
+                logger.warning("%s: batches are dropped while the broker is away: %s", self.source, error)
+            self._failing = True
+            return False
+        finally:
+            self._sending = False
+        self.stats.bytes += len(payload)
+        self._failing = False
+        return True
 
 
 def check_batch_bytes(options: PublisherOptions, max_payload: int) -> PublisherOptions:

@@ -19,6 +19,8 @@ from vswa_plugin.nats_auth import connect_options
 logger = logging.getLogger(__name__)
 
 DEFAULT_SERVER = "nats://127.0.0.1:4222"
+#: Well below the 2 MiB at which the client makes callers wait.
+_READY_BYTES = 256 << 10
 _ROOT = f"vswa.v{VERSION}"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -94,6 +96,11 @@ class Transport:
     @property
     def connected(self) -> bool:
         return self._client is not None and bool(self._client.is_connected)
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`publish` returns at once: connected, and little is waiting to be written."""
+        return self.connected and self._client.pending_data_size < _READY_BYTES
 
     async def connect(self, timeout: float = 10.0) -> None:
         """Connect, trying for ``timeout`` seconds; raises ConnectError that names the servers."""

@@ -138,6 +138,7 @@ class Worker:
             send,
             self._host.kv_batch,
             options,
+            ready=lambda: self._transport.ready,
         )
 
     def _on_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
