@@ -27,8 +27,9 @@ lint: $(DEV)  ## formatting, lint and types
 format: $(DEV)  ## rewrite the code in the project's format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(RUN)  ## the CPU engine against Hugging Face transformers (see benchmarks/README.md)
-	$(BIN)/python benchmarks/bench_engine.py $(ARGS)
+bench: $(DEV)  ## index and stream against Dynamo's own, short forms (see benchmarks/README.md)
+	$(BIN)/python benchmarks/bench_index.py --short
+	$(BIN)/python benchmarks/bench_stream.py --events 200 --pauses 0.002
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -258,13 +258,21 @@ async def main(args: argparse.Namespace) -> dict[str, Any]:
         env = {**os.environ, **LOOPBACK_ENV, "NATS_SERVER": nats_server, "ETCD_ENDPOINTS": etcd_endpoints}
         env["DYN_LOG"] = "error"
         try:
-            found = {}
-            for side in ("ours", "dynamos"):
-                print(f"{side}: {args.events} events", file=sys.stderr, flush=True)
-                latencies = await asyncio.to_thread(
-                    measure, side, nats_server, env, args.events + WARM_UP, args.pause
-                )
-                found[side] = figures(latencies)
+            paces = {}
+            for pause in args.pauses:
+                found: dict[str, Any] = {}
+                for side in ("ours", "dynamos"):
+                    print(
+                        f"{side}: {args.events} events, {pause * 1000:g} ms apart",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    latencies = await asyncio.to_thread(
+                        measure, side, nats_server, env, args.events + WARM_UP, pause
+                    )
+                    found[side] = figures(latencies)
+                ratio = round(found["ours"]["p50_ms"] / found["dynamos"]["p50_ms"], 2)
+                paces[f"{pause * 1000:g} ms apart"] = {**found, "ratio_p50": ratio}
         finally:
             await etcd.stop()
             await nats.stop()
@@ -274,9 +282,13 @@ async def main(args: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "events": args.events,
-        **found,
-        "ratio_p50": round(found["ours"]["p50_ms"] / found["dynamos"]["p50_ms"], 2),
+        "load_average_at_end": round(os.getloadavg()[0], 2),
+        **paces,
     }
+
+
+def _seconds(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":
@@ -284,7 +296,10 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", type=int, default=500, help="events measured (500)")
-    parser.add_argument("--pause", type=float, default=0.005, help="seconds between events (0.005)")
+    parser.add_argument(
+        "--pauses", type=_seconds, default="0.001,0.002,0.005", help="seconds between events, each a run"
+    )
+    parser.add_argument("--pause", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--nats", help=argparse.SUPPRESS)

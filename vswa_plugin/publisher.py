@@ -121,6 +121,7 @@ class Publisher:
         self._overflowed = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
+        self._unobserved: deque[Batch] = deque()
         self._failing = False
         self._sending = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -177,12 +178,11 @@ class Publisher:
                         f"{self.numbering.epoch}; is a worker running twice with the same id?"
                     )
                 self._drain()
-                if len(self._queue) == 1 and not self._sending and self._ready():
-                    await self._send_next()
                 if self._loop.time() >= next_heartbeat:
                     self._enqueue(encode(self.numbering.batch()))
                     self.stats.heartbeats += 1
                     next_heartbeat = self._loop.time() + self.options.heartbeat_s
+                await self._hand_over()
                 if self._inbox or self._overflowed:
                     await asyncio.sleep(0)
                     continue
@@ -193,6 +193,15 @@ class Publisher:
             self._closing = True
             self._queue_filled.set()
             await sender
+            self._tell_observers()
+
+    async def _hand_over(self) -> None:
+        """Send a lone batch here, without a turn of the loop, or let the sending task do it."""
+        if len(self._queue) == 1 and not self._sending and self._ready():
+            await self._send_next()
+        elif self._queue:
+            self._queue_filled.set()
+        self._tell_observers()
 
     def close(self) -> None:
         """Ask :meth:`run` to publish what is in the inbox and return. Any thread."""
@@ -300,7 +309,12 @@ class Publisher:
             payload = encode(batch)
             self.history.ring.add(batch, payload)
             self._enqueue(payload)
-            self._observe(self.source, batch)
+            self._unobserved.append(batch)
+
+    def _tell_observers(self) -> None:
+        """After sending: what observers do with a batch must not delay it."""
+        while self._unobserved:
+            self._observe(self.source, self._unobserved.popleft())
 
     def _enqueue(self, payload: bytes) -> None:
         self._queue.append(payload)
@@ -309,7 +323,6 @@ class Publisher:
         while len(self._queue) > limits.queue_batches or self._queued_bytes > limits.queue_bytes:
             self._queued_bytes -= len(self._queue.popleft())
             self.stats.dropped_batches += 1
-        self._queue_filled.set()
 
     async def _send_queue(self) -> None:
         while True:

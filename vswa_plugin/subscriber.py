@@ -94,6 +94,7 @@ class Subscriber:
         self._namespace = namespace
         self._component = component
         self._views: dict[Rank, View] = {}
+        self._by_subject: dict[str, View] = {}
         self._requests = asyncio.Semaphore(self.options.requests)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
@@ -127,7 +128,9 @@ class Subscriber:
 
     def withdraw(self, rank: Rank) -> None:
         """The registry says that this rank has gone."""
-        if self._views.pop(rank, None) is not None:
+        view = self._views.pop(rank, None)
+        if view is not None:
+            self._by_subject.pop(subject(view.source, "events"), None)
             self._index.drop(rank)
             self.changed.set()
 
@@ -135,14 +138,9 @@ class Subscriber:
 
     async def _on_message(self, event_subject: str, payload: bytes) -> None:
         self.stats.messages += 1
-        try:
-            source = source_of(event_subject)
-        except ConfigError as error:
-            self.stats.foreign_subjects += 1
-            if self.stats.foreign_subjects == 1:
-                logger.warning("a message on a foreign subject is ignored, as all further ones: %s", error)
+        view = self._by_subject.get(event_subject) or self._first_from(event_subject)
+        if view is None:
             return
-        view = self._view(source)
         view.heard()
         now = self._now()
         try:
@@ -150,10 +148,22 @@ class Subscriber:
         except ProtocolError as error:
             self.stats.malformed += 1
             if view.reader.stats.malformed == 0:
-                logger.warning("%s: %s (further ones are only counted)", source, error)
+                logger.warning("%s: %s (further ones are only counted)", view.source, error)
             effects = view.reader.on_malformed(now)
         self._carry_out(view, effects)
         self._settle_scored(view)
+
+    def _first_from(self, event_subject: str) -> View | None:
+        """The view of a subject that was not met before; None where it is not one of ours."""
+        try:
+            view = self._view(source_of(event_subject))
+        except ConfigError as error:
+            self.stats.foreign_subjects += 1
+            if self.stats.foreign_subjects == 1:
+                logger.warning("a message on a foreign subject is ignored, as all further ones: %s", error)
+            return None
+        self._by_subject[event_subject] = view
+        return view
 
     def _view(self, source: Source) -> View:
         view = self._views.get(source.rank)
