@@ -53,26 +53,26 @@ class Worker:
         self._publishers: dict[int, Publisher] = {}
         self._publishing: list[asyncio.Task[None]] = []
         self._told_epochs: dict[int, int] = {}
+        self._endpoint: dynamo.WorkerEndpoint | None = None
+        self._engine_started = False
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT (0) or until something fails (raises)."""
         server = StatusServer(self._status, self._metrics)
         stop = self._stop_signal()
-        endpoint: dynamo.WorkerEndpoint | None = None
         try:
             if self._args.status_port is not None:
                 await server.start(self._args.status_host, self._args.status_port)
-            await self._probe()
-            endpoint = dynamo.WorkerEndpoint(dynamo.connect(), self._args.endpoint)
-            await self._start_engine(endpoint.worker_id)
-            handler = RequestHandler(
-                self._engine,
-                self._args.settings.served_model_name,
-                endpoint.worker_id,
-                self._host.request_finished,
-                self._publishers,
-            )
-            serving = await self._go_live(endpoint, handler)
+            starting = asyncio.create_task(self._start(), name="start")
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not starting.done():
+                logger.info("stopping before the start was complete")
+                starting.cancel()
+                await asyncio.wait((starting,))
+                return 0
+            endpoint, handler, serving = await starting
             await self._until_stopped(stop, serving)
             await self._drain(endpoint, handler, stop)
             return 0
@@ -80,8 +80,18 @@ class Worker:
             self._status.failure = str(error)
             raise
         finally:
-            await self._end(endpoint)
+            await self._end()
             await server.stop()
+
+    async def _start(self) -> tuple[dynamo.WorkerEndpoint, RequestHandler, asyncio.Task[None]]:
+        """Connect, start the engine, serve, and say so."""
+        await self._probe()
+        endpoint = self._endpoint = dynamo.WorkerEndpoint(dynamo.connect(), self._args.endpoint)
+        await self._start_engine(endpoint.worker_id)
+        model = self._args.settings.served_model_name
+        record = self._host.request_finished
+        handler = RequestHandler(self._engine, model, endpoint.worker_id, record, self._publishers)
+        return endpoint, handler, await self._go_live(endpoint, handler)
 
     def _stop_signal(self) -> asyncio.Event:
         """Set by SIGTERM or SIGINT; again while draining: drain no longer."""
@@ -108,6 +118,7 @@ class Worker:
             self._publishers[rank] = self._publisher(worker_id, rank, options)
         began = time.monotonic()
         logger.info("starting %s with %s", settings.engine, settings.model_path)
+        self._engine_started = True
         await asyncio.to_thread(self._engine.start, self._on_events)
         logger.info("%s started in %.1f s", settings.engine, time.monotonic() - began)
         for publisher in self._publishers.values():
@@ -233,17 +244,17 @@ class Worker:
         for task in (draining, again):
             task.cancel()
 
-    async def _end(self, endpoint: dynamo.WorkerEndpoint | None) -> None:
+    async def _end(self) -> None:
         """Give everything back, whatever was reached."""
-        await self._registry.leave()
-        if self._publishing:
+        await self._registry.close()
+        if self._engine_started:
             await asyncio.to_thread(self._engine.stop)
         for publisher in self._publishers.values():
             publisher.close()
         await asyncio.gather(*self._publishing, return_exceptions=True)
         await self._transport.close()
-        if endpoint is not None:
-            await endpoint.shutdown()
+        if self._endpoint is not None:
+            await self._endpoint.shutdown()
 
     def _metrics(self) -> str:
         return render(self._publishers, self._engine) + self._host.metrics()

@@ -1,0 +1,79 @@
+"""A worker's start and end where something is missing: what it says, and how it exits."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import Brokers, Run
+from tests.e2e_helpers import eventually, status_url
+from vswa_plugin.cluster import LOOPBACK_ENV
+from vswa_plugin.embedded import start_etcd, start_nats
+from vswa_plugin.processes import Child, free_port, python_module
+
+
+async def worker(folder: Path, model_dir: Path, brokers: dict[str, str], *options: str) -> Child:
+    command = python_module("vswa_plugin.worker", "--model-path", str(model_dir), *options)
+    command += ["--endpoint", "dyn://life.backend.generate"]
+    return await Child.start("worker", command, folder, {**LOOPBACK_ENV, "DYN_LOG": "warn", **brokers})
+
+
+def test_sigterm_while_it_waits_for_a_broker_ends_it_at_once_with_0(
+    run: Run[Any], tmp_path: Path, model_dir: Path
+) -> None:
+    async def body() -> tuple[int, str]:
+        nowhere = {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"}
+        child = await worker(tmp_path, model_dir, nowhere, "--status-port", "0")
+        await status_url(child)
+        await eventually(lambda: "[Errno" in child.log_path.read_text(), "it tries")
+        child._process.send_signal(signal.SIGTERM)
+        return await asyncio.wait_for(child.wait(), 10), child.log_path.read_text()
+
+    code, log = run(body())
+
+    assert code == 0, log
+    assert "stopping before the start was complete" in log
+
+
+def test_a_broker_that_appears_late_is_waited_for_with_progress(
+    run: Run[Any], tmp_path: Path, model_dir: Path
+) -> None:
+    async def body() -> tuple[int, str]:
+        nats, nats_server = await start_nats(tmp_path)
+        port = free_port()
+        child = await worker(
+            tmp_path, model_dir, {"NATS_SERVER": nats_server, "ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"}
+        )
+        await eventually(lambda: "trying on" in child.log_path.read_text(), "it says that it tries on")
+        etcd, _ = await start_etcd(tmp_path, tmp_path / "data", port)
+        await eventually(lambda: "serves 'gemma'" in child.log_path.read_text(), "it serves", 30)
+        code = await child.stop()
+        await etcd.stop()
+        await nats.stop()
+        return code, child.log_path.read_text()
+
+    code, log = run(body())
+
+    assert code == 0, log
+    assert "expected etcd at 127.0.0.1" in log
+
+
+def test_two_workers_side_by_side_have_ids_of_their_own_and_neither_supersedes_the_other(
+    run: Run[Any], tmp_path: Path, model_dir: Path, brokers: Brokers
+) -> None:
+    async def body() -> list[int]:
+        folders = [tmp_path / name for name in ("one", "two")]
+        for folder in folders:
+            folder.mkdir()
+        children = [await worker(folder, model_dir, brokers.env) for folder in folders]
+        for child in children:
+            await eventually(
+                lambda child=child: "serves 'gemma'" in child.log_path.read_text(),  # type: ignore[misc]
+                "it serves",
+                30,
+            )
+        return [await child.stop() for child in children]
+
+    assert run(body()) == [0, 0]
