@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+
 from vswa_plugin import control
 from vswa_plugin.control import (
     PartRequest,
@@ -14,6 +19,7 @@ from vswa_plugin.control import (
     TooOld,
 )
 from vswa_plugin.engine import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock
+from vswa_plugin.errors import ProtocolError
 from vswa_plugin.events import Batch, Layout, Stored, encode
 from vswa_plugin.history import History, HistoryOptions
 from vswa_plugin.layout import CacheGroup, CacheLayout
@@ -120,6 +126,20 @@ def test_what_is_no_request_is_refused_and_nothing_else_happens() -> None:
 
     for payload in (b"", b"\xc1", b"\x91" * 5_000, control.encode(Refused(1, "x")), b"x" * 2_000):
         assert isinstance(control.decode_reply(kept.history.answer(payload)), Refused)
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_answered_and_nothing_is_raised(payload: bytes) -> None:
+    kept = Kept()
+    kept.publish()
+
+    control.decode_reply(kept.history.answer(payload))
+
+
+@given(st.binary(max_size=300))
+def test_an_answer_of_arbitrary_bytes_is_refused_by_the_reader(payload: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        control.decode_reply(payload)
 
 
 def test_a_new_epoch_forgets_batches_and_snapshots() -> None:
