@@ -31,7 +31,7 @@ async def reaches(tmp_path: Path, config: str, environ: dict[str, str], scheme: 
     try:
         await server.until(lambda: _listens(port), "listening", 10)
         transport = Transport(f"{scheme}://localhost:{port}", environ=environ)
-        await transport.connect(timeout=1.5)
+        await transport.connect(timeout=3)
         await transport.flush()
         await transport.close()
     finally:

@@ -86,7 +86,8 @@ class Transport:
         self._options: dict[str, Any] = {"name": name, "no_echo": not echo}
         self._options |= connect_options(os.environ if environ is None else environ)
         self._client: Any = None
-        self._last_error = ""
+        #: Different errors since we were last connected, in order: the first often says more than the last.
+        self._errors: list[str] = []
 
     @property
     def max_payload(self) -> int:
@@ -119,7 +120,7 @@ class Transport:
         except (TimeoutError, OSError, nats.errors.Error) as error:
             raise ConnectError(
                 f"expected a NATS server at {', '.join(self._servers)} (NATS_SERVER), got "
-                f"{self._last_error or 'no answer'} for {timeout:g} s; is it running and reachable?"
+                f"{'; '.join(self._errors) or 'no answer'} for {timeout:g} s; is it running and reachable?"
             ) from error
 
     async def publish(self, to_subject: str, payload: bytes) -> None:
@@ -174,14 +175,14 @@ class Transport:
 
     async def _on_error(self, error: Exception) -> None:
         text = str(error) or type(error).__name__
-        if text != self._last_error:  # nats-py reports each failed attempt
+        if text not in self._errors:  # nats-py reports each failed attempt
             logger.warning("NATS %s: %s", ", ".join(self._servers), text)
-        self._last_error = text
+            self._errors.append(text)
 
     async def _on_disconnected(self) -> None:
         if self._client is not None:
             logger.warning("NATS connection lost; reconnecting")
 
     async def _on_reconnected(self) -> None:
-        self._last_error = ""
+        self._errors.clear()
         logger.info("NATS connected again")
