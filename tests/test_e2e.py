@@ -224,6 +224,8 @@ def test_a_worker_tells_its_health_and_counts_per_window(run: Run[Any], cluster:
         'vswa_resident_blocks{dp_rank="0",window="global"}',
         'vswa_publisher_batches_total{dp_rank="0"}',
         'vswa_engine{name="running"}',
+        'vswa_publisher_snapshots_total{dp_rank="0"}',
+        'vswa_publisher_unattributed_blocks_total{dp_rank="0"}',
     ):
         assert name in text
 

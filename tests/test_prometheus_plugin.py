@@ -70,7 +70,6 @@ def record(**changes: object) -> RequestRecord:
         "cached_tokens": 64,
         "output_tokens": 10,
         "finish_reason": "stop",
-        "queued_s": None,
         "first_token_s": 0.2,
         "total_s": 1.0,
     }

@@ -159,6 +159,32 @@ def test_lost_engine_events_begin_a_new_epoch_with_nothing_resident() -> None:
     assert new > old
 
 
+def test_a_second_loss_in_the_same_turn_leaves_the_layout_where_readers_expect_it() -> None:
+    harness = Harness()
+
+    async def lose_twice() -> None:
+        harness.offer(block(1))
+        await harness.until(lambda: len(harness.events()) == 2)
+        harness.offer(EventsLost(1, 5), block(2), EventsLost(6, 9), block(3))
+        await harness.until(lambda: len(harness.events()) == 4)
+
+    asyncio.run(harness.during(lose_twice))
+
+    assert [type(event) for event in harness.events()] == [Layout, Stored, Layout, Stored]
+    assert ids_are_consecutive(harness.sent)
+    assert harness.publisher.stats.restarts == 1
+    assert len(harness.publisher.residency.resident()[1]) == 1
+
+
+def test_an_epoch_known_from_before_is_exceeded() -> None:
+    before = time.time_ns() + 10**15
+    publisher = Publisher(
+        SOURCE, DirectAdapter(), Residency(LAYOUT), Harness().send, lambda *_: None, last_epoch=before
+    )
+
+    assert publisher.numbering.epoch == before + 1
+
+
 def test_after_lost_events_a_finished_request_proves_what_it_reused() -> None:
     harness = Harness()
     tokens = (1, 1, 9)

@@ -11,7 +11,10 @@ from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, status_url
 from vswa_plugin.cluster import LOOPBACK_ENV
 from vswa_plugin.embedded import start_etcd, start_nats
+from vswa_plugin.events import Batch, Source, encode
 from vswa_plugin.processes import Child, free_port, python_module
+from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.transport import Transport, subject
 
 
 async def worker(folder: Path, model_dir: Path, brokers: dict[str, str], *options: str) -> Child:
@@ -77,3 +80,26 @@ def test_two_workers_side_by_side_have_ids_of_their_own_and_neither_supersedes_t
         return [await child.stop() for child in children]
 
     assert run(body()) == [0, 0]
+
+
+def test_a_worker_whose_rank_somebody_else_publishes_with_a_higher_epoch_exits_1_and_says_so(
+    run: Run[Any], tmp_path: Path, model_dir: Path, brokers: Brokers
+) -> None:
+    async def body() -> tuple[int, str]:
+        child = await worker(tmp_path, model_dir, brokers.env)
+        await eventually(lambda: "serves 'gemma'" in child.log_path.read_text(), "it serves", 30)
+        registry = EtcdRegistry(brokers.etcd_endpoints)
+        (entry,) = [each for each in await registry.entries() if each.pid == child.pid]
+        await registry.close()
+        source = Source(entry.namespace, entry.component, entry.worker_id, 0)
+        other = Transport(brokers.nats_server)
+        await other.connect()
+        await other.publish(subject(source, "events"), encode(Batch(1, entry.epochs[0] + 1, 0, 0)))
+        code = await asyncio.wait_for(child.wait(), 20)
+        await other.close()
+        return code, child.log_path.read_text()
+
+    code, log = run(body())
+
+    assert code == 1, log
+    assert "is a worker running twice with the same id?" in log

@@ -67,10 +67,6 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.returncode
-
     async def wait(self) -> int:
         return await self._process.wait()
 

@@ -113,6 +113,7 @@ class Publisher:
         self.history = History(residency, HistoryOptions(message_bytes=message_bytes), time.monotonic)
         self.healing = Healing(residency, residency.nodes.hasher)
         self._superseded: Batch | None = None
+        self._begun = False
         self._adapter = adapter
         self._send = send
         self._ready = ready
@@ -187,7 +188,7 @@ class Publisher:
                     await asyncio.sleep(0)
                     continue
                 await self._pause(next_heartbeat)
-            while self._inbox:
+            while self._inbox or self._overflowed:
                 self._drain()
         finally:
             self._closing = True
@@ -234,6 +235,7 @@ class Publisher:
     def _begin_epoch(self) -> None:
         """Take in what came before the first batch, so that event 0 is the engine's own layout."""
         events = self._net_changes()
+        self._begun = True
         self._write([layout_event(self.residency.layout), *events])
 
     def _drain(self) -> None:
@@ -292,12 +294,13 @@ class Publisher:
 
     def _restart(self, reason: str) -> list[Event]:
         """Begin a new epoch; what was gathered before it is void. Its first event is the layout."""
-        if self.numbering.next_event_id == 0:
-            return []  # nothing of this epoch is out yet
-        self.stats.restarts += 1
-        logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
-        self.numbering.new_epoch()
-        self.history.begin_epoch(self.numbering.epoch)
+        if not self._begun:
+            return []  # the first epoch will begin with the layout anyhow
+        if self.numbering.next_event_id:  # else one has begun just now, of which nothing is out yet
+            self.stats.restarts += 1
+            logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
+            self.numbering.new_epoch()
+            self.history.begin_epoch(self.numbering.epoch)
         self.healing.restarted()
         return [layout_event(self.residency.layout)]
 

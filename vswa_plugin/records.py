@@ -19,7 +19,6 @@ class RequestRecord(msgspec.Struct, frozen=True):
     :param output_tokens: tokens generated.
     :param finish_reason: the last chunk's: ``stop``, ``eos``, ``length``, ``cancelled``, ``error``; an
         engine may have others.
-    :param queued_s: until the engine began to work on it.
     :param first_token_s: until its first token.
     :param total_s: until it ended.
     """
@@ -32,6 +31,5 @@ class RequestRecord(msgspec.Struct, frozen=True):
     cached_tokens: int
     output_tokens: int
     finish_reason: str
-    queued_s: float | None
     first_token_s: float | None
     total_s: float

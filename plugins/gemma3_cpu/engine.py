@@ -59,7 +59,6 @@ class Gemma3CpuEngine:
             raise ConfigError(
                 f"mode {settings.mode!r}: gemma3_cpu serves agg only in this version; use --mode agg"
             )
-        self._settings = settings
         self._options = parse_options(settings.options, settings.options_source)
         self._source = find_model(settings.model_path)
         self._config = self._source.config

@@ -12,7 +12,7 @@ import msgspec
 from vswa_plugin.commands.index import fleet_for
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.fleet import Fleet
-from vswa_plugin.hashing import block_hashes, sequence_hashes
+from vswa_plugin.hashing import sequence_hashes_of_tokens
 from vswa_plugin.index import Explanation
 from vswa_plugin.registry import Entry
 
@@ -52,7 +52,7 @@ async def _run(args: argparse.Namespace) -> int:
             sys.stderr.write("not every rank is known exactly yet: scores may be too low\n")
         entry = _entry_of(fleet, args.model)
         tokens = _tokens(args, entry)
-        hashes = sequence_hashes(block_hashes(tokens, entry.block_size))
+        hashes = sequence_hashes_of_tokens(tokens, entry.block_size)
         found = fleet.index.explain(hashes, len(tokens), entry.served_model_name)
     finally:
         await fleet.stop()

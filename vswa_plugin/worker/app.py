@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from vswa_plugin import dynamo
 from vswa_plugin.engine import Engine, RawEvent
 from vswa_plugin.errors import ConnectError, VswaError
-from vswa_plugin.events import Source
+from vswa_plugin.events import Rank, Source
 from vswa_plugin.host import PluginHost
 from vswa_plugin.nodes import NodeTable
 from vswa_plugin.publisher import Publisher, PublisherOptions, check_batch_bytes
-from vswa_plugin.registry import Entry, Registry
+from vswa_plugin.registry import Entry, Registry, last_epoch
 from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.residency import Residency
 from vswa_plugin.transport import Transport, subject
@@ -114,8 +114,10 @@ class Worker:
         options = check_batch_bytes(
             PublisherOptions(heartbeat_s=self._args.heartbeat_s), self._transport.max_payload
         )
+        known = await self._registry.entries(self._args.endpoint.namespace)
         for rank in range(self._engine.info.data_parallel_size):
-            self._publishers[rank] = self._publisher(worker_id, rank, options)
+            before = last_epoch(known, Rank(worker_id, rank))
+            self._publishers[rank] = self._publisher(worker_id, rank, options, before)
         began = time.monotonic()
         logger.info("starting %s with %s", settings.engine, settings.model_path)
         self._engine_started = True
@@ -134,7 +136,7 @@ class Worker:
         await self._transport.serve(subject(publisher.source, "control"), publisher.answer)
         await self._transport.subscribe(subject(publisher.source, "events"), foreign)
 
-    def _publisher(self, worker_id: int, rank: int, options: PublisherOptions) -> Publisher:
+    def _publisher(self, worker_id: int, rank: int, options: PublisherOptions, last: int) -> Publisher:
         layout = self._engine.info.layout
         source = Source(self._args.endpoint.namespace, self._args.endpoint.component, worker_id, rank)
         to_subject = subject(source, "events")
@@ -149,6 +151,7 @@ class Worker:
             send,
             self._host.kv_batch,
             options,
+            last_epoch=last,
             ready=lambda: self._transport.ready,
         )
 

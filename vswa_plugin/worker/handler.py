@@ -171,7 +171,6 @@ class _Tracked:
             cached_tokens=self.cached_tokens,
             output_tokens=self._output_tokens,
             finish_reason=self.finish_reason,
-            queued_s=None,
             first_token_s=self._first_token_s,
             total_s=time.monotonic() - self._began,
         )

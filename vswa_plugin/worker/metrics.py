@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
@@ -23,6 +23,17 @@ _PUBLISHER_HELP = {
     "send_errors": "messages the broker did not take",
 }
 
+_REPAIRS: tuple[tuple[str, str, Callable[[Publisher], int]], ...] = (
+    ("replays", "replays that readers asked for", lambda each: each.history.replays),
+    ("snapshots", "snapshots that were frozen for readers", lambda each: each.history.snapshots_made),
+    (
+        "healed_blocks",
+        "blocks that finished requests proved resident",
+        lambda each: each.healing.blocks_healed,
+    ),
+    ("unattributed_blocks", "blocks that could not be named", lambda each: each.residency.unattributed),
+)
+
 
 class WorkerCollector(Collector):
     """Reads the counters when asked; nothing is counted twice."""
@@ -37,19 +48,19 @@ class WorkerCollector(Collector):
             for rank, publisher in self._publishers.items():
                 family.add_metric([str(rank)], msgspec.structs.asdict(publisher.stats)[name])
             yield family
+        for name, text, read in _REPAIRS:
+            family = CounterMetricFamily(f"vswa_publisher_{name}", text, labels=["dp_rank"])
+            for rank, publisher in self._publishers.items():
+                family.add_metric([str(rank)], read(publisher))
+            yield family
         resident = GaugeMetricFamily(
             "vswa_resident_blocks", "blocks announced and not removed", labels=["dp_rank", "window"]
-        )
-        unattributed = CounterMetricFamily(
-            "vswa_publisher_unattributed_blocks", "blocks that could not be named", labels=["dp_rank"]
         )
         for rank, publisher in self._publishers.items():
             layout = publisher.residency.layout
             for group_id, count in publisher.residency.counts().items():
                 resident.add_metric([str(rank), layout.group(group_id).label], count)
-            unattributed.add_metric([str(rank)], publisher.residency.unattributed)
         yield resident
-        yield unattributed
         engine = GaugeMetricFamily("vswa_engine", "gauges that the engine states", labels=["name"])
         for name, value in self._engine.stats().items():
             engine.add_metric([name], value)

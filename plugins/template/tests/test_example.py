@@ -28,7 +28,6 @@ def test_a_request_without_reuse_is_counted(host: PluginHost) -> None:
                 cached_tokens=cached_tokens,
                 output_tokens=5,
                 finish_reason="stop",
-                queued_s=0.0,
                 first_token_s=0.1,
                 total_s=0.2,
             )
