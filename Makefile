@@ -12,11 +12,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window (MODEL=gemma3-270m: real weights)
-	$(BIN)/vswa demo $(if $(MODEL),--model $(MODEL))
+# TOPOLOGY=agg (default) or disagg; MODEL=gemma3-270m: real weights.
+CHOSEN := $(if $(TOPOLOGY),--topology $(TOPOLOGY)) $(if $(MODEL),--model $(MODEL))
+
+demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window (TOPOLOGY=disagg, MODEL=gemma3-270m)
+	$(BIN)/vswa demo $(CHOSEN)
 
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
-	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(CHOSEN)
 
 test: $(DEV)  ## all tests but the soaks, under ten minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)

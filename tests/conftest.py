@@ -14,6 +14,7 @@ import pytest
 
 from vswa_plugin.cluster import Cluster, ClusterSettings
 from vswa_plugin.embedded import start_etcd, start_nats
+from vswa_plugin.topologies import WorkerGroup
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
@@ -82,7 +83,7 @@ def cluster(
         model_path=str(model_dir),
         served_model_name="gemma",
         namespace="e2e",
-        override={"gemma3_cpu": {"kv_blocks": {"512": 128, "global": 256}}},
+        groups=(WorkerGroup("agg", 2, override={"gemma3_cpu": {"kv_blocks": {"512": 128, "global": 256}}}),),
         worker_options=("--status-port", "0"),
     )
     made = Cluster(settings, tmp_path_factory.mktemp("cluster"))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
-from vswa_plugin.cluster import Cluster
+from vswa_plugin.cluster import Cluster, status_url
 from vswa_plugin.events import Batch, Event, Source, decode
 from vswa_plugin.processes import Child
+from vswa_plugin.topologies import WorkerGroup
 from vswa_plugin.transport import Transport, events_of, source_of
 
 
@@ -39,16 +40,6 @@ async def get(url: str) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-async def status_url(worker: Child) -> str:
-    """Where a worker that was given ``--status-port 0`` serves its status, from its log."""
-    async with asyncio.timeout(20):
-        while True:
-            found = re.search(r"status on (http://\S+):", worker.log_path.read_text())
-            if found:
-                return found[1]
-            await asyncio.sleep(0.02)
-
-
 async def metric(worker: Child, metric_name: str, **labels: str) -> float:
     """The value of one metric of a worker; 0 where it has none yet."""
     _, text = await get(f"{await status_url(worker)}/metrics")
@@ -56,6 +47,23 @@ async def metric(worker: Child, metric_name: str, **labels: str) -> float:
         if line.startswith(metric_name) and all(f'{key}="{value}"' in line for key, value in labels.items()):
             return float(line.rsplit(" ", 1)[1])
     return 0.0
+
+
+@asynccontextmanager
+async def beside(
+    cluster: Cluster, namespace: str, *groups: WorkerGroup, folder: Path | None = None
+) -> AsyncIterator[Cluster]:
+    """Workers and a frontend of their own in ``namespace``, on the brokers of ``cluster``; running."""
+    folder = folder or cluster.folder / namespace
+    folder.mkdir(exist_ok=True)
+    settings = msgspec.structs.replace(cluster.settings, namespace=namespace, groups=groups)
+    made = Cluster(settings, folder)
+    made.nats_server, made.etcd_endpoints = cluster.nats_server, cluster.etcd_endpoints
+    try:
+        await made.start()
+        yield made
+    finally:
+        await made.stop()
 
 
 async def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> None:

@@ -13,27 +13,25 @@ import pytest
 from vswa_plugins.gemma3_cpu.blas import set_threads
 from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.config import load_config
-from vswa_plugins.gemma3_cpu.engine import (
-    Gemma3CpuEngine,
-    PagedForward,
-    make_budget,
-    make_manager,
-    model_shape,
-)
+from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.generation import Generation, Output
+from vswa_plugins.gemma3_cpu.managers import make_manager, shared_pools
 from vswa_plugins.gemma3_cpu.model import Chunk, Gemma3Model, PagedKV, group_layers, load_model
 from vswa_plugins.gemma3_cpu.options import parse_options
-from vswa_plugins.gemma3_cpu.pools import plan_cache
+from vswa_plugins.gemma3_cpu.pages import PageStore
+from vswa_plugins.gemma3_cpu.pools import model_shape, plan_cache
+from vswa_plugins.gemma3_cpu.rank import PagedForward, make_budget
 from vswa_plugins.gemma3_cpu.request import Limits, parse_request
-from vswa_plugins.gemma3_cpu.scheduler import Generation, Output, Scheduler
+from vswa_plugins.gemma3_cpu.scheduler import Scheduler
 
 from vswa_plugin.engine import EngineSettings
 
 T = TypeVar("T")
 
-#: Two sliding layers and two global ones, a window of four blocks.
+#: Two sliding layers and a global one, a window of four blocks.
 OVERRIDES = {
-    "num_hidden_layers": 4,
-    "sliding_window_pattern": 2,
+    "num_hidden_layers": 3,
+    "sliding_window_pattern": 3,
     "sliding_window": 32,
     "max_position_embeddings": 512,
     "hidden_size": 32,
@@ -51,8 +49,12 @@ OPTIONS: dict[str, Any] = {
 FIRST_TEXT_ID = 300
 
 
-def make_small_model(directory: Path) -> Path:
-    make_checkpoint(directory, overrides=OVERRIDES)
+#: As many sliding layers as global ones: their blocks are of one size and share a pool.
+EVEN_OVERRIDES = {**OVERRIDES, "num_hidden_layers": 2, "sliding_window_pattern": 2}
+
+
+def make_small_model(directory: Path, overrides: Mapping[str, Any] = OVERRIDES) -> Path:
+    make_checkpoint(directory, overrides=dict(overrides))
     return directory
 
 
@@ -116,11 +118,12 @@ class Bench:
     def __init__(self, model: Gemma3Model, options: dict[str, Any]) -> None:
         parsed = parse_options(options)
         plan = plan_cache(parsed, model_shape(model.config))
-        self.manager = make_manager(plan, parsed)
+        self.store = PageStore(model.config, plan, shared_pools(plan, parsed.reuse_rule))
+        self.manager = make_manager(plan, parsed, self.store.move)
         self.log: list[tuple[str, Any]] = []
         self.logits: list[np.ndarray[Any, Any]] = []
         self.before_forward: Callable[[list[Chunk]], None] = lambda chunks: None
-        self._forward = PagedForward(model, plan)
+        self._forward = PagedForward(model, plan, self.store)
         self.scheduler = Scheduler(self._compute, self.manager, make_budget(parsed), self._publish)
         self._limits = Limits(plan.context_length, plan.context_length, model.config.vocab_size)
         self.readers: list[Reader] = []
@@ -194,9 +197,16 @@ def load_small_model(directory: Path) -> Gemma3Model:
     return load_model(directory, load_config(directory))
 
 
-def settings_for(directory: Path, options: dict[str, Any] | None = None, mode: str = "agg") -> EngineSettings:
+def settings_for(
+    directory: Path, options: dict[str, Any] | None = None, mode: str = "agg", ranks: int = 1
+) -> EngineSettings:
     return EngineSettings(
-        "gemma3_cpu", mode, str(directory), "small", OPTIONS if options is None else options
+        "gemma3_cpu",
+        mode,
+        str(directory),
+        "small",
+        OPTIONS if options is None else options,
+        data_parallel_size=ranks,
     )
 
 
@@ -205,8 +215,9 @@ async def running_engine(
     directory: Path,
     options: dict[str, Any] | None = None,
     on_events: Callable[..., None] = lambda rank, events: None,
+    ranks: int = 1,
 ) -> AsyncIterator[Gemma3CpuEngine]:
-    engine = Gemma3CpuEngine(settings_for(directory, options))
+    engine = Gemma3CpuEngine(settings_for(directory, options, ranks=ranks))
     await asyncio.to_thread(engine.start, on_events)
     try:
         yield engine
@@ -236,6 +247,16 @@ def model(small: Path) -> Gemma3Model:
 @pytest.fixture(scope="module")
 def cold(model: Gemma3Model) -> Cold:
     return Cold(model)
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Gemma3Model:
+    return load_small_model(make_small_model(Path(tmp_path_factory.mktemp("even")), EVEN_OVERRIDES))
+
+
+@pytest.fixture(scope="module")
+def even_cold(even: Gemma3Model) -> Cold:
+    return Cold(even)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -149,6 +150,23 @@ def test_a_built_in_command_does_not_wait_for_plugins(
     assert "vswa: error: reached\n" == capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["demo", "serve"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--topology", "dsagg"], "unknown topology 'dsagg': did you mean 'disagg'?"),
+        (["--topology", "disagg_router"], "topology 'disagg_router' is not in this version"),
+        (["--topology", "disagg", "--workers", "3"], "--workers: topology 'disagg' has prefill and decode"),
+        (["--workers", "0"], "--workers: expected at least 1, got 0"),
+    ],
+)
+def test_a_topology_that_cannot_be_started_is_refused_before_anything_is(
+    command: str, options: list[str], message: str, capsys: Output
+) -> None:
+    assert 2 == main([command, *options])
+    assert message in capsys.readouterr().err
+
+
 # -- vswa plugins ------------------------------------------------------------------------------------
 
 
@@ -277,7 +295,7 @@ def test_the_installed_script_lists_the_first_party_plugins() -> None:
     done = subprocess.run([script, "plugins"], env={}, capture_output=True, text=True, timeout=30, check=True)
 
     rows = {line.split()[0]: line.split()[2] for line in done.stdout.splitlines()}
-    assert {"gemma3_cpu": "loaded", "prometheus": "loaded", "trtllm_events": "loaded"} == {
-        name: state for name, state in rows.items() if name != "plugin"
-    }
+    installed = {each.name for each in entry_points(group="vswa_plugin")}
+    assert {"gemma3_cpu", "prometheus", "trtllm_events"} <= installed
+    assert dict.fromkeys(installed, "loaded") == {n: state for n, state in rows.items() if n != "plugin"}
     assert "" == done.stderr

@@ -14,8 +14,9 @@ import pytest
 
 from vswa_plugin import hookspecs
 from vswa_plugin.events import VERSION, Batch, Removed, Source, Stored, layout_event
-from vswa_plugin.host import PluginHost, load_host
+from vswa_plugin.host import PluginHost
 from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.plugin_loading import load_host
 
 ROOT = Path(__file__).parent.parent
 SPECS = [name for name, value in vars(hookspecs).items() if hasattr(value, hookspecs.NAME + "_spec")]

@@ -14,7 +14,7 @@ HOST = ROOT / "vswa_plugin"
 EDGES = {
     "nats": {"transport.py"},
     "etcd3": {"registry/_etcd3_client.py"},
-    "dynamo": {"dynamo.py"},
+    "dynamo": {"dynamo.py", "dynamo_client.py"},
 }
 #: Modules without I/O, lowest first: each imports only itself, those before it, and what is pure outside.
 PURE = (

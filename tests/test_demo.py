@@ -4,55 +4,84 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
-from vswa_plugin.commands.demo import Answer, Tally, _verdict
+from tests.conftest import Run
+from vswa_plugin.commands.demo_report import (
+    Answer,
+    Tally,
+    Transfers,
+    checks_of_all,
+    checks_of_transfers,
+    verdict,
+)
 from vswa_plugin.events import Batch, Layout, Removed, Source, Stored
 from vswa_plugin.layout import CacheGroup
 
 SOURCE = Source("dynamo", "backend", 7)
-LAYOUT = Layout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "h", "gemma")
+PREFILL = Source("dynamo", "prefill", 8)
+GROUPS = (CacheGroup(0, 512, 32), CacheGroup(1, None, 32))
+LAYOUT = Layout(GROUPS, "trtllm_v2", "h", "gemma")
 
 
-def test_the_demo_passes_and_shows_every_window(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vswa_plugin", "demo", "--log-dir", str(tmp_path), "--max-tokens", "4"],
-        capture_output=True,
-        text=True,
-        timeout=55,
-        check=False,
-    )
+def demo(log_dir: Path, *options: str) -> str:
+    """What a demo prints that must pass."""
+    command = [sys.executable, "-m", "vswa_plugin", "demo", "--log-dir", str(log_dir), "--max-tokens", "4"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=55, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo passed" in done.stdout
     assert "FAIL" not in done.stdout
+    return done.stdout
+
+
+def logs(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.log")}
+
+
+def test_the_demo_passes_and_shows_every_window(tmp_path: Path) -> None:
+    said = demo(tmp_path)
+
     for window in ("window 512", "window global"):
-        assert done.stdout.count(window) == 2, "one line per worker"
-    assert "would have promised a hit" in done.stdout
-    assert {path.name for path in tmp_path.glob("*.log")} == {
-        "etcd.log",
-        "frontend.log",
-        "nats-server.log",
-        "worker-0.log",
-        "worker-1.log",
-    }
+        assert said.count(window) == 2, "one line per worker"
+    assert "would have promised a hit" in said
+    assert logs(tmp_path) == {"etcd", "frontend", "nats-server", "worker-0", "worker-1"}
+
+
+def test_the_disaggregated_demo_passes_and_shows_what_each_request_moved(tmp_path: Path) -> None:
+    said = demo(tmp_path, "--topology", "disagg")
+
+    assert said.count("moved to the decode worker, window 512: ") == 14
+    assert "would have promised a hit" in said
+    assert logs(tmp_path) == {"etcd", "frontend", "nats-server", "prefill-0", "decode-0"}
 
 
 def good_answers() -> list[Answer]:
-    return [Answer(200, "text", 1500, 1024) for _ in range(14)]
+    moved, full = {"512": 10.0, "global": 40.0}, {"512": 80.0, "global": 40.0}
+    return [Answer(200, "text", 1500, 1024, moved=moved, full=full) for _ in range(14)]
 
 
 def good_tally() -> Tally:
     tally = Tally()
-    events = (LAYOUT, Stored(0, 0, None, (1, 2)), Stored(1, 0, None, (1, 2)), Removed(0, (1,)))
-    tally.add(SOURCE, Batch(1, 1, 0, 0, events))
+    for source in (SOURCE, PREFILL):
+        events = (LAYOUT, Stored(0, 0, None, (1, 2)), Stored(1, 0, None, (1, 2)), Removed(0, (1,)))
+        tally.add(source, Batch(1, 1, 0, 0, events))
     return tally
 
 
+def judged(answers: list[Answer], tally: Tally, codes: dict[str, int]) -> int:
+    return verdict(checks_of_all(answers, 14, tally, codes), 1.0)
+
+
 def test_the_verdict_holds_where_all_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _verdict(good_answers(), good_tally(), {"worker-0": 0, "etcd": -15}, 1.0) == 0
+    assert judged(good_answers(), good_tally(), {"worker-0": 0, "decode-0": 0, "etcd": -15}) == 0
     assert "demo passed" in capsys.readouterr().out
 
 
@@ -65,24 +94,57 @@ def test_the_verdict_holds_where_all_was_seen(capsys: pytest.CaptureFixture[str]
         ([Answer(200, "text", 900, 512)] * 14, good_tally(), {}),
         (good_answers(), Tally(), {}),
         (good_answers(), good_tally(), {"worker-1": 1}),
+        (good_answers(), good_tally(), {"prefill-0": -9}),
     ],
 )
 def test_the_verdict_fails_where_something_was_not_seen(
     answers: list[Answer], tally: Tally, codes: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _verdict(answers, tally, codes, 1.0) == 1
+    assert judged(answers, tally, codes) == 1
     assert "demo FAILED" in capsys.readouterr().out
+
+
+MODES = {7: "decode", 8: "prefill"}
+
+
+def test_the_checks_of_transfers_hold_where_all_was_seen() -> None:
+    assert all(checks_of_transfers(good_answers(), MODES, good_tally(), 0, 0).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({"modes": {7: "decode", 8: "decode"}}, "prefill and decode workers announced blocks"),
+        ({"answers": [Answer(200, "text", 1500, 1024)]}, "KV of every window was moved"),
+        (
+            {"answers": [Answer(200, "t", moved={"512": 0, "global": 4}, full={"512": 8, "global": 4})]},
+            "KV of every window was moved",
+        ),
+        (
+            {"answers": [Answer(200, "t", moved={"512": 8, "global": 4}, full={"512": 8, "global": 4})]},
+            "sliding windows moved less than a full cache would have",
+        ),
+        ({"failures": 1}, "no transfer failed"),
+        ({"held": 1}, "nothing is held any more"),
+    ],
+)
+def test_the_checks_of_transfers_name_what_was_not_seen(changes: dict[str, Any], failed: str) -> None:
+    good = {"answers": good_answers(), "modes": MODES, "tally": good_tally(), "failures": 0, "held": 0}
+    checks = checks_of_transfers(**{**good, **changes})
+
+    assert [what for what, held in checks.items() if not held] == [failed]
 
 
 def test_blocks_stored_again_for_a_window_that_global_still_holds_are_counted_as_overpromised() -> None:
     tally = good_tally()
-    assert tally.recomputed == 0
+    assert tally.recomputed["backend"] == 0
 
     tally.add(SOURCE, Batch(1, 1, 4, 0, (Stored(0, 0, None, (1,)), Stored(0, 5, 9, (77,)))))
+    tally.add(PREFILL, Batch(1, 1, 4, 0, (Stored(0, 0, None, (1, 2)),)))
 
-    assert tally.recomputed == 32
-    assert tally.stored == {(7, "window 512"): 4, (7, "window global"): 2}
-    assert tally.removed == {(7, "window 512"): 1}
+    assert (tally.recomputed["backend"], tally.recomputed["prefill"]) == (32, 64)
+    assert (tally.stored[7, "window 512"], tally.stored[7, "window global"]) == (4, 2)
+    assert tally.removed[7, "window 512"] == 1
 
 
 def test_a_gap_in_the_ids_is_counted() -> None:
@@ -90,3 +152,44 @@ def test_a_gap_in_the_ids_is_counted() -> None:
     tally.add(SOURCE, Batch(1, 1, 9, 0, ()))
 
     assert tally.gaps == 1
+
+
+@contextmanager
+def metrics(gauges: dict[str, float]) -> Iterator[str]:
+    """The URL of a status server that shows ``gauges`` as they are when it is asked."""
+
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            text = "".join(f'vswa_engine{{name="{name}"}} {value}\n' for name, value in gauges.items())
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metrics)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_a_full_cache_would_have_moved_follows_from_the_first_prompts_blocks(run: Run[Any]) -> None:
+    """1,000 tokens: 32 blocks, of which the window of 512 sees 17; then 4 more blocks of each window."""
+    gauges = {"transfer_bytes_512": 500.0, "transfer_bytes_global": 100.0}
+
+    async def body(url: str) -> list[Any]:
+        transfers = Transfers([], [url], GROUPS)
+        await transfers.begin()
+        gauges.update(transfer_bytes_512=500.0 + 17 * 50, transfer_bytes_global=100.0 + 32 * 10)
+        first = await transfers.take(1000)
+        gauges.update(transfer_bytes_512=500.0 + 21 * 50, transfer_bytes_global=100.0 + 36 * 10)
+        return [first, await transfers.take(1100)]
+
+    with metrics(gauges) as url:
+        first, second = run(body(url))
+
+    assert first == ({"512": 850.0, "global": 320.0}, {"512": 1600.0, "global": 320.0})
+    assert second == ({"512": 200.0, "global": 40.0}, {"512": 200.0, "global": 40.0})

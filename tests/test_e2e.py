@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from itertools import pairwise
@@ -15,6 +14,7 @@ import pytest
 from tests.conftest import Run
 from tests.e2e_helpers import (
     TextModel,
+    beside,
     eventually,
     get,
     long_prompt,
@@ -28,6 +28,7 @@ from vswa_plugin.cluster import Cluster
 from vswa_plugin.engine import ChunkDict, EngineSettings
 from vswa_plugin.events import Layout, Removed, Stored
 from vswa_plugin.hashing import block_hashes, sequence_hashes
+from vswa_plugin.topologies import WorkerGroup
 
 GREEDY = {"model": "gemma", "temperature": 0, "ignore_eos": True}
 
@@ -101,7 +102,7 @@ def test_a_repeated_prompt_is_resumed_and_says_so(
     body = {**GREEDY, "prompt": prompt, "max_tokens": 8}
     answers = [run(post(cluster, "/v1/completions", body))[1] for _ in range(4)]
     cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers]
-    most = (len(text_model.ids(prompt)) - 1) // 32 * 32
+    most = len(text_model.ids(prompt)) - 1
 
     assert sorted(cached) == [0, 0, most, most], "two workers in turn: each sees it cold once"
     assert len({a["choices"][0]["text"] for a in answers}) == 1, "a resumed prompt gives the same text"
@@ -240,6 +241,21 @@ def test_the_registry_holds_what_a_router_needs_to_know(run: Run[Any], cluster: 
         assert list(entry.epochs) == [0]
 
 
+def test_each_rank_has_an_epoch_and_a_stream_of_its_own(run: Run[Any], cluster: Cluster) -> None:
+    async def body() -> tuple[list[int], set[int]]:
+        async with beside(cluster, "ranks", WorkerGroup()) as made, recording(made, "ranks") as recorded:
+            two = await made.add_worker(options=("--data-parallel-size", "2"))
+            (entry,) = [each for each in await made.entries() if each.pid == two.pid]
+
+            def ranks() -> set[int]:
+                return {s.dp_rank for _, s, _ in recorded.batches if s.worker_id == entry.worker_id}
+
+            await eventually(lambda: len(ranks()) == 2, "heartbeats of both ranks")
+            return sorted(entry.epochs), ranks()
+
+    assert run(body()) == ([0, 1], {0, 1})
+
+
 def test_sigterm_drains_leaves_and_exits_0(run: Run[Any], cluster: Cluster) -> None:
     """A worker of its own namespace, so that all requests reach it."""
 
@@ -252,7 +268,7 @@ def test_sigterm_drains_leaves_and_exits_0(run: Run[Any], cluster: Cluster) -> N
         async for chunk in stream(alone, "/v1/completions", request):
             pieces += [choice["text"] for choice in chunk["choices"]]
             if len(pieces) == 5:
-                worker._process.send_signal(signal.SIGTERM)
+                worker.terminate()
                 await eventually(
                     lambda: _left(alone), "the worker out of the registry while its request goes on"
                 )
@@ -338,7 +354,7 @@ def _alone(cluster: Cluster, namespace: str, override: dict[str, Any] | None = N
     folder = cluster.folder / namespace
     folder.mkdir()
     settings = msgspec.structs.replace(
-        cluster.settings, namespace=namespace, workers=1, override=override or {}
+        cluster.settings, namespace=namespace, groups=(WorkerGroup(override=override or {}),)
     )
     made = Cluster(settings, folder)
     made.nats_server, made.etcd_endpoints = cluster.nats_server, cluster.etcd_endpoints

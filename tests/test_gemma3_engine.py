@@ -190,7 +190,10 @@ def test_a_slow_step_blocks_neither_the_event_loop_nor_the_end(small: Path) -> N
         (request_for([1], stop_conditions={"stop_token_ids": "x"}), "stop_token_ids: expected a list"),
         (request_for([1], sampling_options={"top_p": 7}), r"top_p: expected a number in \[0, 1\], got 7"),
         (request_for([1], routing={"lora_name": "x"}), "lora_name: expected none"),
-        (request_for([1], routing={"dp_rank": 1}), "dp_rank: expected 0, got 1"),
+        (
+            request_for([1], routing={"dp_rank": 1}),
+            r"dp_rank: expected a rank in \[0, 0\], got 1; .*--data-parallel-size is 1",
+        ),
         (request_for([1], multi_modal_data={"image_url": []}), "multi_modal_data: expected none"),
         ({**request_for([1]), "routing": []}, "routing: expected an object, got list"),
     ],
@@ -233,7 +236,7 @@ def test_token_ids_may_come_packed(small: Path, cold: Cold) -> None:
 def test_a_step_that_fails_is_its_clients_error_and_the_engine_goes_on(
     small: Path, cold: Cold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vswa_plugins.gemma3_cpu.engine import PagedForward
+    from vswa_plugins.gemma3_cpu.rank import PagedForward
 
     compute = PagedForward.__call__
     failing = [True, False]
@@ -261,7 +264,7 @@ def test_a_step_that_fails_is_its_clients_error_and_the_engine_goes_on(
 def test_an_engine_that_always_fails_stops_and_every_waiter_hears_of_it(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vswa_plugins.gemma3_cpu.engine import PagedForward
+    from vswa_plugins.gemma3_cpu.rank import PagedForward
 
     def never(self: PagedForward, chunks: Any, /) -> Any:
         raise RuntimeError("bang")
@@ -302,7 +305,7 @@ def test_the_thread_ends_with_the_engine(small: Path) -> None:
     async def main() -> None:
         async with running_engine(small) as engine:
             await collect(engine, request_for(prompt_of(9)))
-            assert "gemma3_cpu" in [thread.name for thread in threading.enumerate()]
+            assert "gemma3_cpu-0" in [thread.name for thread in threading.enumerate()]
 
     run_async(main())
-    assert "gemma3_cpu" not in [thread.name for thread in threading.enumerate()]
+    assert "gemma3_cpu-0" not in [thread.name for thread in threading.enumerate()]

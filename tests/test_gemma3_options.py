@@ -45,7 +45,10 @@ def test_options_are_read() -> None:
             "tokens_per_block": 16,
             "max_tokens": 4096,
             "enable_block_reuse": False,
+            "enable_partial_reuse": False,
             "event_buffer_max_size": 0,
+            "host_cache_size": 1 << 20,
+            "use_kv_cache_manager_v2": False,
         },
         "gemma3_cpu": {
             "kv_blocks": {512: 200, "global": 600},
@@ -54,10 +57,36 @@ def test_options_are_read() -> None:
             "max_chunk_tokens": 64,
             "threads": 2,
             "debug_step_delay_s": 5,
+            "host_blocks": {512: 0, "global": 30},
+            "reuse_rule": "trtllm_v1_contiguous",
+            "transfer_host": "127.0.0.2",
+            "transfer_port": 9999,
+            "transfer_timeout_s": 2,
         },
     }
     expected = EngineOptions(
-        4, 100, 2048, (512, 2048), 16, 4096, False, 0, {512: 200, None: 600}, 64, 3, 64, 2, 5.0, source="FILE"
+        max_batch_size=4,
+        max_num_tokens=100,
+        max_seq_len=2048,
+        max_attention_window=(512, 2048),
+        tokens_per_block=16,
+        max_tokens=4096,
+        enable_block_reuse=False,
+        event_buffer_max_size=0,
+        kv_blocks={512: 200, None: 600},
+        kv_memory_mb=64,
+        max_queue_size=3,
+        max_chunk_tokens=64,
+        threads=2,
+        debug_step_delay_s=5.0,
+        enable_partial_reuse=False,
+        host_cache_size=1 << 20,
+        host_blocks={512: 0, None: 30},
+        reuse_rule="trtllm_v1_contiguous",
+        transfer_host="127.0.0.2",
+        transfer_port=9999,
+        transfer_timeout_s=2.0,
+        source="FILE",
     )
 
     assert expected == parse_options(data, "FILE")
@@ -69,7 +98,7 @@ def test_what_means_nothing_on_a_cpu_is_collected() -> None:
         "tensor_parallel_size": 1,
         "disable_overlap_scheduler": True,
         "cache_transceiver_config": {"backend": "UCX", "max_tokens_in_buffer": 16384},
-        "kv_cache_config": {"free_gpu_memory_fraction": 0.9, "host_cache_size": 0, "dtype": "auto"},
+        "kv_cache_config": {"free_gpu_memory_fraction": 0.9, "dtype": "auto"},
     }
 
     assert (
@@ -78,7 +107,6 @@ def test_what_means_nothing_on_a_cpu_is_collected() -> None:
         "disable_overlap_scheduler",
         "kv_cache_config.dtype",
         "kv_cache_config.free_gpu_memory_fraction",
-        "kv_cache_config.host_cache_size",
     ) == parse_options(data).ignored
 
 
@@ -110,7 +138,14 @@ def test_null_means_default() -> None:
             {"kv_cache_config": {"kv_cache_event_hash_algo": "v2_sha256"}},
             "kv_cache_config.kv_cache_event_hash_algo: expected 'auto' or 'v1_block_key', got 'v2_sha256'",
         ),
-        ({"kv_cache_config": {"use_kv_cache_manager_v2": False}}, "expected True or 'auto', got False"),
+        ({"kv_cache_config": {"use_kv_cache_manager_v2": 2}}, "expected True or False or 'auto', got 2"),
+        (
+            {"gemma3_cpu": {"reuse_rule": "vllm"}},
+            "gemma3_cpu.reuse_rule: expected one of trtllm_v2, trtllm_v1, trtllm_v1_contiguous, got 'vllm'",
+        ),
+        ({"gemma3_cpu": {"transfer_host": ""}}, "transfer_host: expected a string, got ''"),
+        ({"gemma3_cpu": {"transfer_port": 1 << 16}}, r"expected an integer in \[0, 65535\], got 65536"),
+        ({"gemma3_cpu": {"transfer_timeout_s": 0}}, "expected seconds above 0, got 0"),
         ({"max_batch_size": 0}, "max_batch_size: expected an integer of at least 1, got 0"),
         ({"max_batch_size": "8"}, "max_batch_size: expected an integer of at least 1, got '8'"),
         ({"kv_cache_config": []}, r"kv_cache_config: expected a mapping, got \[\]"),
@@ -222,6 +257,49 @@ def test_committed_configs_say_their_source_and_are_read(path: Path) -> None:
     text = path.read_text()
     loaded = plan_cache(parse_options(yaml.safe_load(text), str(path)), GEMMA_1B)
 
-    assert all(word in text.split("\n\n")[0] for word in ("# Source:", "date", "--extra-engine-args"))
+    assert all(word in text.split("\n\n")[0] for word in ("# Source:", "date", "# Used:"))
     assert [512, None] == windows(loaded)
     assert [512, None] == windows(plan_cache(parse_options(yaml.safe_load(text)), SMALL))
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        ({}, "trtllm_v2"),
+        ({"kv_cache_config": {"use_kv_cache_manager_v2": "auto"}}, "trtllm_v2"),
+        ({"kv_cache_config": {"use_kv_cache_manager_v2": True}}, "trtllm_v2"),
+        ({"kv_cache_config": {"use_kv_cache_manager_v2": False}}, "trtllm_v1"),
+        ({"gemma3_cpu": {"reuse_rule": "trtllm_v1"}}, "trtllm_v1"),
+        (
+            {
+                "kv_cache_config": {"use_kv_cache_manager_v2": False},
+                "gemma3_cpu": {"reuse_rule": "trtllm_v1_contiguous"},
+            },
+            "trtllm_v1_contiguous",
+        ),
+    ],
+)
+def test_the_rule_is_what_was_named_or_what_the_choice_of_a_manager_means(
+    data: dict[str, Any], rule: str
+) -> None:
+    assert rule == parse_options(data).reuse_rule
+
+
+def host_blocks(plan: CachePlan) -> dict[int | None, int]:
+    return {pool.group.window_size: pool.host_blocks for pool in plan.pools}
+
+
+def test_a_host_tier_is_there_only_where_it_is_asked_for() -> None:
+    device = sum(pool.num_blocks * pool.layers * 256 * 32 for pool in plan({}).pools)
+    half = {"kv_cache_config": {"host_cache_size": device // 2}}
+
+    assert {None: 0, 512: 0} == host_blocks(plan({}))
+    assert {None: 512, 512: 256} == host_blocks(plan(half))
+    assert {None: 512, 512: 7} == host_blocks(plan({**half, "gemma3_cpu": {"host_blocks": {512: 7}}}))
+    with pytest.raises(ConfigError, match=r"host_blocks.1024: expected a window .* known: 512, global"):
+        plan({"gemma3_cpu": {"host_blocks": {1024: 5}}})
+
+
+def test_a_page_holds_all_layers_of_its_group() -> None:
+    assert [22, 4] == [pool.layers for pool in plan({}, GEMMA_1B).pools]
+    assert [26] == [pool.layers for pool in plan({"max_seq_len": 512}, GEMMA_1B).pools]

@@ -13,6 +13,8 @@ from vswa_plugins.gemma3_cpu.model import Gemma3Model
 from tests.gemma3_engine_helpers import BLOCK, OPTIONS, Bench, Cold, prompt_of, request_for
 from tests.gemma3_engine_helpers import bench as bench
 from tests.gemma3_engine_helpers import cold as cold
+from tests.gemma3_engine_helpers import even as even
+from tests.gemma3_engine_helpers import even_cold as even_cold
 from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
 
@@ -22,6 +24,21 @@ TIGHT: dict[str, Any] = {
     "max_batch_size": 3,
     "gemma3_cpu": {"max_chunk_tokens": 24, "kv_blocks": {32: 18, "global": 34}},
 }
+
+
+#: The same under other rules, without parts of blocks, and with a host tier to which evicted blocks go.
+KINDS: dict[str, dict[str, Any]] = {
+    "v2": {},
+    "v2 on the host": {"gemma3_cpu": {"host_blocks": {32: 7, "global": 20}}},
+    "v2, whole blocks": {"kv_cache_config": {"enable_partial_reuse": False}},
+    "v1": {"gemma3_cpu": {"reuse_rule": "trtllm_v1"}},
+    "v1 on the host": {"gemma3_cpu": {"reuse_rule": "trtllm_v1", "host_blocks": {32: 7, "global": 20}}},
+    "v1 contiguous": {"gemma3_cpu": {"reuse_rule": "trtllm_v1_contiguous"}},
+}
+
+
+def tight(kind: str) -> dict[str, Any]:
+    return {**TIGHT, **{section: {**TIGHT[section], **more} for section, more in KINDS[kind].items()}}
 
 
 def computed(bench: Bench) -> list[list[tuple[int, int, bool]]]:
@@ -44,14 +61,17 @@ def test_a_resumed_prompt_computes_only_the_rest_and_says_the_same(bench: Bench,
 
     [reader] = bench.run(request_for(prompt + prompt_of(9, 1), 5))
 
-    assert 96 == reader.cached_tokens
-    assert 110 - 96 == bench.scheduler.counters.prefill_tokens - before
+    # Twelve blocks, and five tokens of the block that was not full.
+    assert 101 == reader.cached_tokens
+    assert 110 - 101 == bench.scheduler.counters.prefill_tokens - before
     assert cold.greedy(prompt + prompt_of(9, 1), 5) == reader.tokens
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("windows_share_a_pool", [False, True], ids=["two pools", "one pool"])
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
 @given(
-    st.lists(
+    rounds=st.lists(
         st.lists(
             # (which family, how much of its stem, a tail of its own, tokens to generate)
             st.tuples(st.integers(0, 2), st.integers(1, 120), st.integers(0, 30), st.integers(1, 3)),
@@ -63,9 +83,16 @@ def test_a_resumed_prompt_computes_only_the_rest_and_says_the_same(bench: Bench,
     )
 )
 def test_reuse_under_eviction_gives_a_cold_runs_logits(
-    model: Gemma3Model, cold: Cold, rounds: list[list[tuple[int, int, int, int]]]
+    model: Gemma3Model,
+    cold: Cold,
+    even: Gemma3Model,
+    even_cold: Cold,
+    kind: str,
+    windows_share_a_pool: bool,
+    rounds: list[list[tuple[int, int, int, int]]],
 ) -> None:
-    bench = Bench(model, TIGHT)
+    cold = even_cold if windows_share_a_pool else cold
+    bench = Bench(even if windows_share_a_pool else model, tight(kind))
     for requests in rounds:
         prompts = [
             prompt_of(120, family)[:stem] + prompt_of(tail, stem) for family, stem, tail, _ in requests
@@ -91,14 +118,26 @@ def test_reuse_under_eviction_gives_a_cold_runs_logits(
         bench.logits.clear()
 
 
-def test_the_property_above_does_reuse_and_evict(model: Gemma3Model) -> None:
-    bench = Bench(model, TIGHT)
-    for family in (0, 0, 1, 2, 0):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_property_above_does_reuse_and_evict(model: Gemma3Model, kind: str) -> None:
+    bench = Bench(model, tight(kind))
+    for family in (0, 0, 1, 2, 0, 0):
         bench.run(request_for(prompt_of(120, family), 2))
 
-    kinds = {event["data"]["type"] for kind, events in bench.log if kind == "events" for event in events}
-    assert [0, 112, 0, 0] == [reader.cached_tokens for reader in bench.readers[:4]]
-    assert {"created", "stored", "removed"} == kinds
+    told = {event["data"]["type"] for what, events in bench.log if what == "events" for event in events}
+    cached = [reader.cached_tokens for reader in bench.readers]
+    assert [0, 112 if kind == "v2, whole blocks" else 119, 0, 0] == cached[:4]
+    assert {"created", "stored", "removed"} <= told
+    assert ("host" in kind) == ("updated" in told)
+
+
+def test_what_comes_back_from_the_host_gives_the_same_text(model: Gemma3Model, cold: Cold) -> None:
+    bench = Bench(model, tight("v2 on the host"))
+
+    [first, _, again] = [bench.run(request_for(prompt_of(120, family), 4))[0] for family in (0, 1, 0)]
+
+    assert 0 < again.cached_tokens
+    assert cold.greedy(prompt_of(120), 4) == first.tokens == again.tokens
 
 
 def test_requests_that_run_together_say_what_each_says_alone(bench: Bench, cold: Cold) -> None:
@@ -185,8 +224,8 @@ def test_who_sees_the_first_token_can_rely_on_the_prompts_events(bench: Bench) -
         for event in events if kind == "events" else []:
             if event["data"]["type"] == "stored":
                 stored[event["layer_group_id"]] |= {b["block_hash"] for b in event["data"]["blocks"]}
-    assert bench.manager.resident() == stored
-    assert 100 // BLOCK == len(stored[0]) == len(stored[1])
+    assert stored == {group: set(levels) for group, levels in bench.manager.resident().items()}
+    assert -(-100 // BLOCK) == len(stored[0]) == len(stored[1])
 
 
 def test_a_salt_keeps_prompts_apart(bench: Bench) -> None:
@@ -195,7 +234,7 @@ def test_a_salt_keeps_prompts_apart(bench: Bench) -> None:
 
     first, other, again = (bench.run(r)[0] for r in (request_for(prompt, 2), salted, salted))
 
-    assert [0, 0, 96] == [first.cached_tokens, other.cached_tokens, again.cached_tokens]
+    assert [0, 0, 99] == [first.cached_tokens, other.cached_tokens, again.cached_tokens]
     assert first.tokens == other.tokens == again.tokens
 
 
@@ -204,7 +243,7 @@ def test_a_salt_keeps_prompts_apart(bench: Bench) -> None:
     [
         {"max_seq_len": 32},
         {"kv_cache_config": {"tokens_per_block": BLOCK, "max_attention_window": [512]}},
-        {"kv_cache_config": {"tokens_per_block": BLOCK, "max_attention_window": [64, 512]}},
+        {"kv_cache_config": {"tokens_per_block": BLOCK, "max_attention_window": [64, 64, 512]}},
         {"kv_cache_config": {"tokens_per_block": BLOCK, "enable_block_reuse": False}},
     ],
     ids=["context equals the window", "one group by the file", "a larger window", "no reuse"],
@@ -221,4 +260,20 @@ def test_the_layout_of_the_cache_does_not_change_the_answer(
     assert cold.greedy(prompt, 5) == first.tokens == second.tokens
     assert cold.greedy(prompt[3:], 5) == other.tokens
     reuses = options.get("kv_cache_config", {}).get("enable_block_reuse", True)
-    assert ((len(prompt) - 1) // BLOCK * BLOCK if reuses else 0) == second.cached_tokens
+    assert (len(prompt) - 1 if reuses else 0) == second.cached_tokens
+
+
+@pytest.mark.parametrize(
+    ("rule", "reused"), [("trtllm_v2", 119), ("trtllm_v1", 119), ("trtllm_v1_contiguous", 0)]
+)
+def test_the_rule_decides_what_is_resumed_without_the_first_sliding_blocks(
+    model: Gemma3Model, cold: Cold, rule: str, reused: int
+) -> None:
+    own = {**OPTIONS["gemma3_cpu"], "reuse_rule": rule, "kv_blocks": {32: 9, "global": 34}}
+    bench = Bench(model, {**OPTIONS, "gemma3_cpu": own})
+
+    bench.run(request_for(prompt_of(120), 1))
+    [again] = bench.run(request_for(prompt_of(120), 4))
+
+    assert reused == again.cached_tokens
+    assert cold.greedy(prompt_of(120), 4) == again.tokens

@@ -92,10 +92,10 @@ def test_failures_in_between_good_steps_do_not_stop_the_engine(bench: Bench) -> 
 def test_a_broken_cache_stops_the_engine_at_once_and_all_requests_hear_of_it(bench: Bench) -> None:
     first, waiting = (bench.add(request_for(prompt_of(300, seed))) for seed in range(2))
     bench.step()
-    pool = bench.manager._store.pools[0]
+    pool = bench.manager._store.device[0]  # type: ignore[attr-defined]
 
     def before(chunks: Any) -> None:
-        pool.holders[0] += 1
+        pool.free.pop()
         raise Boom("bang")
 
     bench.before_forward = before

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.engine import ChunkDict
+from vswa_plugin.engine import WORKER_ONLY, ChunkDict
 from vswa_plugin.errors import InvalidRequest, Unavailable
+from vswa_plugin.healing import Claim
 from vswa_plugin.records import RequestRecord
 from vswa_plugin.worker.handler import RequestHandler
 
@@ -40,10 +41,35 @@ class Scripted:
             self.closed += 1
 
 
+class Healing:
+    active = True
+
+    def __init__(self, events: int) -> None:
+        self.events = events
+
+
+class Claims:
+    """As much of a publisher as a handler uses."""
+
+    def __init__(self, events: int) -> None:
+        self.healing = Healing(events)
+        self.claims: list[Claim] = []
+
+    def claim(self, claim: Claim) -> None:
+        self.claims.append(claim)
+
+
 class Served:
-    def __init__(self, engine: Scripted) -> None:
+    def __init__(self, engine: Scripted, ranks: int = 0) -> None:
         self.records: list[RequestRecord] = []
-        self.handler = RequestHandler(engine, "m", 7, self.records.append)  # type: ignore[arg-type]
+        self.publishers = {rank: Claims(10 * rank) for rank in range(ranks)}
+        self.handler = RequestHandler(
+            engine,  # type: ignore[arg-type]
+            "m",
+            7,
+            self.records.append,
+            self.publishers,  # type: ignore[arg-type]
+        )
 
     async def request(self, gone: asyncio.Future[bool] | None = None) -> list[ChunkDict]:
         gone = gone or asyncio.get_running_loop().create_future()
@@ -159,3 +185,40 @@ def test_a_failed_engine_sends_requests_elsewhere() -> None:
 
     with pytest.raises(Unavailable, match="out of memory"):
         asyncio.run(Served(engine).request())
+
+
+def one_answer(**told: int) -> list[ChunkDict]:
+    return [
+        {"token_ids": [5], "index": 0, WORKER_ONLY: told},
+        {"token_ids": [6], "index": 0, "finish_reason": "stop", "completion_usage": USAGE},
+    ]
+
+
+def test_what_a_chunk_tells_the_worker_goes_no_further() -> None:
+    served = Served(Scripted(*one_answer(dp_rank=1, transferred_tokens=3)))
+
+    chunks = asyncio.run(served.request())
+
+    assert [{"token_ids": [5], "index": 0}, ["token_ids", "index", "finish_reason", "completion_usage"]] == [
+        chunks[0],
+        list(chunks[1]),
+    ]
+    assert [(1, 3)] == [(record.dp_rank, record.transferred_tokens) for record in served.records]
+
+
+def test_a_claim_goes_to_the_rank_that_served_the_request() -> None:
+    served = Served(Scripted(*one_answer(dp_rank=1)), ranks=2)
+
+    asyncio.run(served.request())
+
+    assert [] == served.publishers[0].claims
+    assert [Claim((1, 2, 3, 4), 2, mark=10)] == served.publishers[1].claims
+
+
+def test_the_count_of_another_worker_claims_nothing_here() -> None:
+    served = Served(Scripted(*one_answer(dp_rank=0, transferred_tokens=1)), ranks=1)
+
+    asyncio.run(served.request())
+
+    assert [] == served.publishers[0].claims
+    assert [2] == [record.cached_tokens for record in served.records]

@@ -15,7 +15,8 @@ from tests.host_helpers import host as host
 from tests.host_helpers import state
 from vswa_plugin.errors import ConfigError, PluginError
 from vswa_plugin.hookspecs import NAME
-from vswa_plugin.host import PluginHost, load_host
+from vswa_plugin.host import PluginHost
+from vswa_plugin.plugin_loading import load_host
 
 OBSERVER = (
     "from vswa_plugin.hookspecs import hookimpl\n@hookimpl\ndef vswa_metrics():\n    return 'from_{} 1'\n"
@@ -156,7 +157,7 @@ def test_an_unknown_name_lists_the_known_ones(where: str, arguments: dict[str, A
         load_host(**({"environ": {}} | arguments))
 
     assert (
-        f"{where}: unknown plugin 'prometheos': did you mean 'prometheus'? Known: gemma3_cpu, prometheus"
+        f"{where}: unknown plugin 'prometheos': did you mean 'prometheus'? Known: dynamo_events, gemma3_cpu, "
         in str(caught.value)
     )
 

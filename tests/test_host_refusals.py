@@ -55,11 +55,11 @@ def vswa_kv_batch(batch: Batch) -> None: ...
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "misspelt": (
         lambda: plugin(vswa_kv_bacth=lambda: None),
-        "did you mean 'vswa_kv_batch'? Known: vswa_engine,",
+        "did you mean 'vswa_kv_batch'? Known: vswa_accuracy_scorers, ",
     ),
     "unlike any": (
         lambda: plugin(zzz=lambda: None),
-        "implements 'zzz', which is no hook: Known: vswa_engine,",
+        "implements 'zzz', which is no hook: Known: vswa_accuracy_scorers, ",
     ),
     "async": (lambda: plugin(vswa_kv_batch=coroutine), "got an async one; hooks are synchronous"),
     "async generator": (lambda: plugin(vswa_kv_batch=async_generator), "got an async one"),

@@ -15,6 +15,9 @@ from vswa_plugin.errors import ConfigError
 from vswa_plugin.worker.__main__ import main
 from vswa_plugin.worker.args import parse
 
+ROOT = Path(__file__).parent.parent
+STANDIN = str(Path(__file__).with_name("standin_engine.py"))
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +57,52 @@ def test_defaults_follow_dynamo(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "endpoint"),
+    [
+        ("agg", "dynamo.backend.generate"),
+        ("prefill", "dynamo.prefill.generate"),
+        ("decode", "dynamo.backend.generate"),
+    ],
+)
+def test_each_mode_has_its_endpoint_unless_told_otherwise(model_dir: Path, mode: str, endpoint: str) -> None:
+    argv = ["--model-path", str(model_dir), "--mode", mode]
+
+    assert str(parse(argv).endpoint) == endpoint
+    assert str(parse([*argv, "--endpoint", "dyn://a.b.c"]).endpoint) == "a.b.c"
+
+
+def test_ranks_are_asked_for_by_number(model_dir: Path) -> None:
+    argv = ["--model-path", str(model_dir), "--data-parallel-size", "3"]
+
+    assert parse(argv).settings.data_parallel_size == 3
+
+
+@pytest.mark.parametrize("mode", ["agg", "prefill", "decode"])
+def test_the_engine_config_of_each_mode_is_understood_by_the_embedded_engine(mode: str) -> None:
+    from vswa_plugins.gemma3_cpu.options import parse_options
+
+    file = ROOT / "engine_configs" / "gemma3" / f"vswa_{mode}.yaml"
+    options = parse_options(*load_engine_args(str(file), None))
+
+    assert options.max_attention_window == (512, 512, 512, 512, 512, 32768)
+    assert {"# Source:", "# Used:"} <= {
+        line.strip()[:9].strip() for line in file.read_text().splitlines()[:9]
+    }
+
+
+def test_prefill_and_decode_configs_let_tensorrt_llm_keep_its_v2_cache_manager() -> None:
+    folder = ROOT / "engine_configs" / "gemma3"
+    prefill, decode = (
+        load_engine_args(str(folder / f"vswa_{m}.yaml"), None)[0] for m in ("prefill", "decode")
+    )
+    transceiver = {"backend": "NIXL", "transceiver_runtime": "PYTHON", "max_tokens_in_buffer": 32768}
+
+    assert prefill["cache_transceiver_config"] == decode["cache_transceiver_config"] == transceiver
+    assert prefill["kv_cache_config"] == decode["kv_cache_config"]
+    assert prefill["disable_overlap_scheduler"] is True
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--mode", "aggg"], "--mode: unknown mode 'aggg': did you mean 'agg'? Known: agg, decode, prefill"),
@@ -61,7 +110,11 @@ def test_defaults_follow_dynamo(model_dir: Path) -> None:
             ["--engine", "gemma_cpu"],
             "unknown engine 'gemma_cpu': did you mean 'gemma3_cpu'? Known: gemma3_cpu",
         ),
-        (["--mode", "decode"], "gemma3_cpu serves agg only in this version; use --mode agg"),
+        (["--data-parallel-size", "0"], "--data-parallel-size: expected at least 1, got 0"),
+        (
+            ["--engine", "standin", "--plugin", STANDIN, "--data-parallel-size", "2"],
+            "--data-parallel-size: expected what standin can serve, 1, got 2",
+        ),
         (
             ["--endpoint", "dyn://a.b"],
             "--endpoint: expected dyn://namespace.component.endpoint, got 'dyn://a.b'",
@@ -195,6 +248,9 @@ def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     for part in (
         "vswa make-model",
+        "--mode prefill",
+        "--mode decode",
+        "vswa_plugin.launch agg|disagg",
         "python -m vswa_plugin.frontend",
         "NATS_SERVER",
         "ETCD_ENDPOINTS",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def test_sigterm_while_it_waits_for_a_broker_ends_it_at_once_with_0(
         child = await worker(tmp_path, model_dir, nowhere, "--status-port", "0")
         await status_url(child)
         await eventually(lambda: "[Errno" in child.log_path.read_text(), "it tries")
-        child._process.send_signal(signal.SIGTERM)
+        child.terminate()
         return await asyncio.wait_for(child.wait(), 10), child.log_path.read_text()
 
     code, log = run(body())

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from vswa_plugin import __version__
 from vswa_plugin.commands import BUILT_IN, Command, built_in, built_in_owners
 from vswa_plugin.errors import ConfigError, InvariantError, VswaError, unknown_choice
-from vswa_plugin.host import add_plugin_arguments, load_host, tracing
+from vswa_plugin.plugin_loading import add_plugin_arguments, load_host, tracing
 
 _DESCRIPTION = """\
 Per-window KV cache events for sliding-window models, such as Gemma 3, behind NVIDIA Dynamo. Workers publish

@@ -1,7 +1,7 @@
 """A whole deployment on this machine: brokers, frontend and workers as child processes on loopback.
 
-Used by ``vswa demo``, ``vswa serve`` and the tests. Brokers are those of NATS_SERVER and ETCD_ENDPOINTS
-where these are set, else embedded ones that live as long as the cluster.
+Used by ``vswa demo``, ``vswa serve``, ``python -m vswa_plugin.launch`` and the tests. Brokers are those of
+NATS_SERVER and ETCD_ENDPOINTS where these are set, else embedded ones that live as long as the cluster.
 """
 
 from __future__ import annotations
@@ -9,47 +9,98 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from vswa_plugin.dynamo import ETCD_ENV, LOOPBACK_ENV, NATS_ENV
+from vswa_plugin.dynamo import (
+    COMPONENTS,
+    ETCD_ENV,
+    LOOPBACK_ENV,
+    NATS_ENV,
+    ROUTER_COMPONENT,
+    EndpointName,
+    default_endpoint,
+)
 from vswa_plugin.embedded import start_etcd, start_nats
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.processes import Child, free_port, python_module
+from vswa_plugin.processes import Child, free_port, is_free, python_module
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
+from vswa_plugin.topologies import Routing, WorkerGroup
+from vswa_plugin.worker.args import ROUTER_ENV as WORKER_ROUTER_ENV
 
 WORKER_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 30.0
+#: How long a worker may drain before it is killed; above its own --drain-timeout.
+STOP_TIMEOUT_S = 40.0
 Progress = Callable[[str], None]
+#: Read by the plugin dynamo_events: what a worker tells Dynamo's own router.
+PROJECTION_ENV = "VSWA_DYNAMO_EVENTS"
+_STATUS = re.compile(r"status on (http://\S+):")
 
 
 class ClusterSettings(msgspec.Struct, frozen=True):
     """What to start.
 
-    :param engine_args: engine options as a YAML file, or None.
-    :param override: engine options laid over the file.
+    :param groups: the workers; see topologies.py.
     :param http_port: port of the frontend; 0 for a free one.
+    :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, told
+        of the workers' blocks. Neither: the frontend chooses by ``router_mode``.
+    :param worker_options: added to the command line of every worker; ``router_options``: of every router.
+    :param keep: start frontend, routers and workers again when they fail, and wait for them without end.
     """
 
     model_path: str
     served_model_name: str
+    groups: tuple[WorkerGroup, ...] = (WorkerGroup(),)
     engine: str = "gemma3_cpu"
-    workers: int = 2
     namespace: str = "dynamo"
-    engine_args: str | None = None
-    override: dict[str, Any] = {}
+    http_host: str = "127.0.0.1"
     http_port: int = 0
     router_mode: str = "round-robin"
+    routing: Routing = Routing()
     worker_options: tuple[str, ...] = ()
+    router_options: tuple[str, ...] = ()
+    keep: bool = False
+
+
+def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]:
+    """The command line of a worker of ``group``."""
+    arguments = ["--mode", group.mode, "--engine", settings.engine, "--model-path", settings.model_path]
+    arguments += ["--served-model-name", settings.served_model_name]
+    arguments += ["--endpoint", f"dyn://{default_endpoint(group.mode, settings.namespace)}"]
+    if group.engine_args:
+        arguments += ["--extra-engine-args", group.engine_args]
+    if group.override:
+        arguments += ["--override-engine-args", json.dumps(group.override)]
+    return [*arguments, *settings.worker_options]
+
+
+def router_arguments(settings: ClusterSettings) -> list[str]:
+    """The command line of a router of ours, each of which stands for all the others."""
+    endpoint = EndpointName(settings.namespace, ROUTER_COMPONENT, "generate")
+    arguments = ["--endpoint", f"dyn://{endpoint}", "--served-model-name", settings.served_model_name]
+    return [*arguments, *settings.router_options]
+
+
+def routing_environment(routing: Routing) -> dict[str, str]:
+    """What tells the workers of a cluster which router they work behind; always, whatever ours is."""
+    told = {WORKER_ROUTER_ENV: routing.router or ""}
+    if routing.router == "stock":
+        told[PROJECTION_ENV] = os.environ.get(PROJECTION_ENV) or "boundary"
+    return told
 
 
 class Cluster:
-    """Children in the order in which they were started; stopped in the reverse order, brokers last."""
+    """Children by kind. They are stopped workers first, then routers and frontend, then brokers."""
 
     def __init__(self, settings: ClusterSettings, folder: Path, progress: Progress = lambda _: None) -> None:
         self.settings = settings
@@ -59,28 +110,39 @@ class Cluster:
         self.url = ""
         self.frontend: Child | None = None
         self.workers: list[Child] = []
+        self.routers: list[Child] = []
         self._brokers: list[Child] = []
         self._progress = progress
-        self._numbers = itertools.count()
+        self._numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 
     @property
     def env(self) -> dict[str, str]:
         """What a process needs to find this cluster's brokers and to stay on loopback."""
         return {
-            **LOOPBACK_ENV,
+            **{name: os.environ.get(name, value) for name, value in LOOPBACK_ENV.items()},
             NATS_ENV: self.nats_server,
             ETCD_ENV: self.etcd_endpoints,
+            **routing_environment(self.settings.routing),
             # Two processes that each take all cores for every matrix product are slower than one.
             "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1"),
             "DYN_LOG": os.environ.get("DYN_LOG", "warn"),
         }
 
     async def start(self) -> None:
-        """Start what is not started yet and return once the frontend serves the model from all workers."""
-        if not (self.nats_server and self.etcd_endpoints):
-            await self.start_brokers()
-        await self.start_frontend()
-        await asyncio.gather(*(self.add_worker() for _ in range(self.settings.workers)))
+        """Start what is not started yet and return once the frontend serves the model from all workers.
+
+        :raises ConfigError: the frontend's port is taken; with ``keep``, what a process wants corrected.
+        :raises ChildDied: something has ended.
+        """
+        await self.start_brokers()
+        await self._start_frontend()
+        if self.settings.routing.router == "exact":
+            for _ in range(self.settings.routing.count):
+                await self.add_router()
+        for group in self.settings.groups:
+            for _ in range(group.count):
+                await self._start_worker(group)
+        await _all(*(self._registered(child) for child in self.workers))
         await self.wait_for_model()
 
     async def start_brokers(self) -> None:
@@ -93,40 +155,74 @@ class Cluster:
             child, self.etcd_endpoints = await start_etcd(self.folder, self.folder / "etcd-data")
             self._brokers.append(child)
 
-    async def start_frontend(self) -> None:
-        port = self.settings.http_port or free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    async def _start_frontend(self) -> None:
+        settings = self.settings
+        if settings.http_port and not is_free(settings.http_host, settings.http_port):
+            raise ConfigError(
+                f"--http-port: expected a port of {settings.http_host} that is free, got "
+                f"{settings.http_port}, on which something listens or we may not"
+            )
+        port = settings.http_port or free_port()
+        # Whoever listens everywhere is asked here.
+        self.url = f"http://{settings.http_host.replace('0.0.0.0', '127.0.0.1')}:{port}"
         self._progress(f"starting Dynamo's frontend on {self.url}")
         command = python_module("vswa_plugin.frontend", "--http-port", str(port))
-        command += ["--router-mode", self.settings.router_mode, "--namespace", self.settings.namespace]
-        self.frontend = await Child.start("frontend", command, self.folder, self.env)
-        await self.frontend.until(self._answers, "answering", 60)
+        command += ["--http-host", settings.http_host]
+        mode = "kv" if settings.routing.router == "stock" else settings.router_mode
+        command += ["--router-mode", mode, "--namespace", settings.namespace]
+        self.frontend = await self._start_child("frontend", command, {})
 
-    async def add_worker(self, options: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Child:
-        """Start one more worker and return once it is in the registry."""
-        settings = self.settings
-        name = f"worker-{next(self._numbers)}"
-        command = python_module("vswa_plugin.worker", "--mode", "agg", "--engine", settings.engine)
-        command += ["--model-path", settings.model_path, "--served-model-name", settings.served_model_name]
-        command += ["--endpoint", f"dyn://{settings.namespace}.backend.generate"]
-        if settings.engine_args:
-            command += ["--extra-engine-args", settings.engine_args]
-        if settings.override:
-            command += ["--override-engine-args", json.dumps(settings.override)]
-        command += [*settings.worker_options, *options]
-        self._progress(f"starting {name}: {settings.engine} with {settings.model_path}")
-        child = await Child.start(name, command, self.folder, {**self.env, **(env or {})})
+    async def add_router(self) -> Child:
+        """Start one more router of ours."""
+        name = f"router-{next(self._numbers['router'])}"
+        self._progress(f"starting {name}, which knows every window")
+        command = python_module("vswa_plugin.router", *router_arguments(self.settings))
+        self.routers.append(await self._start_child(name, command, {}))
+        return self.routers[-1]
+
+    async def add_worker(
+        self,
+        group: WorkerGroup | None = None,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> Child:
+        """Start one more worker, by default of the first group; return once it is in the registry."""
+        child = await self._start_worker(group or self.settings.groups[0], options, env or {})
+        await self._registered(child)
+        return child
+
+    async def _start_worker(
+        self, group: WorkerGroup, options: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> Child:
+        kind = "worker" if group.mode == "agg" else group.mode
+        name = f"{kind}-{next(self._numbers[kind])}"
+        command = python_module("vswa_plugin.worker", *worker_arguments(self.settings, group), *options)
+        self._progress(f"starting {name}: {self.settings.engine} with {self.settings.model_path}")
+        child = await self._start_child(name, command, env or {})
         self.workers.append(child)
+        return child
+
+    async def _start_child(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
+        child = await Child.start(name, command, self.folder, {**self.env, **env})
+        if self.settings.keep:
+            child.keep(self._progress)
+        return child
+
+    async def _registered(self, child: Child) -> None:
         registry = registry_from_env({**os.environ, **self.env})
 
         async def joined() -> bool:
-            return any(entry.pid == child.pid for entry in await registry.entries())
+            for broker in self._brokers:
+                broker.check()
+            try:
+                return any(entry.pid == child.pid for entry in await registry.entries())
+            except ConnectError:
+                return False  # the worker waits for it too, and says so
 
         try:
-            await child.until(joined, "registered", WORKER_TIMEOUT_S)
+            await child.until(joined, "registered", math.inf if self.settings.keep else WORKER_TIMEOUT_S)
         finally:
             await registry.leave()
-        return child
 
     async def entries(self) -> list[Entry]:
         """The workers in the registry."""
@@ -137,41 +233,118 @@ class Cluster:
             await registry.leave()
 
     async def wait_for_model(self) -> None:
-        """Return once the frontend lists the model."""
+        """Return once the frontend knows all workers that were to be started, and serves a request.
+
+        A model is listed a few milliseconds before its requests are not refused any more.
+        """
         if self.frontend is None:
-            raise ConfigError("expected a frontend, got none: call start_frontend first")
+            raise ConfigError("expected a frontend, got none: call start first")
+        wanted: Counter[str] = Counter()
+        for group in self.settings.groups:
+            wanted[COMPONENTS[group.mode]] += group.count
+        wanted[ROUTER_COMPONENT] = len(self.routers)
 
-        async def listed() -> bool:
-            return self.settings.served_model_name in await self._models()
+        async def serves() -> bool:
+            self.check()
+            return wanted <= await self._instances() and await self._lists() and await self._answers()
 
-        self._progress("waiting until the frontend lists the model")
-        await self.frontend.until(listed, f"listing {self.settings.served_model_name}", 30)
+        self._progress("waiting until the frontend serves the model")
+        timeout_s = math.inf if self.settings.keep else READY_TIMEOUT_S
+        await self.frontend.until(serves, f"serving {self.settings.served_model_name}", timeout_s)
+
+    async def failed(self) -> None:
+        """Return when nothing but brokers is left; raises what the cluster cannot go on without.
+
+        :raises ConfigError: what a process says must be corrected.
+        :raises ChildDied: an embedded broker has ended.
+        """
+        children = [*self.workers, *self._front()]
+        over = asyncio.ensure_future(_all(*(child.over() for child in children)))
+        brokers = [asyncio.ensure_future(broker.wait()) for broker in self._brokers]
+        try:
+            await asyncio.wait((over, *brokers), return_when=asyncio.FIRST_COMPLETED)
+            for broker in self._brokers:
+                broker.check()
+            await over
+        finally:
+            for task in (over, *brokers):
+                task.cancel()
 
     async def stop(self) -> dict[str, int]:
-        """Stop everything that runs; exit codes by name. Brokers go last, as Dynamo wants it."""
-        first = [*self.workers, *([self.frontend] if self.frontend else [])]
-        codes = dict(
-            zip((c.name for c in first), await asyncio.gather(*(c.stop(40) for c in first)), strict=True)
-        )
-        for broker in reversed(self._brokers):
-            codes[broker.name] = await broker.stop()
+        """Stop everything that runs; exit codes by name.
+
+        Requests under way need the frontend until workers have drained, and Dynamo its brokers to the last.
+        """
+        stopped = await asyncio.gather(*(worker.stop(STOP_TIMEOUT_S) for worker in self.workers))
+        codes = {worker.name: code for worker, code in zip(self.workers, stopped, strict=True)}
+        for child in (*self._front(), *reversed(self._brokers)):
+            codes[child.name] = await child.stop()
         return codes
+
+    def hurry(self) -> None:
+        """While workers drain: do not wait for requests under way any longer."""
+        for worker in self.workers:
+            worker.terminate()
 
     def check(self) -> None:
         """Raise ChildDied if anything has ended."""
-        for child in (*self._brokers, *([self.frontend] if self.frontend else []), *self.workers):
+        for child in (*self._brokers, *self._front(), *self.workers):
             child.check()
 
-    async def _answers(self) -> bool:
-        try:
-            await self._models()
-        except ConnectError:
-            return False
-        return True
+    def _front(self) -> list[Child]:
+        """What stands before the workers, in the order in which it is stopped."""
+        return [*self.routers, *([self.frontend] if self.frontend else [])]
 
-    async def _models(self) -> list[str]:
+    async def _get(self, path: str) -> dict[str, Any]:
+        """What the frontend says; nothing while it does not answer."""
         try:
-            async with aiohttp.ClientSession() as session, session.get(f"{self.url}/v1/models") as answer:
-                return [model["id"] for model in (await answer.json()).get("data", [])]
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectError(f"expected the frontend at {self.url}, got {error}") from error
+            async with aiohttp.ClientSession() as session, session.get(f"{self.url}{path}") as answer:
+                said: dict[str, Any] = await answer.json()
+                return said
+        except (aiohttp.ClientError, OSError):
+            return {}
+
+    async def _instances(self) -> Counter[str]:
+        """Workers that the frontend knows, by Dynamo component."""
+        instances = (await self._get("/health")).get("instances", [])
+        ours = (self.settings.namespace, "generate")
+        return Counter(i["component"] for i in instances if (i["namespace"], i["endpoint"]) == ours)
+
+    async def _lists(self) -> bool:
+        models = (await self._get("/v1/models")).get("data", [])
+        return self.settings.served_model_name in [model["id"] for model in models]
+
+    async def _answers(self) -> bool:
+        """Whether the shortest possible request is served."""
+        body = {"model": self.settings.served_model_name, "prompt": "Hi", "max_tokens": 1}
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{self.url}/v1/completions", json=body) as answer,
+            ):
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError):
+            return False
+
+
+async def status_url(worker: Child) -> str:
+    """Where a worker that was given ``--status-port 0`` serves its status, from its log."""
+    found: list[str] = []
+
+    async def told() -> bool:
+        found.extend(_STATUS.findall(worker.log()))
+        return bool(found)
+
+    await worker.until(told, "telling its status port", 20)
+    return found[-1]
+
+
+async def _all(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run all; where one raises, the others are ended before its error goes on."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

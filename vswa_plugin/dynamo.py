@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -53,6 +53,17 @@ class EndpointName(msgspec.Struct, frozen=True):
         return f"{self.namespace}.{self.component}.{self.endpoint}"
 
 
+#: Where the workers of each mode stand within a namespace, as those of Dynamo's own backends do.
+COMPONENTS = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
+#: The same for routers of ours.
+ROUTER_COMPONENT = "router"
+
+
+def default_endpoint(mode: str, namespace: str = "dynamo") -> EndpointName:
+    """The endpoint of workers of ``mode`` that were given none."""
+    return EndpointName(namespace, COMPONENTS[mode], "generate")
+
+
 def namespaced_block_hash(
     token_ids: Sequence[int], cache_salt: str | None = None, lora_name: str | None = None
 ) -> int:
@@ -94,11 +105,17 @@ class WorkerEndpoint:
         self._runtime = runtime
         self._endpoint = runtime.endpoint(str(name))
         self._serving: asyncio.Task[None] | None = None
+        self._shown = False
 
     @property
     def worker_id(self) -> int:
         """Dynamo's instance id: the number by which routers address this worker."""
         return int(self._endpoint.connection_id())
+
+    @property
+    def raw(self) -> Any:
+        """Dynamo's own object, for plugins."""
+        return self._endpoint
 
     def serve(self, handler: Handler) -> asyncio.Task[None]:
         """Serve requests in the returned task, which ends when the runtime does."""
@@ -117,33 +134,40 @@ class WorkerEndpoint:
         self._serving = asyncio.create_task(serving(), name="serve_endpoint")
         return self._serving
 
-    async def register(self, model_path: str, served_model_name: str, info: EngineInfo) -> None:
-        """Show the model to Dynamo's frontends: chat and completions, aggregated."""
-        from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+    async def register(
+        self, model_path: str, served_model_name: str, info: EngineInfo, mode: str, taints: Iterable[str] = ()
+    ) -> None:
+        """Show the model to Dynamo's frontends, as a worker of ``mode``."""
+        from dynamo.llm import ModelInput, ModelRuntimeConfig, register_model
 
+        role = _role(mode)
         config = ModelRuntimeConfig()
         config.context_length = info.context_length
         config.total_kv_blocks = info.total_kv_blocks
         config.max_num_seqs = info.max_num_seqs
         config.max_num_batched_tokens = info.max_num_batched_tokens
         config.data_parallel_size = info.data_parallel_size
+        config.taints = set(taints)
+        self._shown = True
         await register_model(
             ModelInput.Tokens,
-            ModelType.Chat | ModelType.Completions,
+            role.model_type,
             self._endpoint,
             model_path,
             served_model_name,
-            worker_type=WorkerType.Aggregated,
+            worker_type=role.worker_type,
+            needs=role.needs,
             kv_cache_block_size=info.layout.block_size,
             runtime_config=config,
             ignore_weights=True,
         )
 
     async def withdraw(self) -> None:
-        """Take model and endpoint out of discovery; requests under way go on."""
+        """Take endpoint, and model where it is shown, out of discovery; requests under way go on."""
         from dynamo.llm import unregister_model
 
-        for step in (unregister_model(self._endpoint), self._endpoint.unregister_endpoint_instance()):
+        steps = [unregister_model(self._endpoint)] if self._shown else []
+        for step in (*steps, self._endpoint.unregister_endpoint_instance()):
             try:
                 await asyncio.wait_for(step, 5)
             except Exception as error:  # Dynamo raises plain Exception; its lease ends what is left
@@ -154,6 +178,25 @@ class WorkerEndpoint:
         self._runtime.shutdown()
         if self._serving is not None:
             await asyncio.wait({self._serving}, timeout=10)
+
+
+class _Role(NamedTuple):
+    """What Dynamo is told of a worker; ``needs``: sets of peers, of which it must find one to serve."""
+
+    model_type: Any
+    worker_type: Any
+    needs: list[list[Any]] | None
+
+
+def _role(mode: str) -> _Role:
+    from dynamo.llm import ModelType, WorkerType
+
+    text = ModelType.Chat | ModelType.Completions
+    return {
+        "agg": _Role(text, WorkerType.Aggregated, None),
+        "prefill": _Role(ModelType.Prefill, WorkerType.Prefill, [[WorkerType.Decode]]),
+        "decode": _Role(text, WorkerType.Decode, [[WorkerType.Prefill]]),
+    }[mode]
 
 
 def _dynamo_error(error: Exception) -> Exception:

@@ -28,6 +28,12 @@ ChunkDict: TypeAlias = dict[str, Any]
 
 MODES = ("agg", "prefill", "decode")
 
+#: Key of a request's first chunk for what only the worker is told; it is taken off before Dynamo sees the
+#: chunk. A mapping that may hold ``dp_rank``, the rank that serves the request, and ``transferred_tokens``,
+#: the prompt tokens that another worker computed and this one received (``cached_tokens`` is then that
+#: worker's count, not this one's).
+WORKER_ONLY = "vswa"
+
 
 class EngineSettings(msgspec.Struct, frozen=True):
     """What a worker was asked to run; given to ``vswa_engine``.
@@ -39,6 +45,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     :param options: the engine's own options: ``--extra-engine-args`` file merged with
         ``--override-engine-args``.
     :param options_source: where ``options`` came from, for error messages.
+    :param data_parallel_size: ranks to serve, each with a cache of its own.
     """
 
     engine: str
@@ -47,6 +54,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     served_model_name: str
     options: dict[str, Any] = {}
     options_source: str = "no --extra-engine-args"
+    data_parallel_size: int = 1
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -56,7 +64,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     context_length: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    #: Blocks of the global group (the number Dynamo calls total_kv_blocks).
+    #: Blocks of the global group (the number Dynamo calls total_kv_blocks), of one rank.
     total_kv_blocks: int
     data_parallel_size: int = 1
     #: Directory with config and tokenizer for Dynamo, where it is not the model path itself; there once the
@@ -84,8 +92,10 @@ class Engine(Protocol):
         """Yield chunks for one request, as an async generator on the worker's event loop.
 
         The last chunk has ``finish_reason`` and ``completion_usage`` with
-        ``prompt_tokens_details.cached_tokens``. Closing the generator cancels the request and frees
-        its blocks: an engine does its clean-up in ``finally``.
+        ``prompt_tokens_details.cached_tokens``; in mode ``prefill`` ``disaggregated_params`` too, which
+        the request of mode ``decode`` brings back in ``prefill_result``. An engine of several ranks says
+        in the first chunk, under :data:`WORKER_ONLY`, which one serves. Closing the generator cancels the
+        request and frees its blocks: an engine does its clean-up in ``finally``.
 
         :raises InvalidRequest: the request can never be served.
         :raises Overloaded: not now; the queue is full.

@@ -21,25 +21,47 @@ What holds for all hooks:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from vswa_plugin.accuracy.scorers import Scorer
     from vswa_plugin.commands import Commands
-    from vswa_plugin.engine import Engine, EngineSettings, EventAdapter
-    from vswa_plugin.events import Batch, Source
+    from vswa_plugin.engine import BlocksStored, Engine, EngineInfo, EngineSettings, EventAdapter
+    from vswa_plugin.events import Batch, Rank, Source
     from vswa_plugin.layout import CacheLayout
+    from vswa_plugin.nodes import Node
     from vswa_plugin.records import RequestRecord
     from vswa_plugin.reuse import ReuseRule
+    from vswa_plugin.selection import RoutedRequest, Scored
 
 #: The project name that pluggy marks with; also the entry point group.
 NAME = "vswa_plugin"
 
 hookspec = pluggy.HookspecMarker(NAME)
 hookimpl = pluggy.HookimplMarker(NAME)
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a plugin needs to speak to Dynamo on behalf of a worker; given to ``vswa_worker_connected``.
+
+    :param endpoint: the worker's endpoint as an object of Dynamo's runtime; nothing is served on it yet.
+    :param worker_id: Dynamo's number of this worker.
+    :param settings: what the worker was asked to run.
+    :param info: what the engine states about itself: layout, data-parallel ranks, limits.
+    :param rules: all reuse rules by name; ``info.layout.rule`` is one of them.
+    """
+
+    endpoint: Any
+    worker_id: int
+    settings: EngineSettings
+    info: EngineInfo
+    rules: Mapping[str, ReuseRule]
 
 
 # -- engines ---------------------------------------------------------------------------------------
@@ -97,6 +119,26 @@ def vswa_event_adapter(event_format: str, layout: CacheLayout) -> EventAdapter |
     """
 
 
+# -- worker ----------------------------------------------------------------------------------------
+
+
+@hookspec
+def vswa_worker_connected(worker: WorkerContext) -> None:
+    """Take note of a worker that has connected to Dynamo and knows its worker_id.
+
+    Called: once per worker, on its event loop, before the engine is started and so before any batch. What a
+        plugin opens here lives as long as the process.
+    Order: of no effect; plugins do not see one another.
+    Combine: nothing is returned.
+    Errors: ConfigError is the user's answer: it goes through unchanged and the worker exits with it. Any
+        other exception is counted, logged once per plugin and minute, and the worker goes on.
+
+    :param worker: frozen; endpoint, worker_id, settings, engine info and reuse rules.
+
+    .. versionadded:: 0.1
+    """
+
+
 # -- routing ---------------------------------------------------------------------------------------
 
 
@@ -112,6 +154,62 @@ def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
     Errors: all rules of that plugin are left out; counted, logged once per plugin and minute.
 
     :returns: by name, objects with the shape of ``vswa_plugin.reuse.ReuseRule``; a layout names its rule.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float] | None:
+    """Adjust what some candidates cost: blocks to add, below 0 to take off.
+
+    Called: on a router's event loop, once per request, after all candidates were scored and before one is
+        chosen. Hot path: no I/O, no waiting.
+    Order: of no effect; all see the costs of the router itself.
+    Combine: the sum of all answers, added to the router's own costs.
+    Errors: that plugin adjusts nothing for this request; counted, logged once per plugin and minute. A rank
+        that is no candidate and a number that is not finite are errors.
+
+    :param request: frozen; lengths, sequence hashes and what the client sent in ``x-dynamo-meta-*`` headers,
+        never token ids.
+    :param candidates: frozen; rank, cached tokens, load and cost in blocks of each that may serve it.
+    :returns: by rank, blocks to add; ranks left out keep their cost. None adjusts nothing.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec(firstresult=True)
+def vswa_select_worker(request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+    """Choose the rank that serves a request, or None to leave that to others.
+
+    Called: on a router's event loop, once per request, after ``vswa_score``. Hot path: no I/O, no waiting.
+    Order: stops at the first answer; the router's own choice comes last.
+    Combine: first non-None. None from all: the cheapest, or one drawn by ``--router-temperature``.
+    Errors: that plugin has no answer; counted, logged once per plugin and minute. A rank that is no
+        candidate is an error.
+
+    :param request: frozen; as ``vswa_score`` gets it.
+    :param candidates: frozen; with all adjustments in their costs.
+    :returns: the rank of one of the candidates, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_accuracy_scorers(layout: CacheLayout, rules: Mapping[str, ReuseRule]) -> Sequence[Scorer] | None:
+    """Add ways to predict how much of a prompt an engine reuses, to be compared on recorded engine traces.
+
+    Called: by ``vswa accuracy replay`` and the pytest plugin, once per trace, before its first event. Give
+        new scorers each time: they keep state, and are used from one thread.
+    Order: by plugin name, behind the built-in ones.
+    Combine: all scorers. A name that is taken costs that plugin its scorers.
+    Errors: all scorers of that plugin are left out; counted, logged once per plugin and minute.
+
+    :param layout: frozen; the cache groups and the reuse rule of the trace's header.
+    :param rules: all reuse rules by name.
+    :returns: objects with the shape of ``vswa_plugin.accuracy.scorers.Scorer``, or None.
 
     .. versionadded:: 0.1
     """
@@ -135,6 +233,28 @@ def vswa_kv_batch(source: Source, batch: Batch) -> None:
     :param source: frozen; namespace, component, worker_id and dp_rank that publish.
     :param batch: the batch as it goes out: sequence hashes, never token ids. ``Layout`` is event 0 of
         each epoch and says which group id has which window.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_kv_stored(source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
+    """Observe the token ids of blocks that the engine has announced. Sensitive: they are people's prompts.
+
+    Tokens and engine hashes must not leave the worker process by any way of our own, nor reach a log.
+
+    Called: on the publisher's side, once per event of the engine that stored blocks, new or announced again,
+        before ``vswa_kv_batch`` shows the batch that it falls into; on the same thread. Hot path: no I/O, no
+        waiting.
+    Order: of no effect; observers do not see one another.
+    Combine: nothing is returned.
+    Errors: that plugin misses these blocks; counted, logged once per plugin and minute.
+
+    :param source: frozen; namespace, component, worker_id and dp_rank that publish.
+    :param stored: frozen; the engine's event in neutral form, with token ids, cache salt and LoRA.
+    :param nodes: sequence hash, position and parent of the leading blocks of ``stored``, in order; fewer than
+        its blocks where the others could not be named.
 
     .. versionadded:: 0.1
     """

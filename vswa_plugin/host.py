@@ -6,10 +6,8 @@ one exception would discard the answers of all plugins and name none.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +26,14 @@ from vswa_plugin.reuse import RULES, ReuseRule
 if TYPE_CHECKING:
     from typing import Self
 
-    from vswa_plugin.engine import Engine, EngineSettings, EventAdapter
-    from vswa_plugin.events import Batch, Source
+    from vswa_plugin.accuracy.scorers import Scorer
+    from vswa_plugin.engine import BlocksStored, Engine, EngineSettings, EventAdapter
+    from vswa_plugin.events import Batch, Rank, Source
+    from vswa_plugin.hookspecs import WorkerContext
     from vswa_plugin.layout import CacheLayout
+    from vswa_plugin.nodes import Node
     from vswa_plugin.records import RequestRecord
+    from vswa_plugin.selection import RoutedRequest, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +205,16 @@ class PluginHost:
             f"see `vswa plugins`"
         )
 
+    def worker_connected(self, worker: WorkerContext) -> None:
+        """Tell all plugins of a worker that has connected: ``vswa_worker_connected``.
+
+        :raises ConfigError: from a plugin, unchanged.
+        """
+        for implementation in self._calls["vswa_worker_connected"]:
+            self._isolation.call(
+                implementation, {"worker": worker}, plugin_checks.check_answer, through=(ConfigError,)
+            )
+
     def reuse_rules(self) -> dict[str, ReuseRule]:
         """All reuse rules by name, the built-in ones and those of plugins: ``vswa_reuse_rules``."""
         owners = dict.fromkeys(RULES, "vswa-plugin")
@@ -217,9 +229,47 @@ class PluginHost:
             owners.update(dict.fromkeys(added, implementation.plugin))
         return rules
 
+    def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> dict[Rank, float]:
+        """Blocks to add to the cost of some candidates: ``vswa_score``. Never raises."""
+        totals: dict[Rank, float] = {}
+        if self._calls["vswa_score"]:
+            check = partial(plugin_checks.check_scores, ranks={each.rank for each in candidates})
+            arguments = {"request": request, "candidates": candidates}
+            for answer in self._ask_all("vswa_score", arguments, check):
+                for rank, blocks in answer.items():
+                    totals[rank] = totals.get(rank, 0.0) + blocks
+        return totals
+
+    def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+        """The candidate that a plugin has chosen: ``vswa_select_worker``. Never raises."""
+        if not self._calls["vswa_select_worker"]:
+            return None
+        check = partial(plugin_checks.check_rank, ranks={each.rank for each in candidates})
+        arguments = {"request": request, "candidates": candidates}
+        for implementation in self._calls["vswa_select_worker"]:
+            answer = self._isolation.call(implementation, arguments, check)
+            if answer is not None and not isinstance(answer, Lost):
+                return cast("Rank", answer)
+        return None
+
+    def accuracy_scorers(self, layout: CacheLayout, rules: Mapping[str, ReuseRule]) -> list[Scorer]:
+        """New scorers for one trace, those of all plugins: ``vswa_accuracy_scorers``."""
+        scorers: list[Scorer] = []
+        for implementation in self._calls["vswa_accuracy_scorers"]:
+            check = partial(plugin_checks.check_scorers, taken=[each.name for each in scorers])
+            answer = self._isolation.call(implementation, {"layout": layout, "rules": rules}, check)
+            if answer is not None and not isinstance(answer, Lost):
+                scorers += cast("Sequence[Scorer]", answer)
+        return scorers
+
     def kv_batch(self, source: Source, batch: Batch) -> None:
         """Show one numbered batch to all observers: ``vswa_kv_batch``. Never raises."""
         self._ask_all("vswa_kv_batch", {"source": source, "batch": batch}, plugin_checks.check_answer)
+
+    def kv_stored(self, source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
+        """Show announced blocks with their tokens to all observers: ``vswa_kv_stored``. Never raises."""
+        arguments = {"source": source, "stored": stored, "nodes": nodes}
+        self._ask_all("vswa_kv_stored", arguments, plugin_checks.check_answer)
 
     def request_finished(self, record: RequestRecord) -> None:
         """Show one finished request to all observers: ``vswa_request_finished``. Never raises."""
@@ -328,71 +378,6 @@ class PluginHost:
             if status.state != "loaded"
         ]
         return f" ({'; '.join(reasons)})" if reasons else ""
-
-
-def add_plugin_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--plugin`` and ``--no-plugin``, which :func:`load_host` takes."""
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE_OR_MODULE",
-        help="also load this plugin: a .py file or a dotted module name; may be repeated",
-    )
-    parser.add_argument(
-        "--no-plugin",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="switch a plugin off; may be repeated (also: VSWA_PLUGINS_DISABLED=a,b)",
-    )
-
-
-def load_host(
-    plugin: Iterable[str] = (), no_plugin: Iterable[str] = (), environ: Mapping[str, str] | None = None
-) -> PluginHost:
-    """The host with all plugins of this machine, as command line and environment want it.
-
-    ``VSWA_PLUGINS=a,b`` loads only those of the installed ones (empty: none); ``VSWA_PLUGINS_DISABLED=a,b``
-    leaves those out; ``VSWA_TRACE_PLUGINS=1`` logs each call.
-
-    :param plugin: values of ``--plugin``.
-    :param no_plugin: values of ``--no-plugin``.
-    :param environ: ``os.environ`` unless given.
-    :raises ConfigError: an unknown name, with the known ones; or a ``--plugin`` that cannot be loaded.
-    """
-    env = os.environ if environ is None else environ
-    local = list(plugin)
-    installed = {entry.name for entry in plugin_sources.installed()}
-    known = installed | {plugin_sources.local_name(where) for where in local}
-    disabled = [
-        *_known(no_plugin, known, "--no-plugin"),
-        *_known(_names(env.get("VSWA_PLUGINS_DISABLED")), known, "VSWA_PLUGINS_DISABLED"),
-    ]
-    only = env.get("VSWA_PLUGINS")
-    chosen = None if only is None else _known(_names(only), installed, "VSWA_PLUGINS")
-    host = PluginHost(disabled=disabled, trace=tracing(env))
-    host.load_entry_points(only=chosen)
-    for where in local:
-        host.load_local(where)
-    return host
-
-
-def tracing(environ: Mapping[str, str]) -> bool:
-    """Whether ``VSWA_TRACE_PLUGINS`` asks for a log line per call of a plugin, on level INFO."""
-    return environ.get("VSWA_TRACE_PLUGINS", "0") not in ("", "0")
-
-
-def _names(value: str | None) -> list[str]:
-    return [name.strip() for name in (value or "").split(",") if name.strip()]
-
-
-def _known(names: Iterable[str], known: Collection[str], where: str) -> list[str]:
-    given = list(names)
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"{where}: {unknown_choice('plugin', name, known)}")
-    return given
 
 
 def _specs() -> dict[str, tuple[str, ...]]:

@@ -6,8 +6,9 @@ A plugin is checked whole before the plugin manager sees it, so a refused plugin
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +17,7 @@ import pluggy
 from vswa_plugin import hookspecs
 from vswa_plugin.engine import Engine, EventAdapter
 from vswa_plugin.errors import PluginError
+from vswa_plugin.events import Rank
 from vswa_plugin.reuse import ReuseRule
 
 #: Hook name -> names of its arguments, in order.
@@ -168,6 +170,42 @@ def check_rules(answer: object, owners: Mapping[str, str]) -> None:
             raise PluginError(
                 f"reuse rule {name!r} is there already, from {owners[name]}; choose another name"
             )
+
+
+def check_scores(answer: object, ranks: Set[Rank]) -> None:
+    """Refuse what does not map ranks of candidates to finite numbers."""
+    check_answer(answer)
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"expected a mapping from ranks to blocks, got {type(answer).__name__}")
+    for rank, blocks in answer.items():
+        check_rank(rank, ranks)
+        if not isinstance(blocks, int | float) or not math.isfinite(blocks):
+            raise ValueError(f"expected a finite number of blocks for rank {rank}, got {blocks!r}")
+
+
+def check_rank(answer: object, ranks: Set[Rank]) -> None:
+    """Refuse what is no rank of the candidates."""
+    check_answer(answer)
+    if answer not in ranks:
+        raise ValueError(f"expected the rank of a candidate, got {answer!r}")
+
+
+def check_scorers(answer: object, taken: Collection[str]) -> None:
+    """Refuse what is no list of objects with the shape of ``vswa_plugin.accuracy.scorers.Scorer``.
+
+    :param taken: names that scorers of other plugins have.
+    """
+    from vswa_plugin.accuracy.scorers import Scorer, built_in_scorers
+
+    check_answer(answer)
+    if not isinstance(answer, list | tuple):
+        raise TypeError(f"expected a list of scorers, got {type(answer).__name__}")
+    names = [*taken, *(scorer.name for scorer in built_in_scorers())]
+    for scorer in answer:
+        _check_parts(scorer, Scorer)
+        if scorer.name in names:
+            raise PluginError(f"scorer {scorer.name!r} is there already; choose another name")
+        names.append(scorer.name)
 
 
 def metric_families(text: str, taken: set[str]) -> set[str]:

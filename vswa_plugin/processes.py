@@ -1,20 +1,29 @@
-"""Child processes with a log file each: start, wait until ready, stop. By PID, never by name."""
+"""Child processes with a log file each: start, wait until ready, keep alive, stop. By PID, never by name."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from vswa_plugin.errors import ConnectError, VswaError
+from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 
 logger = logging.getLogger(__name__)
+
+#: Exit code of our programs for what the user must correct: starting them again would change nothing.
+USER_ERROR = 2
+#: How each of our programs, and argparse, begins its last message.
+_LAST_MESSAGE = re.compile(r"^[a-z][\w .-]*: (?:error|failed): ", re.MULTILINE)
 
 
 class ChildDied(VswaError):
@@ -29,39 +38,76 @@ def free_port() -> int:
     """
     while True:
         port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+        if is_free("127.0.0.1", port):
+            return port
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen on ``port`` right now."""
+    with socket.socket() as probe:
+        # As servers do: connections of a former server that are not quite over do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass
+class BackOff:
+    """Pauses before starts: 1, 2, 4 ... 30 seconds; from the first again after a life of ``lived_s``."""
+
+    first_s: float = 1.0
+    most_s: float = 30.0
+    lived_s: float = 60.0
+    _last_s: float = 0.0
+
+    def pause(self, lived_s: float) -> float:
+        """Seconds to wait after a life of ``lived_s``."""
+        fresh = not self._last_s or lived_s >= self.lived_s
+        self._last_s = self.first_s if fresh else min(2 * self._last_s, self.most_s)
+        return self._last_s
 
 
 class Child:
-    """One child process. Its standard output and error go to ``log_path``."""
+    """One child process, or one after the other where it is kept. Their output goes to ``log_path``."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
+    def __init__(self, name: str, command: Sequence[str], log_path: Path, env: Mapping[str, str]) -> None:
         self.name = name
         self.log_path = log_path
-        self._process = process
+        self._command = command
+        self._env = env
+        self._process: asyncio.subprocess.Process
+        self._born_at = 0.0
+        self._log_begins = 0
+        self._keeper: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._starting = asyncio.Lock()
 
     @classmethod
     async def start(
         cls, name: str, command: Sequence[str], log_dir: Path, env: Mapping[str, str] | None = None
     ) -> Child:
         """Start ``command``; ``env`` is added to ours. Raises OSError where it cannot be executed."""
-        log_path = log_dir / f"{name}.log"
-        with log_path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **(env or {})},
-                # Ctrl-C reaches the parent only, which stops its children in the right order.
-                start_new_session=True,
-            )
-        return cls(name, process, log_path)
+        child = cls(name, command, log_dir / f"{name}.log", env or {})
+        await child._start()
+        return child
+
+    async def _start(self) -> None:
+        async with self._starting:
+            with self.log_path.open("ab") as log:
+                self._log_begins = log.tell()
+                self._born_at = time.monotonic()
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **self._env},
+                    # Ctrl-C reaches the parent only, which stops its children in the right order.
+                    start_new_session=True,
+                )
 
     @property
     def pid(self) -> int:
@@ -70,31 +116,86 @@ class Child:
     async def wait(self) -> int:
         return await self._process.wait()
 
+    def keep(self, say: Callable[[str], None], back_off: BackOff | None = None) -> None:
+        """Start the process again whenever it fails, until :meth:`stop`; ``say`` is told each time.
+
+        An exit with 0 was asked for by somebody and stands. One with 2 is the user's to correct: then
+        :meth:`check` and :meth:`over` raise ConfigError with what the process said.
+        """
+        self._keeper = asyncio.create_task(self._keep(say, back_off or BackOff()), name=f"keep {self.name}")
+
+    async def _keep(self, say: Callable[[str], None], back_off: BackOff) -> None:
+        while True:
+            code = await self._process.wait()
+            if self._stopping.is_set():
+                return
+            if code == 0:
+                say(f"{self.name} ended as it was asked to, and is not started again")
+                return
+            if code == USER_ERROR:
+                raise ConfigError(f"{self.name}: {self.last_words()}")
+            pause = back_off.pause(time.monotonic() - self._born_at)
+            reason = self.last_words().splitlines()[0]
+            say(f"{self.name} {_ended(code)}: {reason}; starting it again in {pause:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
+            if self._stopping.is_set():  # also where it was set as the pause ended
+                return
+            await self._start()
+
+    async def over(self) -> None:
+        """Return once the process has ended and is not started again; raises as :meth:`keep` says."""
+        await (self.wait() if self._keeper is None else asyncio.shield(self._keeper))
+
     async def stop(self, grace_s: float = 10.0) -> int:
         """SIGTERM, after ``grace_s`` SIGKILL; the exit code."""
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(self._process.wait(), grace_s)
-            except TimeoutError:
-                logger.warning("%s (pid %d) did not end in %g s: killed", self.name, self.pid, grace_s)
-                self.kill()
+        self._stopping.set()
+        async with self._starting:  # a process that is just being started is there after this
+            self.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), grace_s)
+        except TimeoutError:
+            logger.warning("%s (pid %d) did not end in %g s: killed", self.name, self.pid, grace_s)
+            self.kill()
+        if self._keeper is not None:
+            await asyncio.gather(self._keeper, return_exceptions=True)
         return await self._process.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM, as an operator would send it."""
+        if self._process.returncode is None:
+            self._process.terminate()
 
     def kill(self) -> None:
         """SIGKILL, as a crash would look."""
         if self._process.returncode is None:
             self._process.kill()
 
+    def log(self) -> str:
+        """What the process has written; of the present one only."""
+        return self.log_path.read_bytes()[self._log_begins :].decode("utf-8", "replace")
+
     def log_tail(self, lines: int = 15) -> str:
-        text = self.log_path.read_text("utf-8", "replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def last_words(self) -> str:
+        """Why the process says that it ended: its last message as a program of ours, else its last line."""
+        text = self.log()
+        messages = list(_LAST_MESSAGE.finditer(text))
+        if messages:
+            return text[messages[-1].end() :].strip()
+        lines = [line for line in text.splitlines() if line.strip()]
+        return lines[-1].strip() if lines else "it wrote nothing"
 
     def check(self) -> None:
-        """Raise ChildDied if the process has ended."""
+        """Raise ChildDied if the process has ended for good, or what :meth:`keep` says."""
+        if self._keeper is not None:
+            if not self._keeper.done():
+                return
+            self._keeper.result()
         if self._process.returncode is not None:
             raise ChildDied(
-                f"{self.name} ended with exit code {self._process.returncode}; the end of its log, "
+                f"{self.name} {_ended(self._process.returncode)}; the end of its log, "
                 f"{self.log_path}:\n{self.log_tail()}"
             )
 
@@ -106,6 +207,12 @@ class Child:
             if asyncio.get_running_loop().time() > deadline:
                 raise ConnectError(f"{self.name}: not {what} after {timeout_s:g} s; see {self.log_path}")
             await asyncio.sleep(0.02)
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was ended by {signal.Signals(-code).name}"
 
 
 def python_module(module: str, *arguments: str) -> list[str]:

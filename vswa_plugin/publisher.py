@@ -15,12 +15,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
 
 from vswa_plugin.batches import Numbering, split
-from vswa_plugin.engine import BlocksRemoved, EngineEvent, EventAdapter, RawEvent
+from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineEvent, EventAdapter, RawEvent
 from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
 from vswa_plugin.events import (
     Batch,
@@ -32,6 +33,7 @@ from vswa_plugin.events import (
 )
 from vswa_plugin.healing import Claim, Healing
 from vswa_plugin.history import History, HistoryOptions
+from vswa_plugin.nodes import Node
 from vswa_plugin.residency import Residency, Restart
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class Publisher:
     :param observe: told of each batch with its source (the hook ``vswa_kv_batch``); must not raise.
     :param last_epoch: an epoch of this rank that is known from before; ours is higher.
     :param ready: whether ``send`` would return without waiting, which saves a turn of the loop.
+    :param observe_stored: told of each event that stored blocks, with the names of its leading blocks, before
+        ``observe`` is told of its batch (the hook ``vswa_kv_stored``); must not raise.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Publisher:
         options: PublisherOptions | None = None,
         last_epoch: int = 0,
         ready: Callable[[], bool] = _never,
+        observe_stored: Callable[[Source, BlocksStored, Sequence[Node]], None] | None = None,
     ) -> None:
         self.source = source
         self.residency = residency
@@ -118,11 +123,12 @@ class Publisher:
         self._send = send
         self._ready = ready
         self._observe = observe
+        self._observe_stored = observe_stored
         self._inbox: deque[RawEvent | Claim] = deque()
         self._overflowed = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
-        self._unobserved: deque[Batch] = deque()
+        self._unobserved: deque[Callable[[], None]] = deque()
         self._failing = False
         self._sending = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -275,10 +281,23 @@ class Publisher:
             self.healing.saw_removed(event.group_id, event.hashes)
         try:
             changes += self.residency.apply(event)
+            if self._observe_stored is not None and isinstance(event, BlocksStored):
+                nodes = self._names_of(event)
+                self._unobserved.append(partial(self._observe_stored, self.source, event, nodes))
         except Restart as reason:
             changes[:] = self._restart(str(reason))
         except VswaError as error:
             self._reject(error)
+
+    def _names_of(self, event: BlocksStored) -> tuple[Node, ...]:
+        """Of its leading blocks; the others could not be named."""
+        named: list[Node] = []
+        for block in event.blocks:
+            node = self.residency.nodes.get(block.hash)
+            if node is None:
+                break
+            named.append(node)
+        return tuple(named)
 
     def _take(self) -> Iterator[RawEvent | Claim]:
         """Up to :data:`PASS_EVENTS` waiting events: the loop has other work too, heartbeats above all."""
@@ -312,12 +331,12 @@ class Publisher:
             payload = encode(batch)
             self.history.ring.add(batch, payload)
             self._enqueue(payload)
-            self._unobserved.append(batch)
+            self._unobserved.append(partial(self._observe, self.source, batch))
 
     def _tell_observers(self) -> None:
         """After sending: what observers do with a batch must not delay it."""
         while self._unobserved:
-            self._observe(self.source, self._unobserved.popleft())
+            self._unobserved.popleft()()
 
     def _enqueue(self, payload: bytes) -> None:
         self._queue.append(payload)

@@ -21,6 +21,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
         engine may have others.
     :param first_token_s: until its first token.
     :param total_s: until it ended.
+    :param transferred_tokens: prompt tokens that a prefill worker computed and this one received; unless 0,
+        ``cached_tokens`` is the prefill worker's count and says nothing of this worker's cache.
     """
 
     request_id: str
@@ -33,3 +35,4 @@ class RequestRecord(msgspec.Struct, frozen=True):
     finish_reason: str
     first_token_s: float | None
     total_s: float
+    transferred_tokens: int = 0

@@ -30,6 +30,7 @@ def vswa_engine(settings: EngineSettings) -> Engine | None:
 @hookimpl
 def vswa_register_commands(commands: Commands) -> None:
     from . import commands as ours
+    from . import simulate_command
 
     commands.add(
         "make-model",
@@ -41,3 +42,9 @@ def vswa_register_commands(commands: Commands) -> None:
         "import-gguf", "convert a GGUF file of a Gemma 3", ours.configure_import_gguf, ours.run_import_gguf
     )
     commands.add("get-model", "install a real model by name", ours.configure_get_model, ours.run_get_model)
+    commands.add(
+        "simulate",
+        "requests through the cache managers, without a model",
+        simulate_command.configure_simulate,
+        simulate_command.run_simulate,
+    )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .paged import PagedKV, Run, clip_runs, find_runs, is_fragmented, slots_of
+from .paged import KVStore, Run, clip_runs, find_runs, pays_to_gather, slots_of
 
 Float32 = NDArray[np.float32]
 
@@ -40,6 +40,7 @@ class ChunkPlan(NamedTuple):
     :param window: tokens that a query sees, itself included; None = all before it.
     :param visible: runs of all positions that some query sees.
     :param writes: runs of the chunk's own positions.
+    :param width: numbers in one layer's keys of one token.
     :param gather: slots of all visible positions, where the runs are too fragmented to be used one by one.
     """
 
@@ -49,28 +50,32 @@ class ChunkPlan(NamedTuple):
     window: int | None
     visible: list[Run]
     writes: list[Run]
+    width: int
     gather: NDArray[np.intp] | None
 
     def last_row(self, row: int) -> ChunkPlan:
         """The plan of the last query alone, as row ``row`` of a batch; its key is already written."""
         start = self.stop - 1
         low = 0 if self.window is None else max(0, self.stop - self.window)
-        return _plan(row, start, self.stop, self.window, clip_runs(self.visible, low, self.stop))
+        visible = clip_runs(self.visible, low, self.stop)
+        return _plan(row, start, self.stop, self.window, visible, self.width)
 
 
-def plan_chunk(chunk: _Tokens, row: int, group: int, window: int | None, kv: PagedKV) -> ChunkPlan:
+def plan_chunk(chunk: _Tokens, row: int, group: int, window: int | None, kv: KVStore) -> ChunkPlan:
     """Find the runs of one chunk in one cache group.
 
     :raises InvariantError: a position that is computed or seen has no page.
     """
     start, stop = chunk.start, chunk.start + len(chunk.token_ids)
     low = 0 if window is None else max(0, start + 1 - window)
-    return _plan(row, start, stop, window, find_runs(chunk.tables[group], kv.block_size, low, stop))
+    _, heads, _, dim = kv.k[group].shape
+    visible = find_runs(chunk.tables[group], kv.block_size, low, stop)
+    return _plan(row, start, stop, window, visible, heads * dim)
 
 
-def _plan(row: int, start: int, stop: int, window: int | None, visible: list[Run]) -> ChunkPlan:
-    gather = slots_of(visible) if is_fragmented(visible) else None
-    return ChunkPlan(row, start, stop, window, visible, clip_runs(visible, start, stop), gather)
+def _plan(row: int, start: int, stop: int, window: int | None, visible: list[Run], width: int) -> ChunkPlan:
+    gather = slots_of(visible) if pays_to_gather(visible, stop - start, width) else None
+    return ChunkPlan(row, start, stop, window, visible, clip_runs(visible, start, stop), width, gather)
 
 
 def attend(

@@ -7,6 +7,7 @@ query scale sits in the weight of the query norm, and every norm's sqrt(n) in th
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from .attention import LARGEST_BOUND, ChunkPlan, attend, plan_chunk
 from .config import Gemma3Config, load_config
-from .paged import PagedKV, group_layers
+from .paged import KVStore, PagedKV, group_layers
 from .rope import RopeTable, interleave
 from .weights import Float32, SafetensorsSource, TensorSource, check_tensors
 
@@ -92,7 +93,7 @@ def load_model(model_dir: str | Path, config: Gemma3Config | None = None) -> Gem
 
 
 class Gemma3Model:
-    """Weights and the forward pass. Holds no state of any sequence; one thread at a time.
+    """Weights and the forward pass. Holds no state of any sequence; any number of threads.
 
     :raises ConfigError: tensors of ``source`` that do not fit ``config``.
     """
@@ -122,7 +123,15 @@ class Gemma3Model:
         tables = {rope: RopeTable(rope, config.head_dim) for rope in map(config.rope, config.groups)}
         self._ropes = [tables[config.rope(window)] for window in config.groups]
 
-    def forward(self, chunks: Sequence[Chunk], kv: PagedKV) -> Float32:
+    def digest(self) -> str:
+        """Tells weights of one shape apart, all but surely: from a row of each matrix and the norms."""
+        summary = hashlib.sha256(self._norm.tobytes())
+        for layer in self._layers:
+            for part in (layer.qkv[0], layer.qk_norm, layer.down[0], layer.post_attention):
+                summary.update(np.ascontiguousarray(part).tobytes())
+        return summary.hexdigest()
+
+    def forward(self, chunks: Sequence[Chunk], kv: KVStore) -> Float32:
         """Compute the chunks, write their keys and values into ``kv``, return logits.
 
         :returns: float32 [number of chunks with want_logits, vocab_size], in chunk order.
@@ -150,7 +159,7 @@ class Gemma3Model:
         return self._logits(self._finish(layer, x, self._attend(layer, qkv, plans, kv)))
 
     def _prepare(
-        self, chunks: Sequence[Chunk], offsets: Sequence[int], group: int, kv: PagedKV
+        self, chunks: Sequence[Chunk], offsets: Sequence[int], group: int, kv: KVStore
     ) -> _GroupPass:
         stops = [chunk.start + len(chunk.token_ids) for chunk in chunks]
         table = self._ropes[group].upto(max(stops))
@@ -184,7 +193,7 @@ class Gemma3Model:
         pairs *= rotation
         return qkv
 
-    def _write(self, layer: _Layer, qkv: Float32, plans: Sequence[ChunkPlan], kv: PagedKV) -> None:
+    def _write(self, layer: _Layer, qkv: Float32, plans: Sequence[ChunkPlan], kv: KVStore) -> None:
         kv_heads = self.config.num_key_value_heads
         keys = kv.k[layer.group][layer.index_in_group]
         values = kv.v[layer.group][layer.index_in_group]
@@ -195,7 +204,7 @@ class Gemma3Model:
                 keys[:, slots] = qkv[rows, -2 * kv_heads : -kv_heads].swapaxes(0, 1)
                 values[:, slots] = qkv[rows, -kv_heads:].swapaxes(0, 1)
 
-    def _attend(self, layer: _Layer, qkv: Float32, plans: Sequence[ChunkPlan], kv: PagedKV) -> Float32:
+    def _attend(self, layer: _Layer, qkv: Float32, plans: Sequence[ChunkPlan], kv: KVStore) -> Float32:
         """Attention output before the output projection: [N, heads * head_dim]."""
         config = self.config
         heads = config.num_attention_heads

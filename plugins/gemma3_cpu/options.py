@@ -36,9 +36,9 @@ _IGNORED_TOP = """
 """
 _IGNORED_KV = """
     attention_dp_events_gather_period_ms avg_seq_len block_reuse_config copy_on_partial_reuse
-    cross_kv_cache_fraction disk_cache_path disk_cache_size dtype enable_partial_reuse
-    enable_swa_scratch_reuse free_gpu_memory_fraction host_cache_size kv_events_config mamba_ssm_cache_dtype
-    max_gpu_total_bytes max_util_for_resume onboard_blocks pool_ratio secondary_offload_min_priority use_uvm
+    cross_kv_cache_fraction disk_cache_path disk_cache_size dtype enable_swa_scratch_reuse
+    free_gpu_memory_fraction kv_events_config mamba_ssm_cache_dtype max_gpu_total_bytes max_util_for_resume
+    onboard_blocks pool_ratio secondary_offload_min_priority use_uvm
 """
 #: Values other than these would change answers or placement; this engine has nothing to do them with.
 _ONLY_TOP: dict[str, tuple[Any, ...]] = {
@@ -54,16 +54,39 @@ _ONLY_TOP: dict[str, tuple[Any, ...]] = {
 }
 _ONLY_KV: dict[str, tuple[Any, ...]] = {
     "sink_token_length": (0,),
-    "use_kv_cache_manager_v2": (True, "auto"),
+    "use_kv_cache_manager_v2": (True, False, "auto"),
     "kv_cache_event_hash_algo": ("auto", "v1_block_key"),
 }
 _USED_TOP = frozenset({"kv_cache_config", "max_batch_size", "max_num_tokens", "max_seq_len", SECTION})
 _USED_KV = frozenset(
-    {"enable_block_reuse", "event_buffer_max_size", "max_attention_window", "max_tokens", "tokens_per_block"}
+    {
+        "enable_block_reuse",
+        "enable_partial_reuse",
+        "event_buffer_max_size",
+        "host_cache_size",
+        "max_attention_window",
+        "max_tokens",
+        "tokens_per_block",
+    }
 )
 _USED_OWN = frozenset(
-    {"debug_step_delay_s", "kv_blocks", "kv_memory_mb", "max_chunk_tokens", "max_queue_size", "threads"}
+    {
+        "debug_step_delay_s",
+        "host_blocks",
+        "kv_blocks",
+        "kv_memory_mb",
+        "max_chunk_tokens",
+        "max_queue_size",
+        "reuse_rule",
+        "threads",
+        "transfer_host",
+        "transfer_port",
+        "transfer_timeout_s",
+    }
 )
+
+#: Rules by which the cache can be kept; the first is the default.
+RULES = ("trtllm_v2", "trtllm_v1", "trtllm_v1_contiguous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +106,15 @@ class EngineOptions:
     :param max_chunk_tokens: prompt tokens of one request computed per step.
     :param threads: of matrix products; None: see :mod:`.blas`.
     :param debug_step_delay_s: seconds that each step takes longer; for tests.
+    :param enable_partial_reuse: whether part of a block is reused.
+    :param host_cache_size: bytes of a host tier, split over the pools as the device's are; 0 for none, the
+        default: where this engine runs the device's memory is the host's.
+    :param host_blocks: pages of the host tier that were given, by window in tokens (None: global).
+    :param reuse_rule: one of :data:`RULES`.
+    :param transfer_host: address at which a prefill worker hands over blocks.
+    :param transfer_port: its port; 0 for any.
+    :param transfer_timeout_s: how long a prefill worker holds the blocks of a finished prompt, and how long a
+        decode worker waits for them.
     :param ignored: dotted names of given options that mean nothing on a CPU.
     :param source: where the options came from.
     """
@@ -101,6 +133,13 @@ class EngineOptions:
     max_chunk_tokens: int = 512
     threads: int | None = None
     debug_step_delay_s: float = 0.0
+    enable_partial_reuse: bool = True
+    host_cache_size: int = 0
+    host_blocks: Mapping[int | None, int] = field(default_factory=dict)
+    reuse_rule: str = RULES[0]
+    transfer_host: str = "127.0.0.1"
+    transfer_port: int = 0
+    transfer_timeout_s: float = 30.0
     ignored: tuple[str, ...] = ()
     source: str = "no --extra-engine-args"
 
@@ -131,7 +170,14 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
         max_queue_size=own.integer("max_queue_size", 64),
         max_chunk_tokens=own.integer("max_chunk_tokens", 512),
         threads=own.optional_integer("threads"),
-        debug_step_delay_s=own.seconds("debug_step_delay_s"),
+        debug_step_delay_s=own.seconds("debug_step_delay_s", 0.0),
+        enable_partial_reuse=kv.boolean("enable_partial_reuse", True),
+        host_cache_size=kv.integer("host_cache_size", 0, low=0),
+        host_blocks=_pool_sizes(own.section("host_blocks"), low=0),
+        reuse_rule=_reuse_rule(kv, own),
+        transfer_host=own.text("transfer_host", "127.0.0.1"),
+        transfer_port=own.integer("transfer_port", 0, low=0, high=65_535),
+        transfer_timeout_s=own.seconds("transfer_timeout_s", 30.0, above_zero=True),
         ignored=tuple(sorted([*top.given(_IGNORED_TOP.split()), *kv.given(_IGNORED_KV.split())])),
         source=source,
     )
@@ -143,8 +189,18 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
     return options
 
 
-def _pool_sizes(section: _Section) -> dict[int | None, int]:
-    """``kv_blocks``: window in tokens, or ``global``, to blocks."""
+def _reuse_rule(kv: _Section, own: _Section) -> str:
+    """What the own option says, else what TensorRT-LLM's choice of a manager means."""
+    named = own.data.get("reuse_rule")
+    if named is None:
+        return "trtllm_v1" if kv.data.get("use_kv_cache_manager_v2") is False else RULES[0]
+    if named not in RULES:
+        raise own.error("reuse_rule", f"one of {', '.join(RULES)}", named)
+    return str(named)
+
+
+def _pool_sizes(section: _Section, low: int = 1) -> dict[int | None, int]:
+    """``kv_blocks``, ``host_blocks``: window in tokens, or ``global``, to blocks."""
     sizes: dict[int | None, int] = {}
     for key in section.data:
         text = str(key)
@@ -152,7 +208,7 @@ def _pool_sizes(section: _Section) -> dict[int | None, int]:
             raise section.error(
                 str(key), "a window in tokens or 'global'", key, "write e.g. {512: 200, global: 600}"
             )
-        sizes[None if text == "global" else int(text)] = section.integer(key, 0)
+        sizes[None if text == "global" else int(text)] = section.integer(key, 0, low)
     return sizes
 
 
@@ -197,12 +253,22 @@ class _Section:
         hint = f"did you mean {near[0]!r}?" if near else f"gemma3_cpu reads {', '.join(sorted(used))}"
         return f"unknown option {self.name(key)!r} in {self._source}: {hint}"
 
-    def integer(self, key: Any, default: int, low: int = 1) -> int:
+    def integer(self, key: Any, default: int, low: int = 1, high: int | None = None) -> int:
         value = self.data.get(key)
         if value is None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise self.error(key, f"an integer of at least {low}", value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < low or (high is not None and value > high):
+            bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+            raise self.error(key, f"an integer {bounds}", value)
+        return int(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self.data.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str) or not value:
+            raise self.error(key, "a string", value)
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -225,13 +291,13 @@ class _Section:
             raise self.error(key, "true or false", value)
         return value
 
-    def seconds(self, key: str) -> float:
+    def seconds(self, key: str, default: float, *, above_zero: bool = False) -> float:
         value = self.data.get(key)
         if value is None:
-            return 0.0
+            return default
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not numeric or not math.isfinite(value) or value < 0:
-            raise self.error(key, "seconds of at least 0", value)
+        if not numeric or not math.isfinite(value) or value < 0 or (above_zero and not value):
+            raise self.error(key, f"seconds {'above' if above_zero else 'of at least'} 0", value)
         return float(value)
 
 

@@ -7,6 +7,9 @@ A pool that ``gemma3_cpu.kv_blocks`` names has the size given there. The others:
   needs (its window, one chunk, and the edges);
 * where ``max_tokens`` is not given and all this exceeds ``gemma3_cpu.kv_memory_mb``, the pools that were not
   given shrink in proportion, but not below what one request of ``max_seq_len`` tokens needs.
+
+A host tier exists where it is asked for: ``gemma3_cpu.host_blocks`` by pool, the others share the bytes of
+``kv_cache_config.host_cache_size`` as they share the device's.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.layout import CacheGroup
 
-from .cache import GroupSpec
+from .cache.spec import GroupSpec
+from .config import Gemma3Config
 from .options import EngineOptions
 
 _MIB = 1 << 20
@@ -38,13 +42,28 @@ class ModelShape:
     bytes_per_token: int
 
 
+def model_shape(config: Gemma3Config) -> ModelShape:
+    """What of the model matters for its cache."""
+    # Key and value, float32.
+    bytes_per_token = 2 * 4 * config.num_key_value_heads * config.head_dim
+    return ModelShape(config.windows(), config.max_position_embeddings, bytes_per_token)
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One cache group, the model's windows that keep their blocks in it, and its size in blocks."""
+    """One cache group and its size.
+
+    :param model_windows: windows of the model whose layers keep their blocks in it.
+    :param num_blocks: pages on the device.
+    :param layers: layers in a page.
+    :param host_blocks: pages on the host.
+    """
 
     group: CacheGroup
     model_windows: tuple[int | None, ...]
     num_blocks: int
+    layers: int = 1
+    host_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +93,10 @@ def plan_cache(options: EngineOptions, shape: ModelShape) -> CachePlan:
         members.setdefault(window, []).append(model_window)
     layers = {w: sum(shape.windows.count(m) for m in inside) for w, inside in members.items()}
     sizes = _pool_sizes(options, layers, shape.bytes_per_token, context)
+    host = _host_sizes(options, layers, shape.bytes_per_token, sizes)
+    block_size = options.tokens_per_block
     pools = tuple(
-        Pool(CacheGroup(i, window, options.tokens_per_block), tuple(inside), sizes[window])
+        Pool(CacheGroup(i, window, block_size), tuple(inside), sizes[window], layers[window], host[window])
         for i, (window, inside) in enumerate(members.items())
     )
     return CachePlan(pools, context)
@@ -126,7 +147,7 @@ def _pool_sizes(
     options: EngineOptions, layers: dict[int | None, int], bytes_per_token: int, context: int
 ) -> dict[int | None, int]:
     """Blocks per window. ``layers``: window of the cache -> how many layers keep their blocks there."""
-    _check_named(options, layers)
+    _check_named("kv_blocks", options.kv_blocks, layers, options.source)
     block = options.tokens_per_block
     per_request = {w: _request_blocks(w, options, context) for w in layers}
     global_blocks = options.kv_blocks.get(None, _blocks(options.max_tokens or 4 * context, block))
@@ -141,6 +162,19 @@ def _pool_sizes(
         block_bytes = {w: count * bytes_per_token * block for w, count in layers.items()}
         _shrink(sizes, free, per_request, block_bytes, options)
     return sizes
+
+
+def _host_sizes(
+    options: EngineOptions,
+    layers: dict[int | None, int],
+    bytes_per_token: int,
+    sizes: dict[int | None, int],
+) -> dict[int | None, int]:
+    """Blocks of the host tier per window."""
+    _check_named("host_blocks", options.host_blocks, layers, options.source)
+    device = sum(sizes[w] * layers[w] for w in layers) * bytes_per_token * options.tokens_per_block
+    share = options.host_cache_size / device
+    return {window: options.host_blocks.get(window, int(sizes[window] * share)) for window in layers}
 
 
 def _shrink(
@@ -175,15 +209,16 @@ def _request_blocks(window: int | None, options: EngineOptions, context: int) ->
     return group.most_held(context, options.tokens_per_block, options.max_chunk_tokens)
 
 
-def _check_named(options: EngineOptions, windows: Iterable[int | None]) -> None:
+def _check_named(
+    option: str, named: Iterable[int | None], windows: Iterable[int | None], source: str
+) -> None:
     windows = list(windows)
-    for window in options.kv_blocks:
+    for window in named:
         if window not in windows:
             known = ", ".join("global" if w is None else str(w) for w in windows)
-            named = "global" if window is None else window
             raise ConfigError(
-                f"gemma3_cpu.kv_blocks.{named}: expected a window of this model's cache, known: {known} "
-                f"(in {options.source})"
+                f"gemma3_cpu.{option}.{'global' if window is None else window}: expected a window of this "
+                f"model's cache, known: {known} (in {source})"
             )
 
 

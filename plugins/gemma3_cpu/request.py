@@ -16,11 +16,11 @@ from vswa_plugin.engine import RequestDict
 from vswa_plugin.errors import InvalidRequest
 
 from .sampling import SamplingParams, parse_sampling
+from .transfer.params import TransferParams, parse_params
 
 _REFUSED = {
     "multi_modal_data": "images and audio: gemma3_cpu serves the text part of the model",
     "prompt_embeds": "prompt embeddings: send token ids",
-    "prefill_result": "the result of a prefill worker: gemma3_cpu serves whole requests (agg)",
 }
 
 
@@ -32,12 +32,16 @@ class Limits:
     :param pool_tokens: tokens that the smallest pool of a global group holds; bounds the answer of a request
         that does not say ``max_tokens``.
     :param eos_ids: end-of-sequence ids where the request names none.
+    :param mode: of the worker, one of ``vswa_plugin.engine.MODES``.
+    :param data_parallel_size: ranks.
     """
 
     context_length: int
     pool_tokens: int
     vocab_size: int
     eos_ids: frozenset[int] = frozenset()
+    mode: str = "agg"
+    data_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class GenerationRequest:
     :param max_new_tokens: at least 1; prompt and answer fit the context.
     :param min_tokens: tokens before which nothing in ``stop_ids`` ends the answer.
     :param stop_ids: token ids that end it: end-of-sequence and the request's own.
+    :param dp_rank: the rank that is to serve it; None: any.
+    :param handover: what a prefill worker has computed of it.
     """
 
     prompt: list[int]
@@ -56,6 +62,8 @@ class GenerationRequest:
     stop_ids: frozenset[int]
     sampling: SamplingParams
     cache_salt: str | None = None
+    dp_rank: int | None = None
+    handover: TransferParams | None = None
 
 
 def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
@@ -68,11 +76,12 @@ def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
             raise InvalidRequest(f"{name}: expected none; this worker does not take {what}")
     prompt = _prompt(request.get("token_ids"), limits)
     routing = _mapping(request, "routing")
-    _check_routing(routing)
     stop = _mapping(request, "stop_conditions")
     room = limits.context_length - len(prompt)
     max_new = _count(stop, "max_tokens", None, low=1)
-    if max_new is None:
+    if limits.mode == "prefill":
+        max_new = 1
+    elif max_new is None:
         max_new = max(1, limits.pool_tokens - len(prompt))
     salt = routing.get("cache_salt")
     if salt is not None and not isinstance(salt, str):
@@ -84,6 +93,8 @@ def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
         stop_ids=_stop_ids(request, stop, limits),
         sampling=parse_sampling(_mapping(request, "sampling_options"), _mapping(request, "output_options")),
         cache_salt=salt or None,
+        dp_rank=_dp_rank(routing, limits),
+        handover=_handover(request, limits),
     )
 
 
@@ -109,12 +120,39 @@ def _prompt(value: Any, limits: Limits) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def _check_routing(routing: Mapping[str, Any]) -> None:
+def _dp_rank(routing: Mapping[str, Any], limits: Limits) -> int | None:
     if routing.get("lora_name"):
         raise InvalidRequest("routing.lora_name: expected none; gemma3_cpu has no LoRA adapters")
     rank = routing.get("dp_rank")
-    if rank not in (None, 0):
-        raise InvalidRequest(f"routing.dp_rank: expected 0, got {rank!r}; gemma3_cpu has one rank")
+    if rank is None:
+        return None
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < limits.data_parallel_size:
+        raise InvalidRequest(
+            f"routing.dp_rank: expected a rank in [0, {limits.data_parallel_size - 1}], got {rank!r}; this "
+            f"worker's --data-parallel-size is {limits.data_parallel_size}"
+        )
+    return rank
+
+
+def _handover(request: RequestDict, limits: Limits) -> TransferParams | None:
+    result = _mapping(request, "prefill_result")
+    if not result:
+        return None
+    if limits.mode != "decode":
+        raise InvalidRequest(
+            f"prefill_result: expected none in mode {limits.mode}; only a worker with --mode decode goes on "
+            "where a prefill worker ended"
+        )
+    params = result.get("disaggregated_params")
+    if params is None:
+        return None
+    handover = parse_params(params)
+    if handover.first_token >= limits.vocab_size:
+        raise InvalidRequest(
+            "prefill_result.disaggregated_params.first_token: expected a token id below "
+            f"{limits.vocab_size}, got {handover.first_token}"
+        )
+    return handover
 
 
 def _stop_ids(request: RequestDict, stop: Mapping[str, Any], limits: Limits) -> frozenset[int]:

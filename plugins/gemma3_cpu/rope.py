@@ -38,7 +38,9 @@ class RopeTable:
         return table
 
     def upto(self, positions: int) -> NDArray[np.complex64]:
-        """The table, grown to at least that many positions."""
-        if positions > len(self._table):
-            self._table = self._compute(1 << (positions - 1).bit_length())
-        return self._table
+        """The table, grown to at least that many positions. From any thread."""
+        # What another thread puts there meanwhile may be shorter, so the attribute is read once.
+        table = self._table
+        if positions > len(table):
+            table = self._table = self._compute(1 << (positions - 1).bit_length())
+        return table

@@ -4,7 +4,10 @@ A step gives every decoding request one token, then prefills in order of arrival
 budget is spent. A waiting request opens its cache only when there is budget for its first chunk: what earlier
 requests committed until then can be reused. One that finds no room keeps those behind it waiting.
 
-Everything here is synchronous and belongs to one thread; others only set :attr:`Generation.cancelled`.
+Where phases run apart, the scheduler of a prefill worker leaves finished prompts to :class:`.KeptPrompts`,
+and that of a decode worker has :class:`.FetchedPrompts` bring those of others while it goes on stepping.
+
+Everything here is synchronous and belongs to one thread; others only set :attr:`.Generation.cancelled`.
 """
 
 from __future__ import annotations
@@ -14,68 +17,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from vswa_plugin.engine import ChunkDict, RawEvent
-from vswa_plugin.errors import InvariantError, RequestError
+from vswa_plugin.engine import RawEvent
+from vswa_plugin.errors import InvariantError
 
-from .cache import CacheManager, CacheSequence
+from .cache.api import CacheManager
+from .disagg import FetchedPrompts, KeptPrompts
+from .generation import Generation, Output, request_error
 from .model import Chunk
-from .request import GenerationRequest
-from .sampling import Sampled, make_rng, sample
+from .sampling import Sampled
 
 logger = logging.getLogger(__name__)
 
 #: Steps that may fail in a row before the engine gives up: a bad request fails once, a broken engine always.
 MAX_FAILED_STEPS = 3
 
-#: What a client gets: chunks, the last one with a finish reason; or an error, which is the end too.
-Output: TypeAlias = ChunkDict | Exception
-
 
 class Forward(Protocol):
     """The model with its paged cache: chunks in, logits ``[chunks that want them, vocab]`` out."""
 
     def __call__(self, chunks: list[Chunk], /) -> npt.NDArray[np.float32]: ...
-
-
-class Generation:
-    """One request from its arrival to its last chunk.
-
-    :param emit: called from the scheduler's thread with each chunk; with an error instead of the last one.
-    """
-
-    __slots__ = ("cache", "cancelled", "emit", "finished", "output", "request", "rng")
-
-    def __init__(self, request: GenerationRequest, emit: Callable[[Output], None]) -> None:
-        self.request = request
-        self.emit = emit
-        self.rng = make_rng(request.sampling.seed)
-        self.output: list[int] = []
-        self.cache: CacheSequence | None = None
-        self.cancelled = False
-        self.finished = False
-
-    @property
-    def opened(self) -> CacheSequence:
-        """Its cache; only while it runs."""
-        if self.cache is None:
-            raise InvariantError("a request runs without a cache sequence")
-        return self.cache
-
-    def usage(self) -> dict[str, object]:
-        """``completion_usage`` of the last chunk."""
-        prompt, completion = len(self.request.prompt), len(self.output)
-        cached = self.cache.cached_tokens if self.cache else 0
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +63,7 @@ class Counters:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
+    decode_cached_tokens: int = 0
     requests: int = 0
 
     def as_gauges(self) -> dict[str, float]:
@@ -118,6 +85,8 @@ class Scheduler:
 
     :param publish: called with the cache's events after each step, before the step's chunks are emitted:
         who has seen an answer can rely on its events having been handed over.
+    :param keeper: in a prefill worker: every request ends with its first token.
+    :param arrivals: in a decode worker.
     """
 
     def __init__(
@@ -126,28 +95,46 @@ class Scheduler:
         manager: CacheManager,
         budget: Budget,
         publish: Callable[[Sequence[RawEvent]], None],
+        *,
+        keeper: KeptPrompts | None = None,
+        arrivals: FetchedPrompts | None = None,
     ) -> None:
         self._forward = forward
         self._manager = manager
         self._budget = budget
         self._publish = publish
+        self._keeper = keeper
+        self._arrivals = arrivals
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.counters = Counters()
         self._failed_in_a_row = 0
+        self._fatal: Exception | None = None
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether a step may do anything."""
         return bool(self.waiting or self.running)
+
+    def stats(self) -> dict[str, float]:
+        """Totals and gauges by name; from any thread."""
+        transfers = self._arrivals if self._keeper is None else self._keeper
+        return self.counters.as_gauges() | (transfers.as_gauges() if transfers is not None else {})
+
+    @property
+    def in_cache(self) -> int:
+        """Requests that have been admitted and are not done."""
+        return len(self.running) + (len(self._arrivals) if self._arrivals is not None else 0)
 
     def add(self, generation: Generation) -> None:
         """Put a request, checked before, at the end of the queue."""
         self.counters.requests += 1
+        if generation.handover is not None and not self._elsewhere.accepts(generation):
+            generation.handover = None
         self.waiting.append(generation)
 
-    def step(self) -> None:
-        """Compute one batch and emit what it gave.
+    def step(self) -> bool:
+        """Compute one batch and emit what it gave; False where nothing can be done until something happens.
 
         A failure inside ends the requests of that step with an error, and only those.
 
@@ -156,45 +143,68 @@ class Scheduler:
         """
         began = time.perf_counter()
         outputs: list[tuple[Generation, Output]] = []
-        fatal: Exception | None = None
         self._drop_cancelled()
+        self._land(outputs)
         turns = self._plan(outputs)
         if turns:
             self.counters.steps += 1
-            try:
-                outputs += self._compute(turns)
-                self._failed_in_a_row = 0
-            except Exception as error:
-                fatal = self._fail(turns, error)
-                outputs += [(turn.generation, _request_error(error)) for turn in turns]
+            self._attempt([turn.generation for turn in turns], partial(self._compute, turns), outputs)
         self._publish(self._manager.flush_events())
         self.counters.step_seconds += time.perf_counter() - began
         for generation, output in outputs:
             generation.emit(output)
-        if fatal is not None:
-            raise fatal
+        if self._fatal is not None:
+            raise self._fatal
+        return bool(turns or outputs)
 
     def end_all(self, error: Exception | None = None) -> None:
-        """End every request: with ``error``, or as cancelled."""
-        ended = [*self.running, *self.waiting]
+        """End every request: with ``error``, or as cancelled. Blocks kept for others are given back."""
+        arriving = self._arrivals.close_all() if self._arrivals is not None else []
+        ended = [*self.running, *arriving, *self.waiting]
         self.running.clear()
         self.waiting.clear()
         for generation in ended:
-            last = _last_chunk(generation, [], "cancelled") if error is None else _request_error(error)
+            last = generation.cancelled_chunk() if error is None else request_error(error)
             try:
-                _close(generation)
+                generation.close()
             except Exception:
                 logger.exception("the cache of a request could not be closed; the engine is ending anyway")
             generation.emit(last)
+        if self._keeper is not None:
+            self._keeper.close_all()
         self._publish(self._manager.flush_events())
 
     def _drop_cancelled(self) -> None:
         for generation in self.running:
             if generation.cancelled:
-                _close(generation)
-        self.running = [g for g in self.running if not g.finished]
+                generation.close()
+        self._sweep()
         if any(g.cancelled for g in self.waiting):
+            for generation in self.waiting:
+                if generation.cancelled and generation.handover is not None:
+                    self._elsewhere.decline(generation)
             self.waiting = deque(g for g in self.waiting if not g.cancelled)
+
+    def _land(self, outputs: list[tuple[Generation, Output]]) -> None:
+        """Go on with the requests whose transfer has ended: with their first token, or from the start."""
+        for generation, complete in self._arrivals.landed() if self._arrivals is not None else ():
+            if generation.cancelled:
+                generation.close()
+            elif complete:
+                self.running.append(generation)
+                self._attempt([generation], partial(self._received, generation), outputs)
+            else:
+                # First in the queue, where it stood: it computes its prompt itself now.
+                generation.close_cache()
+                generation.handover = None
+                self.waiting.appendleft(generation)
+
+    def _received(self, generation: Generation) -> list[tuple[Generation, Output]]:
+        cache = generation.opened
+        generation.transferred_tokens = len(generation.request.prompt) - cache.cached_tokens
+        self.counters.decode_cached_tokens += cache.cached_tokens
+        cache.receive()
+        return [(generation, _first_chunk(generation))]
 
     def _plan(self, outputs: list[tuple[Generation, Output]]) -> list[Turn]:
         """Turns of this step, decoding requests first; opens waiting requests while budget and room last."""
@@ -225,29 +235,49 @@ class Scheduler:
         return Turn(generation, prompt[start:end], end == len(prompt))
 
     def _open_next(self, outputs: list[tuple[Generation, Output]]) -> Generation | None:
-        """Move the first waiting request to the running ones; None where there is none or no room."""
-        while self.waiting and len(self.running) < self._budget.max_batch_size:
+        """Admit waiting requests up to one whose prompt is computed here; None: no such one, or no room."""
+        while self.waiting and self.in_cache < self._budget.max_batch_size:
             generation = self.waiting[0]
-            request = generation.request
             try:
-                generation.cache = self._manager.open(
-                    request.prompt, request.max_new_tokens, cache_salt=request.cache_salt
-                )
-                if generation.cache is None and not self.running:
-                    raise InvariantError("an empty cache has no room for a request that was found to fit")
+                if not self._admit(generation, outputs):
+                    return None
             except Exception as error:
                 logger.exception("a request could not be admitted")
                 self.waiting.popleft()
-                generation.finished = True
-                outputs.append((generation, _request_error(error)))
+                generation.close()
+                outputs.append((generation, request_error(error)))
                 continue
-            if generation.cache is None:
-                return None
             self.waiting.popleft()
-            self.running.append(generation)
-            self.counters.cached_tokens += generation.cache.cached_tokens
-            return generation
+            if generation.handover is None:
+                self.running.append(generation)
+                self.counters.cached_tokens += generation.opened.cached_tokens
+                return generation
         return None
+
+    def _admit(self, generation: Generation, outputs: list[tuple[Generation, Output]]) -> bool:
+        """Open the cache of a request and fetch what others computed; False where there is no room."""
+        request, handover = generation.request, generation.handover
+        if handover is not None and generation.ends_with(handover.first_token) is not None:
+            generation.transferred_tokens = len(request.prompt)
+            outputs.append((generation, _first_chunk(generation)))
+            self._elsewhere.decline(generation)
+            return True
+        generation.cache = self._manager.open(
+            request.prompt, request.max_new_tokens, cache_salt=request.cache_salt
+        )
+        if generation.cache is None:
+            if not self.in_cache and (self._keeper is None or not len(self._keeper)):
+                raise InvariantError("an empty cache has no room for a request that was found to fit")
+            return False
+        if handover is not None:
+            self._elsewhere.begin(generation)
+        return True
+
+    @property
+    def _elsewhere(self) -> FetchedPrompts:
+        if self._arrivals is None:
+            raise InvariantError("a prompt was computed elsewhere, and this is not a decode worker")
+        return self._arrivals
 
     def _compute(self, turns: list[Turn]) -> list[tuple[Generation, Output]]:
         """One batched forward, then one token for each request whose prompt is done."""
@@ -266,86 +296,76 @@ class Scheduler:
             else:
                 self.counters.prefill_tokens += len(turn.tokens)
         wanting = [turn.generation for turn in turns if turn.wants_logits]
-        outputs = [(g, _next_output(g, row)) for g, row in zip(wanting, logits, strict=True)]
-        self.running = [generation for generation in self.running if not generation.finished]
+        outputs = [(g, self._draw(g, row)) for g, row in zip(wanting, logits, strict=True)]
+        self._sweep()
         return outputs
 
-    def _fail(self, turns: list[Turn], error: Exception) -> Exception | None:
+    def _draw(self, generation: Generation, logits: npt.NDArray[np.float32]) -> Output:
+        """Draw one token and say what the client gets."""
+        try:
+            sampled = generation.draw(logits)
+            if self._keeper is not None:
+                return _kept_chunk(generation, sampled, self._keeper)
+        except Exception as error:
+            logger.exception("a token could not be drawn or handed over; its request is ended")
+            generation.close()
+            return request_error(error)
+        return _next_chunk(generation, sampled)
+
+    def _attempt(
+        self,
+        generations: list[Generation],
+        work: Callable[[], list[tuple[Generation, Output]]],
+        outputs: list[tuple[Generation, Output]],
+    ) -> None:
+        """Do what belongs to these requests; they end, and only they, where it fails."""
+        try:
+            outputs += work()
+            self._failed_in_a_row = 0
+        except Exception as error:
+            self._fatal = self._fail(generations, error) or self._fatal
+            outputs += [(generation, request_error(error)) for generation in generations]
+
+    def _fail(self, generations: list[Generation], error: Exception) -> Exception | None:
         """Close the requests of a step that failed; the error with which the engine cannot go on, if any."""
         self._failed_in_a_row += 1
         self.counters.failed_steps += 1
-        logger.error("a step failed; its %d requests are ended", len(turns), exc_info=error)
+        logger.error("a step failed; its %d requests are ended", len(generations), exc_info=error)
         fatal = error if self._failed_in_a_row >= MAX_FAILED_STEPS else None
         try:
-            for turn in turns:
-                _close(turn.generation)
+            for generation in generations:
+                generation.close()
             self._manager.check()
         except Exception as broken:
             fatal = broken
-        self.running = [generation for generation in self.running if not generation.finished]
+        self._sweep()
         return fatal
 
+    def _sweep(self) -> None:
+        self.running = [generation for generation in self.running if not generation.finished]
 
-def _next_output(generation: Generation, logits: npt.NDArray[np.float32]) -> Output:
-    """Draw one token and say what the client gets; closes the request where this ends it."""
-    request = generation.request
-    early = len(generation.output) < request.min_tokens
-    try:
-        sampled = sample(
-            logits,
-            request.sampling,
-            generation.rng,
-            request.prompt,
-            generation.output,
-            banned=request.stop_ids if early else (),
-        )
-    except Exception as error:
-        logger.exception("a token could not be drawn; its request is ended")
-        _close(generation)
-        return _request_error(error)
+
+def _next_chunk(generation: Generation, sampled: Sampled) -> Output:
+    """Append a token to the output; closes the request where this ends it."""
+    reason = generation.ends_with(sampled.token)
     generation.output.append(sampled.token)
-    reason = None
-    if sampled.token in request.stop_ids:
-        reason = "stop"
-    elif len(generation.output) >= request.max_new_tokens:
-        reason = "length"
     if reason is None:
-        return _chunk([sampled])
-    last = _last_chunk(generation, [sampled], reason)
-    _close(generation)
+        return generation.chunk(sampled)
+    last = generation.last_chunk(sampled, reason)
+    generation.close()
     return last
 
 
-def _close(generation: Generation) -> None:
-    generation.finished = True
-    cache, generation.cache = generation.cache, None
-    if cache is not None:
-        cache.close()
+def _kept_chunk(generation: Generation, first: Sampled, keeper: KeptPrompts) -> Output:
+    """The only chunk of a prefill worker: the first token, and how to fetch what it came from."""
+    generation.output.append(first.token)
+    # Whatever the token is: after "stop" Dynamo's frontend would leave out the decode worker.
+    last = generation.last_chunk(first, "length")
+    return {**last, "disaggregated_params": keeper.keep(generation, first)}
 
 
-def _chunk(sampled: list[Sampled]) -> ChunkDict:
-    chunk: ChunkDict = {"token_ids": [s.token for s in sampled], "index": 0}
-    if sampled and sampled[0].logprob is not None:
-        chunk["log_probs"] = [s.logprob for s in sampled]
-        if sampled[0].top:
-            chunk["top_logprobs"] = [
-                [
-                    {"rank": rank, "token_id": token, "token": None, "logprob": logprob}
-                    for rank, (token, logprob) in enumerate(s.top, start=1)
-                ]
-                for s in sampled
-            ]
-    return chunk
-
-
-def _last_chunk(generation: Generation, sampled: list[Sampled], reason: str) -> ChunkDict:
-    return {**_chunk(sampled), "finish_reason": reason, "completion_usage": generation.usage()}
-
-
-def _request_error(error: Exception) -> RequestError:
-    """A new error for one request: one exception raised in several tasks would share its traceback."""
-    if isinstance(error, RequestError):
-        return type(error)(*error.args)
-    wrapped = RequestError(f"the engine failed while it ran this request: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+def _first_chunk(generation: Generation) -> Output:
+    """The chunk of the token that the prefill worker drew."""
+    # The prefill worker made the first draw of this request's seed.
+    generation.rng.random()
+    return _next_chunk(generation, generation.first)

@@ -6,9 +6,10 @@ from vswa_plugin.engine import EventAdapter
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.layout import CacheLayout
 
-from .adapter import TrtllmEventAdapter
+from .adapter import LORA_SERVED, TrtllmEventAdapter
+from .hashing import chain_keys, salt_id
 
-__all__ = ["TrtllmEventAdapter"]
+__all__ = ["LORA_SERVED", "TrtllmEventAdapter", "chain_keys", "salt_id"]
 
 
 @hookimpl

@@ -1,13 +1,14 @@
 """TensorRT-LLM's KV event JSON, one object at a time, turned into the host's engine events. No I/O.
 
 Blocks that cannot be named by their tokens alone are left out, and with them everything that hangs on
-them and every later word about them: partial blocks, multimodal ones, and those with extra token ids.
-Leaving a block out makes a prediction too low, never too high.
+them and every later word about them: partial blocks, multimodal ones, those with extra token ids, and those
+whose hash shows that a salt or a LoRA is in it that the event does not name. Leaving a block out makes a
+prediction too low, never too high.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 
 from vswa_plugin.engine import (
     BlocksMoved,
@@ -24,23 +25,32 @@ from vswa_plugin.errors import ProtocolError, unknown_choice
 from vswa_plugin.layout import CacheLayout
 
 from . import fields
+from .chains import Chains, Run
 from .fields import Stored, StoredBlock
+from .groups import Groups
+from .hashing import HASH_ALGO
+
+logger = logging.getLogger(__name__)
+
+#: A worker that serves LoRA adapters adds this key to the ``data`` of ``stored`` events.
+LORA_SERVED = "lora_served"
+
+_V1_RULES = ("trtllm_v1", "trtllm_v1_contiguous")
 
 
 class TrtllmEventAdapter:
     """Adapter of one worker; keeps apart what each attention-DP rank says. Not thread-safe.
 
-    :param layout: the groups that the worker declared; ``created`` events may correct it. Events without a
-        layer group id are joined to groups by window.
+    :param layout: the groups that the worker declared, which the engine's events may correct, and the rule:
+        under those of manager V1 what its events leave unsaid is recovered (:mod:`.chains`).
     """
 
     def __init__(self, layout: CacheLayout) -> None:
-        self._declared_windows = {group.window_size for group in layout.groups}
-        #: As events with a layer group id gave them; the global group's is a number here.
-        self._created_windows: dict[int, int] = {}
-        self._windows = {group.group_id: group.window_size for group in layout.groups}
+        self._groups = Groups(layout)
         self._block_size = layout.block_size
+        self._rule = layout.rule
         self._ranks: dict[int, _Rank] = {}
+        self._warned = False
 
     def feed(self, raw: RawEvent) -> list[EngineEvent]:
         """Events that ``raw`` means, in order.
@@ -68,91 +78,85 @@ class TrtllmEventAdapter:
     def _read(self, raw: RawEvent, rank: _Rank, where: str) -> list[EngineEvent]:
         data = fields.mapping(raw, "data", where)
         kind = fields.text(data, "type", f"{where}, data")
-        if kind == "created":
-            return self._created(raw, rank, where)
-        reader = {"stored": self._stored, "removed": self._removed, "updated": self._updated}.get(kind)
-        if reader is None:
-            known = ("created", "stored", "removed", "updated")
-            raise ProtocolError(f"{where}: {unknown_choice('event type', kind, known)}")
-        return reader(data, self._group_id(raw, where), rank, where)
-
-    def _created(self, raw: RawEvent, rank: _Rank, where: str) -> list[EngineEvent]:
-        """The group, and any other whose window turns out to be real because this one's is larger."""
-        window = fields.optional_integer(raw, "window_size", where)
-        group_id = fields.optional_integer(raw, "layer_group_id", where)
-        if group_id is None:
-            group_id = self._by_window(window, where)
-        if window is not None:
-            self._created_windows[group_id] = window
-        before = dict(self._windows)
-        for known, created in self._created_windows.items():
-            is_global = self._is_global(created) and created == max(self._created_windows.values())
-            self._windows[known] = None if is_global else created
-        return [
+        readers = {"stored": self._stored, "removed": self._removed, "updated": self._updated}
+        if kind != "created" and kind not in readers:
+            raise ProtocolError(f"{where}: {unknown_choice('event type', kind, ('created', *readers))}")
+        before = dict(self._groups.windows)
+        group_id = self._groups.group_of(raw, where, created=kind == "created")
+        told: list[EngineEvent] = [
             GroupCreated(known, now, rank.dp_rank)
-            for known, now in self._windows.items()
-            if known == group_id or before.get(known, now) != now
+            for known, now in self._groups.windows.items()
+            if (known == group_id and kind == "created") or before.get(known, now) != now
         ]
-
-    def _stored(
-        self, data: Mapping[str, object], group_id: int, rank: _Rank, where: str
-    ) -> list[EngineEvent]:
-        stored = fields.stored(data, self._block_size, where)
-        kept = rank.without_unnameable(stored, group_id, self._block_size)
-        told: list[EngineEvent] = []
-        parent = stored.parent_hash
-        for run in _runs_of_one_tier(kept):
-            blocks = tuple(EngineBlock(block.hash, block.token_ids) for block in run)
-            tier, salt = run[0].tier, stored.cache_salt
-            told.append(
-                BlocksStored(group_id, parent, blocks, tier=tier, cache_salt=salt, dp_rank=rank.dp_rank)
-            )
-            parent = run[-1].hash
+        if kind in readers:
+            self._check_manager(raw)
+            told += readers[kind](raw, group_id, rank, where)
         return told
 
-    def _removed(
-        self, data: Mapping[str, object], group_id: int, rank: _Rank, where: str
-    ) -> list[EngineEvent]:
-        hashes = fields.removed(data, where)
-        known = tuple(block_hash for block_hash in hashes if not rank.forget(block_hash, group_id))
-        return [BlocksRemoved(group_id, known, dp_rank=rank.dp_rank)] if known else []
+    def _stored(self, raw: RawEvent, group_id: int, rank: _Rank, where: str) -> list[EngineEvent]:
+        data = raw["data"]
+        stored = fields.stored(data, self._block_size, where)
+        nameable = rank.without_unnameable(stored, group_id, self._block_size)
+        told: list[EngineEvent] = []
+        for run in self._chained(raw, nameable, group_id, rank):
+            parent = run.parent_hash
+            for part in _parts_of_one_tier(run.blocks):
+                told.append(
+                    BlocksStored(
+                        group_id,
+                        parent,
+                        tuple(EngineBlock(block.hash, block.token_ids) for block in part),
+                        tier=part[0].tier,
+                        cache_salt=stored.cache_salt,
+                        lora_name=stored.lora_name,
+                        dp_rank=rank.dp_rank,
+                    )
+                )
+                parent = part[-1].hash
+        return told
 
-    def _updated(
-        self, data: Mapping[str, object], group_id: int, rank: _Rank, where: str
-    ) -> list[EngineEvent]:
-        block_hash, tier = fields.updated(data, where)
+    def _chained(self, raw: RawEvent, stored: Stored, group_id: int, rank: _Rank) -> list[Run]:
+        """Blocks with their true parents. Manager V2 says them; V1 may leave blocks out between two."""
+        strict = bool(raw["data"].get(LORA_SERVED))
+        own_names = raw.get("hash_algo", HASH_ALGO) == HASH_ALGO
+        if not stored.blocks or not ((self._is_v1(raw) and own_names) or strict):
+            return [Run(stored.parent_hash, stored.blocks)] if stored.blocks else []
+        runs, named = rank.chains.verified(group_id, stored, strict=strict)
+        rank.leave_out(stored.blocks[named:], group_id)
+        for run in runs:
+            rank.chains.store(group_id, run)
+        return runs
+
+    def _removed(self, raw: RawEvent, group_id: int, rank: _Rank, where: str) -> list[EngineEvent]:
+        hashes: list[EngineHash] = []
+        silent = self._rule == "trtllm_v1_contiguous"
+        for block_hash in fields.removed(raw["data"], where):
+            if not rank.forget(block_hash, group_id):
+                hashes += rank.chains.remove(group_id, block_hash, with_descendants=silent)
+        return [BlocksRemoved(group_id, tuple(hashes), dp_rank=rank.dp_rank)] if hashes else []
+
+    def _updated(self, raw: RawEvent, group_id: int, rank: _Rank, where: str) -> list[EngineEvent]:
+        block_hash, tier = fields.updated(raw["data"], where)
         if tier is None or rank.leaves_out(block_hash, group_id):
             return []
         return [BlocksMoved(group_id, (block_hash,), tier, dp_rank=rank.dp_rank)]
 
-    def _group_id(self, raw: RawEvent, where: str) -> int:
-        group_id = fields.optional_integer(raw, "layer_group_id", where)
-        if group_id is None:
-            return self._by_window(fields.optional_integer(raw, "window_size", where), where)
-        if group_id not in self._windows:
-            raise ProtocolError(f"{where}: expected a layer_group_id of {self._declared()}, got {group_id}")
-        return group_id
+    def _is_v1(self, raw: RawEvent) -> bool:
+        return self._rule in _V1_RULES and raw.get("layer_group_id") is None
 
-    def _by_window(self, window: int | None, where: str) -> int:
-        if window is None and len(self._windows) == 1:
-            return next(iter(self._windows))
-        if window is not None:
-            wanted = None if self._is_global(window) else window
-            for group_id, known in self._windows.items():
-                if known == wanted:
-                    return group_id
-        raise ProtocolError(
-            f"{where}: expected a layer_group_id or the window_size of {self._declared()}, "
-            f"got window_size {window}"
+    def _check_manager(self, raw: RawEvent) -> None:
+        """Say once where the events are those of another cache manager than the rule is for."""
+        is_v2 = raw.get("layer_group_id") is not None
+        if self._warned or not self._rule.startswith("trtllm_") or is_v2 == (self._rule == "trtllm_v2"):
+            return
+        self._warned = True
+        logger.warning(
+            "reuse rule %s, but the events are those of KV cache manager %s: predictions may be wrong; set "
+            "reuse_rule to %s",
+            self._rule,
+            "V2" if is_v2 else "V1",
+            "trtllm_v2" if is_v2 else " or ".join(_V1_RULES),
         )
-
-    def _is_global(self, window: int) -> bool:
-        """The engine gives a global group its longest sequence for a window: more than any real window."""
-        return None in self._declared_windows and all(w is None or window > w for w in self._declared_windows)
-
-    def _declared(self) -> str:
-        groups = self._windows.items()
-        return " or ".join(f"{i} (window {'global' if w is None else w})" for i, w in groups)
 
 
 class _Rank:
@@ -162,6 +166,7 @@ class _Rank:
         self.dp_rank = dp_rank
         #: A loss that is not told yet.
         self.lost: EventsLost | None = None
+        self.chains = Chains()
         self._next_id = 0
         self._partial: dict[int, set[EngineHash]] = {}
         # By block, not by group: a sliding group may store a block whose parent only the global one holds.
@@ -176,21 +181,27 @@ class _Rank:
         # Removals of these may be among the lost: without this they would pile up. A removal of one that
         # was left out is then passed on, and means nothing to its reader.
         self._partial.clear()
+        self.chains.clear()
 
-    def without_unnameable(self, stored: Stored, group_id: int, block_size: int) -> list[StoredBlock]:
-        """Leading blocks that tokens name; the others are remembered as left out."""
+    def without_unnameable(self, stored: Stored, group_id: int, block_size: int) -> Stored:
+        """With the leading blocks that tokens name; the others are remembered as left out."""
         kept: list[StoredBlock] = []
         tainted = self._is_left_out(stored.parent_hash)
         for block in stored.blocks:
             if tainted or not block.nameable:
                 tainted = True
-                self._unnameable.setdefault(block.hash, set()).add(group_id)
+                self.leave_out([block], group_id)
             elif len(block.token_ids) < block_size:
                 tainted = True
                 self._partial.setdefault(group_id, set()).add(block.hash)
             else:
                 kept.append(block)
-        return kept
+        return Stored(stored.parent_hash, kept, stored.cache_salt, stored.lora_name, stored.lora_id)
+
+    def leave_out(self, blocks: list[StoredBlock], group_id: int) -> None:
+        """Remember that these blocks of that group are not told of."""
+        for block in blocks:
+            self._unnameable.setdefault(block.hash, set()).add(group_id)
 
     def leaves_out(self, block_hash: EngineHash, group_id: int) -> bool:
         """Whether that group's block was left out."""
@@ -214,11 +225,11 @@ class _Rank:
         return block_hash in self._unnameable or any(block_hash in held for held in self._partial.values())
 
 
-def _runs_of_one_tier(blocks: list[StoredBlock]) -> list[list[StoredBlock]]:
-    runs: list[list[StoredBlock]] = []
+def _parts_of_one_tier(blocks: list[StoredBlock]) -> list[list[StoredBlock]]:
+    parts: list[list[StoredBlock]] = []
     for block in blocks:
-        if runs and runs[-1][0].tier == block.tier:
-            runs[-1].append(block)
+        if parts and parts[-1][0].tier == block.tier:
+            parts[-1].append(block)
         else:
-            runs.append([block])
-    return runs
+            parts.append([block])
+    return parts

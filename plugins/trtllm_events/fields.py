@@ -37,11 +37,17 @@ class StoredBlock(msgspec.Struct, frozen=True, gc=False):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """A ``stored`` event: a chain of blocks below ``parent_hash``."""
+    """A ``stored`` event: a chain of blocks below ``parent_hash``.
+
+    :param lora_name: with ``lora_id``, who computed them. TensorRT-LLM does not say; a worker that knows adds
+        both to ``data``.
+    """
 
     parent_hash: EngineHash | None
     blocks: list[StoredBlock]
     cache_salt: str | None
+    lora_name: str | None = None
+    lora_id: int | None = None
 
 
 def mapping(owner: object, key: str, where: str) -> Mapping[str, Any]:
@@ -75,7 +81,14 @@ def stored(data: Mapping[str, Any], block_size: int, where: str) -> Stored:
     parent_hash = None if parent is None else _hash(parent, "parent_hash", f"{where}, data")
     raw_blocks = _list(data, "blocks", f"{where}, data")
     blocks = [_block(raw, block_size, f"{where}, block {i}") for i, raw in enumerate(raw_blocks)]
-    return Stored(parent_hash, blocks, _cache_salt(data, raw_blocks, where))
+    lora_name = data.get("lora_name")
+    return Stored(
+        parent_hash,
+        blocks,
+        _cache_salt(data, raw_blocks, where),
+        None if lora_name is None else text(data, "lora_name", where),
+        optional_integer(data, "lora_id", where),
+    )
 
 
 def removed(data: Mapping[str, Any], where: str) -> list[EngineHash]:

@@ -20,6 +20,7 @@ Run: TypeAlias = Callable[[argparse.Namespace], int]
 
 #: Built-in command -> its one-line help. The module is ``vswa_plugin.commands.<name>``.
 BUILT_IN: Mapping[str, str] = {
+    "accuracy": "how often a router's promise is kept, on recorded engine traces",
     "demo": "see it work: brokers, frontend, two workers, a few requests, and every window's events",
     "events": "follow the KV block events of every worker and window",
     "explain": "what every rank could reuse of a prompt, and what spoilt the rest",

@@ -12,8 +12,8 @@ import msgspec
 
 from vswa_plugin.dynamo import NATS_ENV
 from vswa_plugin.fleet import Fleet, RankStatus
-from vswa_plugin.host import load_host
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.plugin_loading import load_host
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.transport import DEFAULT_SERVER, Transport
 

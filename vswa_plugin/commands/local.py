@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from vswa_plugin.cluster import Progress
 from vswa_plugin.errors import VswaError
 from vswa_plugin.processes import python_module
+from vswa_plugin.topologies import KNOWN, Topology, WorkerGroup, add_worker_counts, worker_counts
 
-Progress = Callable[[str], None]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -24,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: a small random model is made)",
     )
     parser.add_argument("--served-model-name", default="gemma", help="what clients call the model (gemma)")
-    parser.add_argument("--workers", type=int, default=2, help="how many workers (2)")
+    parser.add_argument(
+        "--topology",
+        default="agg",
+        metavar="|".join(KNOWN),
+        help="agg: each worker does all (default); disagg: prefill workers hand over to decode workers",
+    )
+    add_worker_counts(parser, agg=2)
     parser.add_argument("--http-port", type=int, default=0, help="port of the frontend (default: a free one)")
     parser.add_argument(
         "--engine-args", metavar="FILE", help="engine options, as --extra-engine-args of a worker"
@@ -32,13 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
 
 
-def progress_from(began: float) -> Progress:
-    """Prints a line with the seconds since ``began``."""
-
-    def show(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.1f} s] {text}", flush=True)
-
-    return show
+def worker_groups(
+    args: argparse.Namespace, topology: Topology, override: dict[str, Any] | None = None
+) -> tuple[WorkerGroup, ...]:
+    """The workers that were asked for, all with the same engine options."""
+    counts = worker_counts(args, topology)
+    return tuple(WorkerGroup(mode, count, args.engine_args, override or {}) for mode, count in counts.items())
 
 
 async def model_path(args: argparse.Namespace, folder: Path, progress: Progress) -> Path:

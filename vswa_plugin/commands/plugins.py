@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vswa_plugin.host import PluginStatus, load_host
+from vswa_plugin.host import PluginStatus
+from vswa_plugin.plugin_loading import load_host
 
 _HEADINGS = ("plugin", "version", "state", "from", "hooks, or why not")
 

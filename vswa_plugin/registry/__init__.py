@@ -30,6 +30,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     :param epochs: current epoch of each dp_rank's event stream.
     :param worker_id: Dynamo's instance id.
     :param host: name of the worker's machine; the file backend sees a crash at once where it is its own.
+    :param taints: labels that requests can demand, prefer or avoid.
+    :param visible: whether Dynamo's frontends see its model: then they send requests past any router of ours.
     """
 
     namespace: str
@@ -51,6 +53,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    taints: tuple[str, ...] = ()
+    visible: bool = True
 
     @property
     def key(self) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from vswa_plugin import dynamo
 from vswa_plugin.engine import Engine, RawEvent
-from vswa_plugin.errors import ConnectError, VswaError
+from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 from vswa_plugin.events import Rank, Source
+from vswa_plugin.hookspecs import WorkerContext
 from vswa_plugin.host import PluginHost
 from vswa_plugin.nodes import NodeTable
 from vswa_plugin.publisher import Publisher, PublisherOptions, check_batch_bytes
@@ -40,9 +41,17 @@ class WorkerFailed(VswaError):
 
 
 class Worker:
-    """One worker from its checked arguments to its exit code. ``engine`` is built and not started."""
+    """One worker from its checked arguments to its exit code. ``engine`` is built and not started.
+
+    :raises ConfigError: the engine has another number of ranks than was asked for.
+    """
 
     def __init__(self, args: WorkerArgs, host: PluginHost, engine: Engine, registry: Registry) -> None:
+        asked, ranks = args.settings.data_parallel_size, engine.info.data_parallel_size
+        if asked not in (1, ranks):
+            raise ConfigError(
+                f"--data-parallel-size: expected what {args.settings.engine} can serve, {ranks}, got {asked}"
+            )
         self._args = args
         self._host = host
         self._engine = engine
@@ -87,6 +96,7 @@ class Worker:
         """Connect, start the engine, serve, and say so."""
         await self._probe()
         endpoint = self._endpoint = dynamo.WorkerEndpoint(dynamo.connect(), self._args.endpoint)
+        self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
         model = self._args.settings.served_model_name
         record = self._host.request_finished
@@ -153,6 +163,16 @@ class Worker:
             options,
             last_epoch=last,
             ready=lambda: self._transport.ready,
+            observe_stored=self._host.kv_stored,
+        )
+
+    def _context(self, endpoint: dynamo.WorkerEndpoint) -> WorkerContext:
+        return WorkerContext(
+            endpoint=endpoint.raw,
+            worker_id=endpoint.worker_id,
+            settings=self._args.settings,
+            info=self._engine.info,
+            rules=self._host.reuse_rules(),
         )
 
     def _on_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
@@ -165,8 +185,7 @@ class Worker:
         entry = self._entry(endpoint.worker_id)
         await self._registry.join(entry)
         self._told_epochs = dict(entry.epochs)
-        model_dir = info.model_dir or settings.model_path
-        await endpoint.register(model_dir, settings.served_model_name, info)
+        await self._show(endpoint)
         self._status.ready = True
         windows = ", ".join(group.label for group in info.layout.groups)
         logger.info(
@@ -192,6 +211,20 @@ class Worker:
         else:
             self._told_epochs = epochs
 
+    async def _show(self, endpoint: dynamo.WorkerEndpoint) -> None:
+        """Show the model to Dynamo's frontends, or leave that to a router."""
+        settings, info, showing = self._args.settings, self._engine.info, self._args.showing
+        if showing.visible:
+            model_dir = info.model_dir or settings.model_path
+            await endpoint.register(
+                model_dir, settings.served_model_name, info, settings.mode, self._args.taints
+            )
+        logger.info(
+            "the model is %s Dynamo's frontends (%s)",
+            "shown to" if showing.visible else "hidden from",
+            showing.reason,
+        )
+
     def _entry(self, worker_id: int) -> Entry:
         settings, info = self._args.settings, self._engine.info
         layout = self._publishers[0].residency.layout
@@ -213,6 +246,8 @@ class Worker:
             total_kv_blocks=info.total_kv_blocks,
             host=socket.gethostname(),
             pid=os.getpid(),
+            taints=self._args.taints,
+            visible=self._args.showing.visible,
         )
 
     async def _until_stopped(self, stop: asyncio.Event, serving: asyncio.Task[None]) -> None:

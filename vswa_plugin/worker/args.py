@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from vswa_plugin import __version__
-from vswa_plugin.dynamo import NATS_ENV, EndpointName
+from vswa_plugin.dynamo import NATS_ENV, EndpointName, default_endpoint
 from vswa_plugin.engine import MODES, EngineSettings
 from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.host import add_plugin_arguments
+from vswa_plugin.plugin_loading import add_plugin_arguments
 from vswa_plugin.programs import LEVELS
 from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
 from vswa_plugin.transport import DEFAULT_SERVER, check_name
 
+#: How a worker shows itself, and which router it works behind.
+REGISTER_ENV, ROUTER_ENV = "VSWA_REGISTER", "VSWA_ROUTER"
+REGISTER = ("auto", "frontend", "hidden")
+#: Our router, or the one in Dynamo's frontend.
+ROUTERS = ("exact", "stock")
+
 _EXAMPLE = """\
-example, on a machine with nats-server and etcd running:
+modes, each with an example on a machine where nats-server and etcd run:
   vswa make-model /tmp/gemma
-  python -m vswa_plugin.worker --mode agg --engine gemma3_cpu --model-path /tmp/gemma
   python -m vswa_plugin.frontend --http-port 8000
+
+  agg       does both phases of a request.
+    python -m vswa_plugin.worker --mode agg --model-path /tmp/gemma \\
+        --extra-engine-args engine_configs/gemma3/vswa_agg.yaml
+
+  prefill   computes a prompt's KV and holds it until a decode worker has taken it.
+    python -m vswa_plugin.worker --mode prefill --model-path /tmp/gemma \\
+        --extra-engine-args engine_configs/gemma3/vswa_prefill.yaml
+
+  decode    takes that KV, of sliding layers the last window only, and generates. Neither serves alone.
+    python -m vswa_plugin.worker --mode decode --model-path /tmp/gemma \\
+        --extra-engine-args engine_configs/gemma3/vswa_decode.yaml
+
   curl localhost:8000/v1/models
 
+`python -m vswa_plugin.launch agg|agg_router|disagg|disagg_router` starts all of this with one command.
+
+--register says who may send requests. frontend: Dynamo's frontends, which find the model on this worker.
+hidden: only routers that know the worker from our registry, such as `python -m vswa_plugin.router`, which shows
+the model itself; were the worker visible too, the frontend would send half of the requests past the router.
+auto: hidden where VSWA_ROUTER=exact, as the launcher sets it, else frontend.
+
 environment:
+  VSWA_REGISTER    default of --register
+  VSWA_ROUTER      exact or stock: the router in front, for --register auto
   NATS_SERVER      where batches are published   (default nats://127.0.0.1:4222)
   NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD | NATS_AUTH_TOKEN | NATS_AUTH_NKEY | NATS_AUTH_CREDENTIALS_FILE
   NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
@@ -35,7 +62,29 @@ environment:
 
 exit codes: 0 after SIGTERM, 1 when engine, broker or runtime failed, 2 for what you can correct.
 """
-_DEFAULT_ENDPOINT = "dyn://dynamo.backend.generate"
+
+
+class Showing(msgspec.Struct, frozen=True):
+    """:param visible: whether Dynamo's frontends are shown the model.
+    :param reason: why, in words.
+    """
+
+    visible: bool
+    reason: str
+
+
+def showing(register: str, environ: Mapping[str, str]) -> Showing:
+    """What ``--register`` means in this environment; raises ConfigError."""
+    if register not in REGISTER:
+        raise ConfigError(f"--register: {unknown_choice('way', register, REGISTER)}")
+    if register != "auto":
+        return Showing(register == "frontend", f"--register {register}")
+    router = environ.get(ROUTER_ENV, "")
+    if router and router not in ROUTERS:
+        raise ConfigError(f"{ROUTER_ENV}: {unknown_choice('router', router, ROUTERS)}")
+    if router == "exact":
+        return Showing(False, f"{ROUTER_ENV}=exact, its router shows the model")
+    return Showing(True, f"{ROUTER_ENV}={router}" if router else f"no {ROUTER_ENV}")
 
 
 class WorkerArgs(msgspec.Struct, frozen=True):
@@ -47,6 +96,8 @@ class WorkerArgs(msgspec.Struct, frozen=True):
     registry: str | None
     heartbeat_s: float
     drain_timeout_s: float
+    showing: Showing
+    taints: tuple[str, ...]
     status_host: str
     status_port: int | None
     log_level: str
@@ -65,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=__version__)
     model = made.add_argument_group("what is served")
-    model.add_argument("--mode", default="agg", metavar="|".join(MODES), help="agg (default): both phases")
+    model.add_argument("--mode", default="agg", metavar="|".join(MODES), help="see below (agg)")
     model.add_argument(
         "--engine",
         default=os.environ.get("VSWA_ENGINE", "gemma3_cpu"),
@@ -83,14 +134,30 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--override-engine-args", metavar="JSON", help="options laid over the file, as a JSON object"
     )
+    model.add_argument(
+        "--data-parallel-size", type=int, default=1, metavar="N", help="ranks with a cache each (1)"
+    )
     run = made.add_argument_group("how it runs")
     run.add_argument(
         "--endpoint",
-        default=_DEFAULT_ENDPOINT,
-        help=f"dyn://namespace.component.endpoint ({_DEFAULT_ENDPOINT})",
+        help=f"dyn://namespace.component.endpoint (dyn://{default_endpoint('agg')}, of prefill workers "
+        f"dyn://{default_endpoint('prefill')})",
     )
     run.add_argument(
         "--registry", metavar="etcd|file:DIR", help=f"where to announce the worker (default: {REGISTRY_ENV})"
+    )
+    run.add_argument(
+        "--register",
+        default=os.environ.get(REGISTER_ENV) or "auto",
+        metavar="|".join(REGISTER),
+        help=f"whether Dynamo's frontends see the worker, see below (default: {REGISTER_ENV}, else auto)",
+    )
+    run.add_argument(
+        "--taint",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a label that requests can demand or prefer (routing_constraints); may be repeated",
     )
     run.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
     run.add_argument("--status-host", default="127.0.0.1", help="address for --status-port (127.0.0.1)")
@@ -116,7 +183,9 @@ def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
         raise ConfigError(f"--log-level: {unknown_choice('level', given.log_level, LEVELS)}")
     if given.heartbeat <= 0 or given.drain_timeout < 0:
         raise ConfigError("--heartbeat: expected more than 0 seconds, --drain-timeout: 0 or more")
-    endpoint = EndpointName.parse(given.endpoint)
+    if given.data_parallel_size < 1:
+        raise ConfigError(f"--data-parallel-size: expected at least 1, got {given.data_parallel_size}")
+    endpoint = EndpointName.parse(given.endpoint) if given.endpoint else default_endpoint(given.mode)
     check_name("--endpoint, namespace", endpoint.namespace)
     check_name("--endpoint, component", endpoint.component)
     if not Path(given.model_path).exists():
@@ -134,15 +203,24 @@ def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
             served_model_name=given.served_model_name or Path(model_path).name,
             options=options,
             options_source=source,
+            data_parallel_size=given.data_parallel_size,
         ),
         endpoint=endpoint,
         nats_server=os.environ.get(NATS_ENV, DEFAULT_SERVER),
         registry=given.registry,
         heartbeat_s=given.heartbeat,
         drain_timeout_s=given.drain_timeout,
+        showing=showing(given.register, os.environ),
+        taints=_taints(given.taint),
         status_host=given.status_host,
         status_port=given.status_port,
         log_level=given.log_level,
         plugin=given.plugin,
         no_plugin=given.no_plugin,
     )
+
+
+def _taints(given: Sequence[str]) -> tuple[str, ...]:
+    if not all(name.strip() for name in given):
+        raise ConfigError("--taint: expected a name, got nothing")
+    return tuple(dict.fromkeys(given))

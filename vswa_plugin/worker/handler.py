@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import cast
 
-from vswa_plugin.engine import ChunkDict, Engine, RequestDict
+from vswa_plugin.engine import WORKER_ONLY, ChunkDict, Engine, RequestDict
 from vswa_plugin.errors import RequestError, Unavailable
 from vswa_plugin.healing import Claim
 from vswa_plugin.publisher import Publisher
@@ -57,15 +57,16 @@ class RequestHandler:
         if self._draining or self._engine.failure() is not None:
             raise Unavailable(self._engine.failure() or "the worker is stopping; another one can serve this")
         tracked = _Tracked(request, request_id)
-        publisher = self._publishers.get(tracked.dp_rank)
-        mark = publisher.healing.events if publisher is not None else 0
+        # Of all ranks: which one serves it is known with its first chunk.
+        marks = {rank: publisher.healing.events for rank, publisher in self._publishers.items()}
         chunks: asyncio.Queue[ChunkDict | Exception | None] = asyncio.Queue()
 
         def ended(_: object) -> None:
             chunks.put_nowait(None)
             gone.cancel()
-            if publisher is not None and publisher.healing.active and tracked.cached_tokens:
-                publisher.claim(tracked.claim(request, mark))
+            publisher = self._publishers.get(tracked.dp_rank)
+            if publisher is not None and publisher.healing.active and tracked.reused_here:
+                publisher.claim(tracked.claim(request, marks[tracked.dp_rank]))
             self._ended(tracked)
 
         self._in_flight += 1
@@ -136,9 +137,19 @@ class _Tracked:
         self._first_token_s: float | None = None
         self._output_tokens = 0
         self.cached_tokens = 0
+        self._transferred_tokens = 0
         self.finish_reason = "cancelled"
 
+    @property
+    def reused_here(self) -> bool:
+        """Whether ``cached_tokens`` says something of this worker's cache."""
+        return self.cached_tokens > 0 and not self._transferred_tokens
+
     def saw(self, chunk: ChunkDict) -> None:
+        """Learn from a chunk, and take off what is not for Dynamo."""
+        told = chunk.pop(WORKER_ONLY, {})
+        self.dp_rank = told.get("dp_rank", self.dp_rank)
+        self._transferred_tokens = told.get("transferred_tokens", self._transferred_tokens)
         tokens = chunk.get("token_ids") or ()
         if tokens and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._began
@@ -173,4 +184,5 @@ class _Tracked:
             finish_reason=self.finish_reason,
             first_token_s=self._first_token_s,
             total_s=time.monotonic() - self._began,
+            transferred_tokens=self._transferred_tokens,
         )

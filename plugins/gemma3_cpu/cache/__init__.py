@@ -1,7 +1,9 @@
-"""The KV cache of the embedded engine: one block pool per window, one token tree, TensorRT-LLM's events."""
+"""The KV cache of the embedded engine: block pools, a token tree and TensorRT-LLM's events.
 
-from .manager import CacheManager
-from .sequence import CacheSequence
+``api`` says what the engine needs of a manager, ``v2`` and ``v1`` are TensorRT-LLM's two.
+"""
+
+from .api import CacheManager, CacheSequence, PageMover, Slot
 from .spec import GroupSpec
 
-__all__ = ["CacheManager", "CacheSequence", "GroupSpec"]
+__all__ = ["CacheManager", "CacheSequence", "GroupSpec", "PageMover", "Slot"]

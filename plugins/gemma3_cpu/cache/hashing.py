@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 HASH_ALGO = "v1_block_key"
 
@@ -17,6 +18,10 @@ _GOLDEN = 0x9E3779B9
 _FACTOR = 0x45D9F3B
 _PARENT_FACTOR = 0xBF58476D1CE4E5B9
 _SALT_FACTOR = 0x94D049BB133111EB
+
+
+#: Blocks whose keys are kept: some 20 MB at 32 tokens a block.
+_REMEMBERED = 1 << 14
 
 
 def salt_id(cache_salt: str) -> int:
@@ -31,6 +36,12 @@ def block_key(tokens: Sequence[int], parent_hash: int | None, salt: int | None =
     :param parent_hash: hash of the block before it; None for the first block of a prompt.
     :param salt: :func:`salt_id`; counts in a first block only, the chain carries it from there.
     """
+    return _block_key(tuple(tokens), parent_hash, salt)
+
+
+# The same prompts come again and again, and to several caches of one process.
+@lru_cache(maxsize=_REMEMBERED)
+def _block_key(tokens: tuple[int, ...], parent_hash: int | None, salt: int | None) -> int:
     seed = len(tokens) ^ ((parent_hash or 0) * _PARENT_FACTOR & _MASK64)
     if salt is not None and not parent_hash:
         seed = _mix64(seed, salt)

@@ -11,11 +11,15 @@ class GroupSpec(msgspec.Struct, frozen=True):
     :param group_id: TensorRT-LLM's layer group id.
     :param window_size: attention window in tokens; None for global attention.
     :param num_blocks: pages of its pool.
+    :param layers: layers that keep their blocks in it: the size of one page, as against other groups.
+    :param host_blocks: pages on the host to which evicted ones move; 0 for no host tier.
     """
 
     group_id: int
     window_size: int | None
     num_blocks: int
+    layers: int = 1
+    host_blocks: int = 0
 
     @property
     def label(self) -> str:

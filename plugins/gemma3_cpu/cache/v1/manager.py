@@ -1,0 +1,212 @@
+"""The cache manager V1: admits sequences, matches their prompts, keeps what they computed for reuse.
+
+What follows TensorRT-LLM's C++ manager, as read in public sources and never run beside it: one pool, one
+queue and one stream of events per window; what is stored when, generated tokens at a sequence's end included;
+which block is evicted, and what becomes of those below it; the host tier; the two reuse rules. What does not:
+
+* A partly matching block that nobody holds is copied like any other. TensorRT-LLM takes it over without
+  telling, and its name stays announced.
+* A ``stored`` event ends before a block that was there already. TensorRT-LLM's goes on behind it, so that
+  nobody can tell from the event what the next block hangs on.
+* Names contain the SHA-256 of a cache salt, as manager V2's do; V1's depend on its C++ library.
+* Pages are taken chunk by chunk and given back as soon as they are stale; only blocks that can be reused move
+  to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vswa_plugin.errors import ConfigError, InvalidRequest
+
+from ..api import PageMover, no_pages
+from ..buffer import EventBuffer
+from ..spec import GroupSpec
+from .check import check_manager
+from .events import EventLog
+from .match import Match, Matcher
+from .sequence import Admission, CacheSequenceV1, Prompt
+from .tree import Tree
+from .window import Window
+
+
+class CacheManagerV1:
+    """Blocks of all windows of one engine rank; keeps to :class:`~..api.CacheManager`.
+
+    :param groups: windows and pool sizes, each window once; block tables come in this order.
+    :param block_size: tokens per block, in all windows.
+    :param max_seq_len: longest sequence in tokens; events give it as the window of a global group.
+    :param contiguous: reuse rule ``trtllm_v1_contiguous``, of the 1.2 line, instead of ``trtllm_v1``.
+    :param event_buffer_max_size: events kept between two flushes; 0 turns events off.
+    :param enable_block_reuse: False: every block is gone when its sequence closes.
+    :param enable_partial_reuse: whether part of a block may be reused that goes on differently.
+    :param max_chunk_tokens: most tokens of one sequence that are computed in one step.
+    :param dp_rank: rank that events name; None leaves it out.
+    :param mover: copies a page's keys and values.
+    :raises ConfigError: sizes that cannot work.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupSpec],
+        block_size: int,
+        max_seq_len: int,
+        *,
+        contiguous: bool,
+        event_buffer_max_size: int = 100_000,
+        enable_block_reuse: bool = True,
+        enable_partial_reuse: bool = True,
+        max_chunk_tokens: int = 512,
+        dp_rank: int | None = None,
+        mover: PageMover = no_pages,
+    ) -> None:
+        _check_settings(groups, block_size, max_seq_len, max_chunk_tokens)
+        self._groups = tuple(groups)
+        self._block_size = block_size
+        self._max_seq_len = max_seq_len
+        self._max_chunk_tokens = max_chunk_tokens
+        self._reuse = enable_block_reuse
+        windows = {g.group_id: g.window_size or max_seq_len for g in self._groups}
+        buffer = EventBuffer(windows, event_buffer_max_size, dp_rank=dp_rank, layer_groups=False)
+        self._log = EventLog(buffer)
+        self._tree = Tree(len(self._groups))
+        by_size = sorted(range(len(groups)), key=lambda g: groups[g].window_size or max_seq_len)
+        self.windows = [
+            Window(g, groups[g], self._tree, self._log, mover=mover, contiguous=contiguous) for g in by_size
+        ]
+        # The rule without holes asks the windows as they are announced, the other one global ones first.
+        asked = self.windows if contiguous else self.windows[::-1]
+        self._matcher = Matcher(self._tree, asked, block_size, partial=enable_partial_reuse)
+        self._open: set[CacheSequenceV1] = set()
+        self._reserved = [0] * len(self._groups)
+
+    def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
+        """See :meth:`..api.CacheManager.check_fits`."""
+        if prompt_len < 1 or max_new_tokens < 1:
+            raise InvalidRequest(
+                f"expected a prompt and an output of at least one token each, got {prompt_len} prompt tokens "
+                f"and max_tokens {max_new_tokens}"
+            )
+        total = prompt_len + max_new_tokens
+        request = f"{prompt_len} prompt tokens and up to {max_new_tokens} output tokens"
+        if total > self._max_seq_len:
+            raise InvalidRequest(
+                f"{request} make {total}, but a sequence has at most {self._max_seq_len}; "
+                "shorten the prompt or lower max_tokens"
+            )
+        for group, held in zip(self._groups, self._admission(total).held, strict=True):
+            if held > group.num_blocks:
+                raise InvalidRequest(
+                    f"{request} need {held} blocks of {self._block_size} tokens in the pool of window "
+                    f"{group.label}, which has {group.num_blocks}; shorten the prompt, lower max_tokens or "
+                    "give the KV cache more blocks"
+                )
+
+    def open(
+        self, prompt: Sequence[int], max_new_tokens: int, cache_salt: str | None = None
+    ) -> CacheSequenceV1 | None:
+        """See :meth:`..api.CacheManager.open`.
+
+        Room is counted for the most pages that each open sequence can ever hold, reused ones included, so
+        that one which runs never has to wait or stop for lack of pages.
+        """
+        self.check_fits(len(prompt), max_new_tokens)
+        admission = self._admission(len(prompt) + max_new_tokens)
+        reserved = [have + more for have, more in zip(self._reserved, admission.held, strict=True)]
+        if any(total > group.num_blocks for total, group in zip(reserved, self._groups, strict=True)):
+            return None
+        self._reserved = reserved
+        match = self._matcher.match(prompt, cache_salt) if self._reuse else Match(0, [], [])
+        sequence = CacheSequenceV1(
+            Prompt(tuple(prompt), cache_salt),
+            match,
+            self._tree,
+            self.windows,
+            admission,
+            block_size=self._block_size,
+            reuse=self._reuse,
+            on_close=self._closed,
+        )
+        self._open.add(sequence)
+        return sequence
+
+    def flush_events(self) -> list[dict[str, Any]]:
+        """See :meth:`..api.CacheManager.flush_events`."""
+        return self._log.flush()
+
+    def resident(self) -> dict[int, dict[int, int]]:
+        """See :meth:`..api.CacheManager.resident`.
+
+        A contiguous window has silently lost what hung on a removed block: events add up to this where what
+        hangs on a removed block is taken as gone with it.
+        """
+        return {
+            window.spec.group_id: {name: page.slot.level for name, page in window.named.items()}
+            for window in self.windows
+        }
+
+    def stats(self) -> dict[str, float]:
+        """See :meth:`..api.CacheManager.stats`."""
+        gauges: dict[str, float] = {"kv_events_dropped": float(self._log.dropped)}
+        for window in self.windows:
+            counts = window.pool.counts()
+            if window.spec.host_blocks:
+                counts["host"] = window.pool.on_host
+            for state, count in counts.items():
+                gauges[f"blocks_{state}_{window.spec.label}"] = float(count)
+        return gauges
+
+    def check(self) -> None:
+        """See :meth:`..api.CacheManager.check`."""
+        check_manager(self.windows, self._tree, self._open, self._reserved)
+
+    def _admission(self, total_tokens: int) -> Admission:
+        held = [g.most_held(total_tokens, self._block_size, self._max_chunk_tokens) for g in self._groups]
+        return Admission(total_tokens, self._max_chunk_tokens, tuple(held))
+
+    def _closed(self, sequence: CacheSequenceV1) -> None:
+        self._open.discard(sequence)
+        for g, held in enumerate(sequence.admission.held):
+            self._reserved[g] -= held
+
+
+def _check_settings(
+    groups: Sequence[GroupSpec], block_size: int, max_seq_len: int, max_chunk_tokens: int
+) -> None:
+    sizes = {"block_size": block_size, "max_seq_len": max_seq_len, "max_chunk_tokens": max_chunk_tokens}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"KV cache: expected {name} of at least 1, got {size}")
+    ids = [group.group_id for group in groups]
+    if not ids or len(set(ids)) != len(ids):
+        raise ConfigError(f"KV cache: expected at least one cache group and each id once, got ids {ids}")
+    windows = [group.window_size or max_seq_len for group in groups]
+    if len(set(windows)) != len(windows):
+        raise ConfigError(
+            f"KV cache: expected each window once, because manager V1 tells cache groups apart by it, got "
+            f"{sorted(windows)} tokens; join groups of one window"
+        )
+    for group in groups:
+        _check_group(group, block_size, max_seq_len)
+
+
+def _check_group(group: GroupSpec, block_size: int, max_seq_len: int) -> None:
+    if group.num_blocks < 1 or group.host_blocks < 0:
+        raise ConfigError(
+            f"KV cache, window {group.label}: expected a block at least and no negative number on the host, "
+            f"got {group.num_blocks} and {group.host_blocks}"
+        )
+    window = group.window_size
+    if window is None:
+        return
+    if window < 1 or window % block_size:
+        raise ConfigError(
+            f"KV cache, cache group {group.group_id}: expected a window that is a multiple of the "
+            f"block size ({block_size} tokens), got {window}; choose a tokens_per_block that divides it"
+        )
+    if window > max_seq_len:
+        raise ConfigError(
+            f"KV cache, cache group {group.group_id}: expected a window of at most max_seq_len "
+            f"({max_seq_len} tokens), got {window}; give it as global"
+        )

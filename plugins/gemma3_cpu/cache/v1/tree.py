@@ -1,0 +1,124 @@
+"""The token tree of manager V1: one for all windows, with a page per window in each node. Pure.
+
+Nodes are found by their tokens, so a prefix can be followed through blocks of which a window has no page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from ..hashing import block_key, salt_id
+from .pool import Page
+
+Tokens: TypeAlias = tuple[int, ...]
+
+
+class Node:
+    """One block behind one prefix, full or partial; the root of a salt has no tokens.
+
+    :ivar pages: page per window, by its index, or None.
+    :ivar hash: name of the block behind its whole prefix; None for a root.
+    """
+
+    __slots__ = ("cache_salt", "children", "hash", "pages", "parent", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: Tokens, num_windows: int, cache_salt: str | None) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.cache_salt = cache_salt
+        self.pages: list[Page | None] = [None] * num_windows
+        self.children: dict[Tokens, Node] = {}
+        self.hash: int | None = None if parent is None else self.name_below(parent.hash)
+
+    def page_of(self, window: int) -> Page:
+        """The page of that window, where it is known that there is one."""
+        page = self.pages[window]
+        assert page is not None, f"window {window} has no page of a block that it is to hold"
+        return page
+
+    def name_below(self, parent_hash: int | None) -> int:
+        """Hash of this block's tokens behind the block of that hash; None: as if it began a prompt."""
+        salted = self.cache_salt is not None and parent_hash is None
+        return block_key(self.tokens, parent_hash, salt_id(self.cache_salt or "") if salted else None)
+
+
+class Tree:
+    """All nodes, by cache salt."""
+
+    def __init__(self, num_windows: int) -> None:
+        self._num_windows = num_windows
+        self.roots: dict[str | None, Node] = {}
+
+    def walk(self, cache_salt: str | None, keys: Sequence[Tokens]) -> list[Node]:
+        """Nodes of the longest prefix of ``keys`` that the tree knows; their pages are not looked at."""
+        path: list[Node] = []
+        node = self.roots.get(cache_salt)
+        for key in keys:
+            node = node.children.get(key) if node is not None else None
+            if node is None:
+                break
+            path.append(node)
+        return path
+
+    def insert(self, cache_salt: str | None, keys: Sequence[Tokens]) -> list[Node]:
+        """Nodes of all ``keys``, made where there are none. Those left without a page must be pruned."""
+        if not keys:
+            return []
+        node = self.roots.get(cache_salt)
+        if node is None:
+            node = self.roots[cache_salt] = Node(None, (), self._num_windows, cache_salt)
+        path: list[Node] = []
+        for key in keys:
+            child = node.children.get(key)
+            if child is None:
+                child = node.children[key] = Node(node, key, self._num_windows, cache_salt)
+            path.append(child)
+            node = child
+        return path
+
+    def prune(self, node: Node) -> None:
+        """Remove ``node`` if nothing hangs on it, then its parent if that became so, and so on."""
+        while not node.children and not any(node.pages):
+            if node.parent is None:
+                self.roots.pop(node.cache_salt, None)
+                return
+            if node.parent.children.pop(node.tokens, None) is None:
+                return
+            node = node.parent
+
+
+def best_part(node: Node, key: Sequence[int], window: int) -> tuple[Page, int] | None:
+    """The page of that window, among the children of ``node``, which shares most leading tokens with ``key``.
+
+    Of equals the one that was inserted first. Its own tokens may be as long as ``key``, or longer.
+
+    :returns: the page and how many tokens it shares; None if none shares any.
+    """
+    best: tuple[Page, int] | None = None
+    shared = 0
+    for tokens, child in node.children.items():
+        page = child.pages[window]
+        if page is None or tokens[0] != key[0]:
+            continue
+        common = _common_prefix(tokens, key)
+        if common > shared:
+            best, shared = (page, common), common
+    return best
+
+
+def below(node: Node, window: int) -> Iterator[Node]:
+    """Nodes below ``node`` that can be reached through pages of that window, children first."""
+    parents_first: list[Node] = []
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        children = [child for child in current.children.values() if child.pages[window] is not None]
+        parents_first += children
+        todo += children
+    return reversed(parents_first)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    limit = min(len(a), len(b))
+    return next((i for i in range(limit) if a[i] != b[i]), limit)

@@ -1,0 +1,17 @@
+"""vLLM's KV cache events, with their cache groups, for whoever has them: a subscriber, or a trace."""
+
+from __future__ import annotations
+
+from vswa_plugin.engine import EventAdapter
+from vswa_plugin.hookspecs import hookimpl
+from vswa_plugin.layout import CacheLayout
+
+from .adapter import VllmEventAdapter
+
+__all__ = ["VllmEventAdapter"]
+
+
+@hookimpl
+def vswa_event_adapter(event_format: str, layout: CacheLayout) -> EventAdapter | None:
+    """Answer for the format ``vllm``."""
+    return VllmEventAdapter(layout) if event_format == "vllm" else None

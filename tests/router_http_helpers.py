@@ -1,0 +1,136 @@
+"""The router's HTTP API over a fleet that needs no broker: its workers' batches are handed in directly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import aiohttp
+
+from vswa_plugin.dynamo_client import namespaced_sequence_hashes
+from vswa_plugin.events import Batch, Event, Rank, Source, Stored, encode, layout_event
+from vswa_plugin.fleet import Fleet
+from vswa_plugin.index import WindowIndex
+from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.registry import Entry
+from vswa_plugin.registry.file import FileRegistry
+from vswa_plugin.router.accuracy import Accuracy
+from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.http.metrics import Counted, RouterMetrics
+from vswa_plugin.router.http.selection import Selection
+from vswa_plugin.router.http.server import RouterServer
+from vswa_plugin.selection import LoadBook, Weights
+from vswa_plugin.transport import Transport, subject
+from vswa_plugin.worker.status import Status
+
+#: Window of two blocks, and global.
+GROUPS = (CacheGroup(0, 32, 16), CacheGroup(1, None, 16))
+A, A1, B = Rank(1), Rank(1, 1), Rank(2)
+PROMPT = list(range(130))
+HASHES = namespaced_sequence_hashes(PROMPT, 16)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 15))
+
+
+def entry_of(worker_id: int, model: str = "m", dp: int = 1, **changes: Any) -> Entry:
+    given = {
+        "namespace": "ns",
+        "component": "backend",
+        "worker_id": worker_id,
+        "mode": "agg",
+        "engine": "gemma3_cpu",
+        "served_model_name": model,
+        "model_path": "/models/m",
+        "context_length": 1_024,
+        "block_size": 16,
+        "rule": "trtllm_v2",
+        "hash_scheme": "dynamo-xxh3-1337",
+        "groups": GROUPS,
+        "epochs": dict.fromkeys(range(dp), 5),
+        "total_kv_blocks": 100,
+    }
+    return Entry(**{**given, **changes})
+
+
+def stored(*, sliding: Sequence[int] = (), whole: Sequence[int] = (), tier: str = "device") -> list[Event]:
+    """Blocks of PROMPT, by position."""
+    return [
+        Stored(group, block, None, (HASHES[block],), tier)
+        for group, blocks in ((0, sliding), (1, whole))
+        for block in blocks
+    ]
+
+
+class Api:
+    """Worker 1 with two ranks and worker 2, all of model ``m``; a running server."""
+
+    def __init__(self, *, selector: bool = True) -> None:
+        index = WindowIndex()
+        self.fleet = Fleet(Transport(), FileRegistry("/nonexistent"), namespace="ns", index=index)
+        self.accuracy = Accuracy()
+        self.decider = Decider(index, Weights(), namespaced_sequence_hashes)
+        self.status = Status(ready=True)
+        self.selection = Selection(self.fleet, self.decider, namespaced_sequence_hashes, self.accuracy)
+        counted = Counted(
+            self.decider,
+            self.accuracy,
+            lambda: self.selection.pools().values(),
+            lambda: {"finished": 3},
+            self.selection.reservations,
+        )
+        self.server = RouterServer(
+            self.fleet,
+            namespaced_sequence_hashes,
+            self.status,
+            RouterMetrics(self.fleet, counted),
+            self.selection if selector else None,
+        )
+        self.url = ""
+
+    async def __aenter__(self) -> Api:
+        self.enter(entry_of(1, dp=2), entry_of(2))
+        self.url = f"http://127.0.0.1:{await self.server.start('127.0.0.1', 0)}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.stop()
+
+    def enter(self, *entries: Entry) -> None:
+        for entry in entries:
+            self.fleet.entries[entry.key] = entry
+
+    async def holds(self, rank: Rank, events: Sequence[Event] = (), model: str = "m") -> None:
+        """The rank's view is live, with what ``events`` say."""
+        source = Source("ns", "backend", *rank)
+        layout = layout_event(CacheLayout(GROUPS, "trtllm_v2", model))
+        batch = Batch(1, 5, 0, 1, (layout, *events))
+        await self.fleet.subscriber._on_message(subject(source, "events"), encode(batch))
+
+    async def all_live(self) -> None:
+        for rank in (A, A1, B):
+            await self.holds(rank)
+
+    async def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        return await self.send("POST", path, json.dumps(body).encode())
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        return await self.send("GET", path)
+
+    async def send(self, method: str, path: str, data: bytes | None = None) -> tuple[int, Any]:
+        """Status and JSON, or text where it is none."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(method, self.url + path, data=data) as answer,
+        ):
+            text = await answer.text()
+            if answer.content_type == "application/json":
+                return answer.status, json.loads(text)
+            return answer.status, text
+
+    @property
+    def book(self) -> LoadBook:
+        return self.selection.pools()["m"].book

@@ -1,0 +1,113 @@
+"""Predicted against actual: counters, histogram, and the line about a systematic error."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from vswa_plugin.events import Rank
+from vswa_plugin.router.accuracy import BOUNDS, Accuracy, Outcome
+
+A, B = Rank(0xA), Rank(0xA, 1)
+
+
+def outcome(predicted: int, actual: int, rank: Rank = A, *, live: bool = True, busy: bool = False) -> Outcome:
+    return Outcome(rank, 32, predicted * 32, actual * 32, live, busy)
+
+
+def test_counts_are_in_whole_blocks_and_tokens_are_kept_beside() -> None:
+    accuracy = Accuracy()
+    for predicted, actual in ((100, 96), (127, 96), (128, 96), (64, 96), (96, 100)):
+        accuracy.record(Outcome(A, 32, predicted, actual))
+    accuracy.unreported(B)
+
+    counts = accuracy.ranks[A]
+    assert (counts.exact, counts.over, counts.under) == (3, 1, 1)
+    assert (counts.predicted_tokens, counts.actual_tokens) == (515, 484)
+    assert accuracy.ranks[B].unreported == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "bound"), [(0, 0), (1, 1), (2, 4), (-1, -1), (-2, -2), (-3, -2), (-70, -65)]
+)
+def test_each_error_falls_into_the_bucket_of_the_next_bound(error: int, bound: int) -> None:
+    accuracy = Accuracy()
+    accuracy.record(outcome(100 + error, 100))
+
+    assert accuracy.ranks[A].errors[BOUNDS.index(bound)] == 1
+
+
+def test_errors_above_all_bounds_are_counted_too() -> None:
+    accuracy = Accuracy()
+    accuracy.record(outcome(200, 100))
+
+    assert accuracy.ranks[A].errors[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        (outcome(9, 3, busy=True), "eviction between choice and admission"),
+        (outcome(9, 3), "rule mismatch: the worker was idle"),
+        (outcome(3, 9), "unpublished blocks"),
+        (outcome(9, 3, live=False, busy=True), "lag"),
+    ],
+)
+def test_a_systematic_error_is_said_once_with_its_likely_cause(
+    wrong: Outcome, cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    accuracy = Accuracy()
+    with caplog.at_level(logging.INFO):
+        for number in range(40):
+            accuracy.record(wrong if number % 3 == 0 else outcome(5, 5))
+
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("worker a: 8 of its last 22 predictions were wrong")
+    assert cause in line
+    assert accuracy.systematic(0xA)
+
+
+def test_few_requests_and_few_errors_are_no_verdict(caplog: pytest.LogCaptureFixture) -> None:
+    accuracy = Accuracy()
+    for _ in range(19):
+        accuracy.record(outcome(9, 3))
+    for number in range(200):
+        accuracy.record(outcome(9 if number % 5 == 4 else 3, 3, Rank(0xB)))
+
+    assert not caplog.records
+
+
+def test_what_others_were_computing_meanwhile_is_counted_and_not_judged() -> None:
+    accuracy = Accuracy()
+    for _ in range(40):
+        accuracy.record(Outcome(A, 32, 0, 320, in_flight=True))
+
+    assert accuracy.ranks[A].under == 40
+    assert not accuracy.systematic(0xA)
+
+
+def test_a_worker_that_is_right_again_is_said_so_and_can_be_told_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accuracy = Accuracy()
+    with caplog.at_level(logging.INFO):
+        for turn in (outcome(9, 3), outcome(5, 5), outcome(9, 3)):
+            for _ in range(100):
+                accuracy.record(turn)
+
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["WARNING", "INFO", "WARNING"]
+    assert "right again" in caplog.records[1].getMessage()
+
+
+def test_a_worker_that_has_gone_is_forgotten() -> None:
+    accuracy = Accuracy()
+    for _ in range(30):
+        accuracy.record(outcome(9, 3))
+        accuracy.record(outcome(9, 3, Rank(0xB)))
+    accuracy.drop(0xA)
+
+    assert list(accuracy.ranks) == [Rank(0xB)]
+    assert not accuracy.systematic(0xA)
+    assert accuracy.systematic(0xB)

@@ -1,0 +1,69 @@
+"""Plugins that adjust or take a router's choice, through the real host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_router_decide import A, B, C, Setting
+from vswa_plugin.events import Rank
+from vswa_plugin.hookspecs import hookimpl
+from vswa_plugin.host import PluginHost
+from vswa_plugin.selection import RoutedRequest, Scored
+
+EXAMPLE = Path(__file__).parent.parent / "plugins/examples/urgent_requests.py"
+
+
+class Answers:
+    def __init__(self, additions: Any = None, rank: Any = None) -> None:
+        self.additions, self.rank = additions, rank
+
+    @hookimpl
+    def vswa_score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float] | None:
+        return self.additions  # type: ignore[no-any-return]
+
+    @hookimpl
+    def vswa_select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+        return self.rank  # type: ignore[no-any-return]
+
+
+def host_with(*plugins: Answers) -> PluginHost:
+    host = PluginHost()
+    for number, plugin in enumerate(plugins):
+        host.register(plugin, f"p{number}", version="0", source="test")
+    return host
+
+
+def test_adjustments_are_summed_and_the_first_choice_wins() -> None:
+    assert Setting(host_with(Answers({A: 1.0, B: 3.0}), Answers({A: 4.0, C: 4.0}))).decide().rank == B
+    assert Setting(host_with(Answers(), Answers({B: -5.0}))).decide().rank == B
+    assert Setting(host_with(Answers(), Answers(rank=C), Answers(rank=A))).decide().rank == C
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [Answers({A: math.nan}), Answers({Rank(9): 1.0}), Answers([1]), Answers(rank=Rank(9)), Answers(rank="A")],
+)
+def test_a_wrong_answer_costs_that_plugin_its_say_and_nothing_else(wrong: Answers) -> None:
+    host = host_with(wrong, Answers({A: 1.0, B: 1.0}))
+
+    assert Setting(host).decide().rank == C
+    assert sum(host.failures().values()) == 1
+
+
+def test_the_example_sends_urgent_requests_to_idle_workers_and_others_where_they_ask() -> None:
+    host = PluginHost()
+    host.load_local(str(EXAMPLE))
+    setting = Setting(host)
+    setting.holds(A, sliding=range(8), whole=range(8))
+
+    assert setting.decide().rank == A
+    assert setting.decide().rank == A
+    assert setting.decide(metadata={"urgent": "1"}).rank != A
+    assert setting.decide(metadata={"worker": "2"}).rank.worker_id == 2
+    assert setting.decide(metadata={"worker": "ff"}).rank == A
+    assert not host.failures()

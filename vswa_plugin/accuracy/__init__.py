@@ -1,0 +1,11 @@
+"""How often a router's promise is kept: recorded engine traces, replayed through the real event path.
+
+trace.py          what an engine did, as JSON Lines: open_trace, TraceWriter
+scorers.py        ways to predict a request from the events before it; ours and others'
+replay.py         replay: trace in, report out; predicted and actual of every request
+exceptions.py     the two cases that hashes cannot show
+report.py         Report as numbers, table, plot and page; assert_exact
+pytest_plugin.py  ``--vswa-trace=FILE`` and its fixtures
+
+Import from the modules: this one stays empty, because every pytest on the machine loads the plugin.
+"""

@@ -1,0 +1,218 @@
+"""Engine traces: what an engine's cache did, as JSON Lines, plain or gzip; see ``docs/accuracy.md``.
+
+A trace holds prompts as token ids: whoever has the model can read them. Written files are their owner's
+only (mode 0600).
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Annotated, Any, Literal
+
+import msgspec
+
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.layout import CacheGroup, CacheLayout
+
+#: Event format -> the reuse rule of its engine, unless the trace or the user names another.
+DEFAULT_RULES = {"trtllm": "trtllm_v2", "vllm": "vllm"}
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class TraceGroup(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``count`` cache groups after one another: ``full`` attention, or ``swa`` with a window in tokens."""
+
+    kind: Literal["full", "swa"]
+    window: Positive | None = None
+    count: Positive = 1
+
+
+class TraceHeader(msgspec.Struct, frozen=True, tag="header", omit_defaults=True):
+    """First line of a trace. One of ``block_size`` and ``tokens_per_block``; ``groups``, or TensorRT-LLM's
+    ``layers`` and ``max_attention_window``. Other fields are ignored.
+
+    :param format: of the events, e.g. ``trtllm`` or ``vllm``: what ``vswa_event_adapter`` is asked for.
+    :param groups: in the order of their ids.
+    :param rule: reuse rule of the engine, where it is not the format's usual one.
+    :param layers: ``swa`` or ``global``, layer by layer.
+    """
+
+    format: str
+    block_size: Positive | None = None
+    tokens_per_block: Positive | None = None
+    groups: tuple[TraceGroup, ...] = ()
+    rule: str | None = None
+    engine: str = ""
+    config: str = ""
+    layers: tuple[Literal["swa", "global"], ...] = ()
+    max_attention_window: Positive | None = None
+
+
+class TraceEvent(msgspec.Struct, frozen=True, tag="event"):
+    """One event as the engine gave it."""
+
+    event: Any
+
+
+class TraceRequest(msgspec.Struct, frozen=True, tag="request", omit_defaults=True):
+    """One request at the moment it arrived, before the events that it caused.
+
+    :param cached_tokens: tokens of the prompt that the engine reused.
+    :param output_len: tokens that it generated then; None where unknown.
+    """
+
+    token_ids: tuple[TokenId, ...]
+    cached_tokens: Natural
+    output_len: Natural | None = None
+    cache_salt: str | None = None
+    lora_name: str | None = None
+
+
+class Trace:
+    """One trace file, of which the header has been read; :meth:`records` may be called again and again."""
+
+    def __init__(self, path: Path, header: TraceHeader) -> None:
+        self.path = path
+        self.header = header
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+    def layout(self, rule: str | None = None) -> CacheLayout:
+        """The cache groups that the header declares, under ``rule`` or the trace's own.
+
+        :raises ConfigError: the header does not say them, or no rule is known for the format.
+        """
+        header = self.header
+        chosen = rule or header.rule or DEFAULT_RULES.get(header.format)
+        if chosen is None:
+            raise ConfigError(
+                f"{self.path}: no reuse rule is known for events of the format {header.format!r}; name one "
+                "with --rule, or with `rule` in the header"
+            )
+        block_size = header.block_size or header.tokens_per_block
+        windows = _windows(header)
+        if block_size is None or not windows:
+            raise ConfigError(
+                f"{self.path}, line 1: expected block_size (or tokens_per_block) and groups, a list of "
+                '{"kind": "full"} and {"kind": "swa", "window": tokens} in the order of their ids'
+            )
+        groups = tuple(CacheGroup(i, window, block_size) for i, window in enumerate(windows))
+        return CacheLayout(groups, chosen, header.config or self.name).check()
+
+    def records(
+        self, progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, TraceEvent | TraceRequest]]:
+        """Line number and record of each line after the header.
+
+        :param progress: told from time to time how many bytes of the file have been read.
+        :raises ConfigError: a line that is no such record, with its number; or a file that ends too early.
+        """
+        with self.path.open("rb") as raw:
+            for number, record in _records(self.path, raw):
+                if number == 1:
+                    continue
+                if isinstance(record, TraceHeader):
+                    raise ConfigError(f"{self.path}, line {number}: expected one header, got a second")
+                yield number, record
+                if progress is not None and number % 256 == 0:
+                    progress(raw.tell())
+
+
+def open_trace(path: Path | str) -> Trace:
+    """Read the header of a trace.
+
+    :raises ConfigError: there is no such file, or it does not begin with a header.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as raw:
+            number, first = next(_records(path, raw), (1, None))
+    except OSError as error:
+        raise ConfigError(f"expected an engine trace at {path}: {error.strerror or error}") from error
+    if not isinstance(first, TraceHeader):
+        raise ConfigError(f'{path}, line {number}: expected {{"type": "header", "format": ...}} first')
+    return Trace(path, first)
+
+
+class TraceWriter:
+    """Writes a trace, gzip where the name ends in ``.gz``. A context manager; one thread at a time.
+
+    :raises ConfigError: the file exists already, or cannot be made.
+    """
+
+    def __init__(self, path: Path | str, header: TraceHeader) -> None:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot write a trace to {path}: {error.strerror}") from error
+        self._raw = os.fdopen(descriptor, "wb")
+        zipped = str(path).endswith(".gz")
+        self._lines = gzip.GzipFile(fileobj=self._raw, mode="wb", mtime=0) if zipped else self._raw
+        self._encoder = msgspec.json.Encoder()
+        self._write(header)
+
+    def event(self, raw: Any) -> None:
+        """One event as the engine gave it: a map, or an array for formats that have them."""
+        self._write(TraceEvent(raw))
+
+    def request(self, request: TraceRequest) -> None:
+        """Before the events that it caused."""
+        self._write(request)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._raw.close()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, record: TraceHeader | TraceEvent | TraceRequest) -> None:
+        self._lines.write(self._encoder.encode(record) + b"\n")
+
+
+_decoder = msgspec.json.Decoder(TraceHeader | TraceEvent | TraceRequest)
+_GZIP = b"\x1f\x8b"
+
+
+def _records(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, TraceHeader | TraceEvent | TraceRequest]]:
+    zipped = raw.read(2) == _GZIP
+    raw.seek(0)
+    lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _decoder.decode(line)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{path}, line {number}: expected a JSON object of the type header, event or request: {error}"
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{path}, after line {number}: the file is cut off or damaged: {error}") from error
+
+
+def _windows(header: TraceHeader) -> list[int | None]:
+    """Windows in tokens by group id; None is global attention. Empty: the header does not say."""
+    windows: list[int | None] = []
+    for group in header.groups:
+        if (group.kind == "swa") != (group.window is not None):
+            raise ConfigError(f"trace header, groups: expected a window for swa and none for full: {group}")
+        windows += [group.window] * group.count
+    if not windows and (header.max_attention_window or "swa" not in header.layers):
+        windows = [header.max_attention_window if k == "swa" else None for k in dict.fromkeys(header.layers)]
+    return windows

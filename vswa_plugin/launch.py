@@ -1,0 +1,210 @@
+"""``python -m vswa_plugin.launch agg|disagg``: one deployment, kept alive until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vswa_plugin import __version__, dynamo
+from vswa_plugin.cluster import Cluster, ClusterSettings, Progress, worker_arguments
+from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.programs import run_program, set_up_logging
+from vswa_plugin.topologies import (
+    KNOWN,
+    TOPOLOGIES,
+    Topology,
+    WorkerGroup,
+    add_worker_counts,
+    find_topology,
+    worker_counts,
+)
+from vswa_plugin.worker import args as worker_args
+
+_EPILOG = """\
+topologies:
+{topologies}
+
+environment, as the guide "Gemma3 Sliding Window" sets it:
+  MODEL_PATH                                directory of the model (or --model-path)
+  SERVED_MODEL_NAME                         what clients call it (default: the directory's name)
+  AGG_ENGINE_ARGS                           engine options of the workers, a YAML file
+  PREFILL_ENGINE_ARGS, DECODE_ENGINE_ARGS   the same for each kind of disaggregated workers
+  NATS_SERVER, ETCD_ENDPOINTS               brokers (several etcd with commas); embedded ones where not set
+  DYN_HTTP_HOST, DYN_HTTP_PORT              where the frontend listens (127.0.0.1, 8000)
+  VSWA_ENGINE                               the engine (gemma3_cpu)
+
+example:
+  vswa make-model /tmp/gemma
+  export MODEL_PATH=/tmp/gemma SERVED_MODEL_NAME=gemma
+  export PREFILL_ENGINE_ARGS=engine_configs/gemma3/vswa_prefill.yaml
+  export DECODE_ENGINE_ARGS=engine_configs/gemma3/vswa_decode.yaml
+  python -m vswa_plugin.launch disagg --decode-workers 2 -- --heartbeat 0.5
+
+What follows -- is given to every worker. Ctrl-C or SIGTERM stops workers, then frontend, then brokers; a
+second one does not wait for requests under way. A worker or frontend that fails is started again, after 1, 2,
+4 ... 30 seconds. An embedded broker that fails ends everything: bring your own for what has to last.
+
+exit codes: 0 after a signal, 1 when a broker failed, 2 for what you can correct.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    abouts = {name: each.about if each else "not in this version" for name, each in TOPOLOGIES.items()}
+    shown = (f"  {name:<16}{about}" for name, about in abouts.items())
+    made = argparse.ArgumentParser(
+        prog="python -m vswa_plugin.launch",
+        description="Start Dynamo's frontend and the workers of one topology, and keep them alive.",
+        epilog=_EPILOG.replace("{topologies}", "\n".join(shown)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=__version__)
+    made.add_argument("topology", metavar="|".join(KNOWN), help="what is started, see below")
+    environ = os.environ.get
+    made.add_argument("--model-path", default=environ("MODEL_PATH"), help="default: MODEL_PATH")
+    made.add_argument("--served-model-name", default=environ("SERVED_MODEL_NAME"), metavar="NAME")
+    made.add_argument("--engine", default=environ("VSWA_ENGINE", "gemma3_cpu"), help="default: gemma3_cpu")
+    add_worker_counts(made, agg=1)
+    made.add_argument("--http-host", default=environ("DYN_HTTP_HOST", "127.0.0.1"), help="default: 127.0.0.1")
+    made.add_argument("--http-port", type=int, default=environ("DYN_HTTP_PORT", "8000"), help="default: 8000")
+    made.add_argument(
+        "--router-mode",
+        default="round-robin",
+        metavar="|".join(dynamo.ROUTER_MODES),
+        help="how the frontend chooses workers (round-robin)",
+    )
+    made.add_argument("--namespace", default=environ("DYN_NAMESPACE", "dynamo"), help="default: dynamo")
+    made.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+    return made
+
+
+def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[ClusterSettings, str | None]:
+    """What the command line and environment ask for, and the folder for logs; nothing is started.
+
+    :raises ConfigError: whatever can be found wrong without starting a process.
+    """
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    given = parser().parse_args(argv[:split])
+    topology = find_topology(given.topology)
+    if not given.model_path:
+        raise ConfigError(
+            "MODEL_PATH: expected the directory of a model, got nothing; "
+            "`vswa make-model DIR` writes a small random one"
+        )
+    if given.router_mode not in dynamo.ROUTER_MODES:
+        raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, dynamo.ROUTER_MODES)}")
+    settings = ClusterSettings(
+        model_path=given.model_path,
+        served_model_name=given.served_model_name or Path(given.model_path).resolve().name,
+        groups=_groups(topology, worker_counts(given, topology), environ),
+        engine=given.engine,
+        namespace=given.namespace,
+        http_host=given.http_host,
+        http_port=given.http_port,
+        router_mode=given.router_mode,
+        worker_options=tuple(argv[split + 1 :]),
+        keep=True,
+    )
+    for group in settings.groups:
+        worker_args.parse(worker_arguments(settings, group))
+    return settings, given.log_dir
+
+
+def _groups(
+    topology: Topology, counts: Mapping[str, int], environ: Mapping[str, str]
+) -> tuple[WorkerGroup, ...]:
+    return tuple(
+        WorkerGroup(mode, counts[mode], environ.get(f"{mode.upper()}_ENGINE_ARGS") or None)
+        for mode in topology.modes
+    )
+
+
+def progress_from(began: float) -> Progress:
+    """Prints a line with the seconds since ``began``."""
+
+    def show(text: str) -> None:
+        sys.stdout.write(f"[{time.monotonic() - began:5.1f} s] {text}\n")
+        sys.stdout.flush()
+
+    return show
+
+
+async def keep_serving(cluster: Cluster, progress: Progress) -> int:
+    """Start ``cluster``, say how to use it, and keep it until SIGTERM or SIGINT; the exit code.
+
+    A second signal makes its workers drain no longer. However this ends, no child is left.
+
+    :raises ConfigError, ChildDied, ConnectError: what the cluster cannot start or go on with.
+    """
+    stop = asyncio.Event()
+
+    def signalled() -> None:
+        if stop.is_set():
+            cluster.hurry()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signalled)
+
+    async def serving() -> None:
+        await cluster.start()
+        sys.stdout.write(how_to_use(cluster))
+        sys.stdout.flush()
+        await cluster.failed()
+
+    tasks = [asyncio.create_task(serving()), asyncio.create_task(stop.wait())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return 0
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        progress("stopping")
+        await cluster.stop()
+
+
+def how_to_use(cluster: Cluster) -> str:
+    """What to type next."""
+    name = cluster.settings.served_model_name
+    return f"""
+Serving {name!r} on {cluster.url}; logs are in {cluster.folder}. Try:
+
+  curl -s {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{name}", "max_tokens": 20, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+and, in another terminal, follow the events of every window:
+
+  NATS_SERVER={cluster.nats_server} ETCD_ENDPOINTS={cluster.etcd_endpoints} vswa events
+
+Ctrl-C stops everything.
+"""
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Launch what the command line asks for; the exit code."""
+    settings, log_dir = settings_from(sys.argv[1:] if argv is None else argv, os.environ)
+    set_up_logging("warning")
+    progress = progress_from(time.monotonic())
+    with tempfile.TemporaryDirectory(prefix="vswa-launch-") as scratch:
+        folder = Path(log_dir or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        cluster = Cluster(settings, folder, progress)
+        return asyncio.run(keep_serving(cluster, progress))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program("vswa launch", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

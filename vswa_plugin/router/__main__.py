@@ -1,0 +1,30 @@
+"""``python -m vswa_plugin.router``: see ``--help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vswa_plugin import dynamo
+from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.programs import run_program, set_up_logging
+from vswa_plugin.registry.opening import open_registry, registry_from_env
+from vswa_plugin.router.app import Router
+from vswa_plugin.router.args import parse
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one router. What is local is checked before any connection is tried."""
+    args = parse(argv)
+    set_up_logging(args.log_level)
+    registry = open_registry(args.registry) if args.registry else registry_from_env()
+    with load_host(args.plugin, args.no_plugin) as host:
+        return dynamo.run(Router(args, host, registry).run())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program("vswa router", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The router's command line. Options of the cost have Dynamo's names, and Dynamo's variables as defaults."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from vswa_plugin import __version__
+from vswa_plugin.dynamo import NATS_ENV, EndpointName
+from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.plugin_loading import add_plugin_arguments
+from vswa_plugin.programs import LEVELS
+from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
+from vswa_plugin.selection import Weights
+from vswa_plugin.transport import DEFAULT_SERVER, check_name
+
+_EXAMPLE = """\
+example, with nats-server and etcd running. The frontend must not see the workers themselves, so they get a
+namespace of their own:
+  python -m vswa_plugin.worker --endpoint dyn://workers.backend.generate --model-path /tmp/gemma
+  python -m vswa_plugin.router --endpoint dyn://dynamo.router.generate --namespace workers
+  python -m vswa_plugin.frontend --namespace dynamo --http-port 8000
+  curl localhost:8000/v1/models
+
+Each model is shown on --endpoint with its name appended (dynamo.router.generate-gemma), the one that is given
+by --served-model-name on --endpoint itself.
+Where a model has prefill and decode workers, each request goes to one of both, chosen one after the other;
+aggregated workers beside them serve only while one of these kinds is away.
+A request can be pinned (backend_instance_id, dp_rank; prefill_worker_id, prefill_dp_rank), restricted
+(allowed_worker_ids, routing_constraints) and have its own knobs (router_config_override); what Dynamo's
+PrefillRouter overrides on its own is ignored.
+Priorities and policy classes are ignored too: this router has no queue.
+
+environment:
+  NATS_SERVER      where workers publish their batches   (default nats://127.0.0.1:4222)
+  NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD | NATS_AUTH_TOKEN | NATS_AUTH_NKEY | NATS_AUTH_CREDENTIALS_FILE
+  NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
+{registry}  DYN_ROUTER_*     defaults of the cost options below, by Dynamo's names
+  DYN_LOG          level of Dynamo's own log
+  VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
+
+exit codes: 0 after SIGTERM, 1 when broker or runtime failed, 2 for what you can correct.
+"""
+_DEFAULT_ENDPOINT = "dyn://dynamo.router.generate"
+#: Knob -> option of Dynamo's KV router, and what it does.
+_NUMBERS = {
+    "overlap_score_credit": ("router-kv-overlap-score-credit", "credit of a cached block on the device"),
+    "overlap_score_credit_decay": (
+        "router-kv-overlap-score-credit-decay",
+        "how fast it fades where more prompt tokens are in flight than on the least loaded rank",
+    ),
+    "prefill_load_scale": ("router-prefill-load-scale", "weight of blocks to compute against blocks held"),
+    "host_cache_hit_weight": ("router-host-cache-hit-weight", "credit of a cached block in host memory"),
+    "disk_cache_hit_weight": ("router-disk-cache-hit-weight", "credit of a cached block on disk"),
+    "decode_active_request_weight": (
+        "router-decode-active-request-weight",
+        "cost of each active request, in blocks",
+    ),
+    "in_flight_credit": (
+        "in-flight-credit",
+        "how far a prefix that the rank computes for another request counts as cached; ours, 0 as Dynamo",
+    ),
+    "transfer_credit": (
+        "transfer-credit",
+        "disaggregated: credit of a block that the decode worker holds and that need not be moved; ours",
+    ),
+    "router_temperature": ("router-temperature", "0 takes the cheapest rank, more draws by cost"),
+}
+_SWITCHES = {
+    "assume_kv_reuse": ("router-assume-kv-reuse", "count prompt blocks that requests share once"),
+    "track_prefill_tokens": ("router-track-prefill-tokens", "count prompts that wait for their first token"),
+    "track_active_blocks": ("router-track-active-blocks", "count blocks that active requests hold"),
+    "track_output_blocks": ("router-track-output-blocks", "count blocks of generated tokens"),
+}
+_WORDS = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
+
+
+class RouterArgs(msgspec.Struct, frozen=True):
+    """A checked command line.
+
+    :param served_model_name: the only model that is shown; None: all.
+    :param namespace: of the workers; None: all.
+    """
+
+    endpoint: EndpointName
+    served_model_name: str | None
+    namespace: str | None
+    weights: Weights
+    nats_server: str
+    registry: str | None
+    heartbeat_s: float
+    stale_grace_s: float
+    drain_timeout_s: float
+    log_level: str
+    plugin: list[str]
+    no_plugin: list[str]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m vswa_plugin.router",
+        description="Show the workers' models to Dynamo's frontend and send each request to the worker that "
+        "reuses most of its prompt, by what every attention window really holds, and has least to do.",
+        epilog=_EXAMPLE.replace("{registry}", ENVIRONMENT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=__version__)
+    run = made.add_argument_group("how it runs")
+    run.add_argument(
+        "--endpoint",
+        default=_DEFAULT_ENDPOINT,
+        help=f"where the frontend finds the models, dyn://namespace.component.endpoint ({_DEFAULT_ENDPOINT})",
+    )
+    run.add_argument("--served-model-name", metavar="NAME", help="show this model only, on --endpoint itself")
+    run.add_argument(
+        "--namespace", help="Dynamo namespace of the workers, or `all` (default: that of --endpoint)"
+    )
+    run.add_argument(
+        "--registry", metavar="etcd|file:DIR", help=f"where workers announce themselves ({REGISTRY_ENV})"
+    )
+    run.add_argument(
+        "--heartbeat", type=float, default=1.0, metavar="SECONDS", help="as the workers were told (1)"
+    )
+    run.add_argument(
+        "--stale-grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a worker whose events are missing is scored as last seen (10)",
+    )
+    run.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long SIGTERM waits for requests under way (30)",
+    )
+    run.add_argument("--log-level", default="info", help="debug, info (default), warning or error")
+    _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
+    add_plugin_arguments(made)
+    return made
+
+
+def _add_knobs(group: argparse._ArgumentGroup) -> None:
+    defaults = Weights()
+    for knob, (option, what) in _NUMBERS.items():
+        names = [f"--{option}"]
+        if option.startswith("router-kv-"):
+            names.append(f"--{option.removeprefix('router-kv-')}")
+        group.add_argument(
+            *names, dest=knob, type=float, metavar="X", help=f"{what} ({getattr(defaults, knob):g})"
+        )
+    for knob, (option, what) in _SWITCHES.items():
+        shown = "yes" if getattr(defaults, knob) else "no"
+        group.add_argument(
+            f"--{option}", dest=knob, action=argparse.BooleanOptionalAction, help=f"{what} ({shown})"
+        )
+
+
+def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> RouterArgs:
+    """Read and check the command line; raises ConfigError, or SystemExit from argparse."""
+    environ = os.environ if environ is None else environ
+    given = parser().parse_args(argv)
+    if given.log_level not in LEVELS:
+        raise ConfigError(f"--log-level: {unknown_choice('level', given.log_level, LEVELS)}")
+    if given.heartbeat <= 0 or given.stale_grace < 0 or given.drain_timeout < 0:
+        raise ConfigError(
+            "--heartbeat: expected more than 0 seconds, --stale-grace and --drain-timeout: 0 or more"
+        )
+    endpoint = EndpointName.parse(given.endpoint)
+    namespace = given.namespace or endpoint.namespace
+    if namespace != "all":
+        check_name("--namespace", namespace)
+    return RouterArgs(
+        endpoint=endpoint,
+        served_model_name=given.served_model_name,
+        namespace=None if namespace == "all" else namespace,
+        weights=_weights(given, environ),
+        nats_server=environ.get(NATS_ENV, DEFAULT_SERVER),
+        registry=given.registry,
+        heartbeat_s=given.heartbeat,
+        stale_grace_s=given.stale_grace,
+        drain_timeout_s=given.drain_timeout,
+        log_level=given.log_level,
+        plugin=given.plugin,
+        no_plugin=given.no_plugin,
+    )
+
+
+def _weights(given: argparse.Namespace, environ: Mapping[str, str]) -> Weights:
+    """Option, else Dynamo's variable, else the default."""
+    chosen: dict[str, Any] = {}
+    for knob, (option, _) in {**_NUMBERS, **_SWITCHES}.items():
+        value = getattr(given, knob)
+        variable = f"DYN_{option.upper().replace('-', '_')}"
+        if value is None and option.startswith("router-") and environ.get(variable):
+            value = _read(variable, environ[variable], knob in _SWITCHES)
+        if value is not None:
+            chosen[knob] = value
+    return Weights(**chosen).check()
+
+
+def _read(variable: str, text: str, switch: bool) -> float | bool:
+    if switch:
+        if (word := _WORDS.get(text.lower())) is None:
+            raise ConfigError(f"{variable}: expected true or false, got {text!r}")
+        return word
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{variable}: expected a number, got {text!r}") from error

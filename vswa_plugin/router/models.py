@@ -1,0 +1,264 @@
+"""Follows the workers in the registry: which models there are, who serves them, and how they are shown."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from xxhash import xxh3_64_hexdigest
+
+from vswa_plugin.dynamo import EndpointName
+from vswa_plugin.dynamo_client import FrontEndpoint, ModelCard, WorkerClient
+from vswa_plugin.engine import MODES
+from vswa_plugin.events import Rank
+from vswa_plugin.registry import Entry
+from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.selection import LoadBook
+
+logger = logging.getLogger(__name__)
+
+#: How often the registry's entries are looked at: a new worker is used within this time.
+TICK_S = 0.2
+#: How long a model that could not be shown waits for its next try.
+RETRY_S = 5.0
+
+
+class Group(msgspec.Struct, frozen=True):
+    """The workers of one model that fit together, and those that do not, with the reason."""
+
+    used: tuple[Entry, ...]
+    refused: tuple[tuple[Entry, str], ...] = ()
+
+
+def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict[str, Group]:
+    """Workers of ``modes`` by model.
+
+    Workers of a model must agree on block size and hash scheme, else one hash of a prompt cannot score them
+    all, nor one hand a prompt over to another: those that most share are used, of two as frequent those of
+    the oldest worker.
+    """
+    by_model: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.mode in modes:
+            by_model.setdefault(entry.served_model_name, []).append(entry)
+    return {name: _consistent(of_model) for name, of_model in sorted(by_model.items())}
+
+
+def _consistent(entries: list[Entry]) -> Group:
+    entries = sorted(entries, key=lambda entry: (min(entry.epochs.values(), default=0), entry.key))
+    counts = Counter((entry.block_size, entry.hash_scheme) for entry in entries)
+    size, scheme = counts.most_common(1)[0][0]  # of equals the first met, which is the oldest worker's
+    used, refused = [], []
+    for entry in entries:
+        if (entry.block_size, entry.hash_scheme) == (size, scheme):
+            used.append(entry)
+        else:
+            reason = (
+                f"expected block size {size} and hash scheme {scheme} as of the model's other workers, got "
+                f"{entry.block_size} and {entry.hash_scheme}; start it with the same tokens_per_block"
+            )
+            refused.append((entry, reason))
+    return Group(tuple(used), tuple(refused))
+
+
+def _ranks(group: Group, mode: str) -> Iterable[Rank]:
+    used = [entry for entry in group.used if entry.mode == mode]
+    return (Rank(entry.worker_id, dp_rank) for entry in used for dp_rank in sorted(entry.epochs))
+
+
+def _report_phases(model: Model) -> None:
+    """Say where workers wait for others, or are not used because of others."""
+    if model.clients and (missing := model.missing()) is not None:
+        logger.info("model %r cannot be served: %s", model.name, missing)
+    elif model.pool.ranks and model.prefill.ranks and model.decode.ranks:
+        logger.warning(
+            "model %r has workers of all modes: its prefill and decode workers serve, its %d aggregated "
+            "ranks only while one of these kinds is away",
+            model.name,
+            len(model.pool.ranks),
+        )
+
+
+def card_of(name: str, group: Group) -> ModelCard:
+    """How the model is shown: what all its workers can do."""
+    first = group.used[0]
+    return ModelCard(
+        name=name,
+        model_path=first.model_path,
+        block_size=first.block_size,
+        context_length=min(entry.context_length for entry in group.used),
+        total_kv_blocks=sum(entry.total_kv_blocks for entry in group.used),
+        data_parallel_size=max(len(entry.epochs) for entry in group.used),
+        tool_call_parser=first.tool_call_parser,
+        reasoning_parser=first.reasoning_parser,
+    )
+
+
+def slug_of(model: str) -> str:
+    """A model's name as part of an endpoint's; different models never get the same."""
+    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    return slug if slug == model else f"{slug}-{xxh3_64_hexdigest(model.encode())[:6]}"
+
+
+def _not_here(card: ModelCard) -> str | None:
+    """What of a model this machine lacks for showing it."""
+    if Path(card.model_path).exists():
+        return None
+    return f"expected its config and tokenizer at {card.model_path} on this machine too, got nothing there"
+
+
+class Models:
+    """All models, kept as the registry says.
+
+    :param entries: live workers by registry key, as a fleet keeps them.
+    :param base: endpoint of the models; each has its name appended, but for ``only``.
+    :param forwarder: serves the requests of all models, and is told who serves which.
+    :param only: no other model than this one.
+    :param book: a new load book for a model, by its name and block size.
+    """
+
+    def __init__(
+        self,
+        runtime: Any,
+        entries: Mapping[str, Entry],
+        base: EndpointName,
+        forwarder: Forwarder,
+        only: str | None = None,
+        book: Callable[[str, int], LoadBook] = lambda _, block_size: LoadBook(block_size),
+    ) -> None:
+        #: The serving tasks; one that ends unasked means that Dynamo's runtime did.
+        self.serving: list[asyncio.Task[None]] = []
+        self._runtime = runtime
+        self._entries = entries
+        self._base = base
+        self._only = only
+        self._models = forwarder.models
+        self._forwarder = forwarder
+        self._book = book
+        self._seen: dict[str, Entry] = {}
+        self._clients: dict[EndpointName, WorkerClient] = {}
+        self._endpoints: dict[EndpointName, FrontEndpoint] = {}
+        self._refused: dict[str, str] = {}
+
+    async def follow(self) -> None:
+        """Keep up with the workers until cancelled."""
+        while True:
+            await self.update()
+            await asyncio.sleep(TICK_S)
+
+    async def update(self) -> None:
+        """Take in what has changed among the workers, and show what can be shown."""
+        if self._entries != self._seen:
+            self._seen = dict(self._entries)
+            groups = self._groups()
+            self._report(groups.values())
+            for name, group in groups.items():
+                await self._set_workers(name, group)
+            for name in self._models.keys() - groups.keys():
+                await self._set_workers(name, Group(()))
+        now = asyncio.get_running_loop().time()
+        for model in self._models.values():
+            if model.card is None and now >= model.retry_at and model.missing() is None:
+                await self._show(model)
+
+    async def hide(self) -> None:
+        """Show no model any more; requests under way go on."""
+        shown = [model for model in self._models.values() if model.card is not None]
+        await asyncio.gather(*(self._hide(model) for model in shown))
+
+    def endpoints(self) -> Iterable[FrontEndpoint]:
+        return self._endpoints.values()
+
+    def _groups(self) -> dict[str, Group]:
+        groups = grouped(self._seen.values(), MODES)
+        return {name: group for name, group in groups.items() if self._only in (None, name)}
+
+    async def _set_workers(self, name: str, group: Group) -> None:
+        model = self._models.get(name)
+        if group.used and (model is None or model.pool.block_size != group.used[0].block_size):
+            if model is not None:  # all its workers were replaced at once
+                await self._set_workers(name, Group(()))
+            size = group.used[0].block_size
+            model = self._models[name] = Model(name, size, self._book(name, size))
+        if model is None:
+            return
+        clients = {entry.worker_id: await self._client(entry) for entry in group.used}
+        gone = model.clients.keys() - clients.keys()
+        for entry in group.used:
+            if entry.worker_id not in model.clients:
+                logger.info("model %r: worker %x joins, mode %s", name, entry.worker_id, entry.mode)
+        model.clients = clients
+        for pool in model.pools:
+            pool.ranks = tuple(_ranks(group, pool.phase))
+        for worker_id in gone:
+            logger.info("model %r: worker %x leaves", name, worker_id)
+            model.pool.book.drop(worker_id)
+            self._forwarder.forget(worker_id)
+        _report_phases(model)
+        if model.card is not None and model.missing() is not None:
+            await self._hide(model)
+
+    async def _client(self, entry: Entry) -> WorkerClient:
+        name = EndpointName(entry.namespace, entry.component, entry.endpoint)
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = await WorkerClient.open(self._runtime, name)
+        return client
+
+    async def _show(self, model: Model) -> None:
+        group = self._groups()[model.name]
+        card = card_of(model.name, group)
+        if (missing := _not_here(card)) is not None:
+            self._later(model, missing)
+            return
+        model.endpoint = endpoint = model.endpoint or self._endpoint(model.name)
+        try:
+            await endpoint.show(card)
+        except Exception as error:  # Dynamo raises plain Exception
+            self._later(model, str(error))
+            return
+        model.card = card
+        logger.info(
+            "model %r is shown on %s: %d workers, block size %d, context %d",
+            model.name,
+            endpoint.name,
+            len(group.used),
+            card.block_size,
+            card.context_length,
+        )
+
+    def _later(self, model: Model, reason: str) -> None:
+        model.retry_at = asyncio.get_running_loop().time() + RETRY_S
+        logger.error("model %r cannot be shown, next try in %.0f s: %s", model.name, RETRY_S, reason)
+
+    async def _hide(self, model: Model) -> None:
+        model.card = None
+        endpoint, model.endpoint = model.endpoint, None
+        if endpoint is not None:
+            await endpoint.hide()
+            logger.info("model %r is not shown any more", model.name)
+
+    def _endpoint(self, model: str) -> FrontEndpoint:
+        """An endpoint of this model alone, by its name alone: replicas of this router must agree on it."""
+        name = self._base
+        if model != self._only:
+            name = EndpointName(name.namespace, name.component, f"{name.endpoint}-{slug_of(model)}")
+        endpoint = self._endpoints.get(name)
+        if endpoint is None:
+            endpoint = self._endpoints[name] = FrontEndpoint(self._runtime, name)
+            self.serving.append(endpoint.serve(self._forwarder.forward))
+        return endpoint
+
+    def _report(self, groups: Iterable[Group]) -> None:
+        """Say once of each worker that is not used why it is not."""
+        reasons = {entry.key: reason for group in groups for entry, reason in group.refused}
+        for key, reason in reasons.items():
+            if self._refused.get(key) != reason:
+                logger.error("worker %s is not used: %s", key.rpartition("/")[2].lstrip("0"), reason)
+        self._refused = reasons

@@ -1,0 +1,217 @@
+"""The load that this router has put on each rank: a book of its requests under way. Pure.
+
+Prompt blocks that several requests of a rank share count once. Prompt tokens count until the first token,
+blocks until the request ends. Every operation costs at most the blocks of one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from vswa_plugin.errors import InvariantError
+from vswa_plugin.events import Rank
+
+
+class Load(msgspec.Struct, frozen=True, gc=False):
+    """What is on a rank, counted by the requests that were given to it.
+
+    :param blocks: held by active requests; shared ones once.
+    :param prefill_tokens: of prompts that wait for their first token, without what was cached.
+    :param requests: active.
+    """
+
+    blocks: int = 0
+    prefill_tokens: int = 0
+    requests: int = 0
+
+
+class Projection(NamedTuple):
+    """A prompt on a rank before it is given to it.
+
+    :param new_blocks: of the prompt, those that no active request of the rank holds.
+    :param in_flight_blocks: blocks right behind the cached ones that wait there for their first token.
+    """
+
+    load: Load
+    new_blocks: int
+    in_flight_blocks: int = 0
+
+
+class _Shelf:
+    """One rank. Both counts: sequence hash -> active requests, and of these those still in their prompt."""
+
+    __slots__ = ("computing", "keys", "prefill_tokens", "shared", "unshared")
+
+    def __init__(self) -> None:
+        self.shared: dict[int, int] = {}
+        #: Only blocks that were not cached when the request came.
+        self.computing: dict[int, int] = {}
+        #: Blocks without a name: output, and prompts that are not assumed to share.
+        self.unshared = 0
+        self.prefill_tokens = 0
+        self.keys: set[Hashable] = set()
+
+    def load(self) -> Load:
+        return Load(len(self.shared) + self.unshared, self.prefill_tokens, len(self.keys))
+
+
+def _run(counts: Mapping[int, int], hashes: Sequence[int], start: int = 0) -> int:
+    """Blocks of ``hashes`` from ``start`` on that are counted: whoever holds one holds all before it."""
+    low, high = start, len(hashes)
+    if not counts or start >= high or hashes[start] not in counts:
+        return 0
+    while low < high:
+        middle = (low + high) // 2
+        if hashes[middle] in counts:
+            low = middle + 1
+        else:
+            high = middle
+    return low - start
+
+
+def _count(counts: dict[int, int], hashes: Iterable[int]) -> None:
+    for sequence_hash in hashes:
+        counts[sequence_hash] = counts.get(sequence_hash, 0) + 1
+
+
+def _uncount(counts: dict[int, int], hashes: Iterable[int]) -> None:
+    for sequence_hash in hashes:
+        left = counts[sequence_hash] - 1
+        if left:
+            counts[sequence_hash] = left
+        else:
+            del counts[sequence_hash]
+
+
+class _Booked(msgspec.Struct):
+    """One request.
+
+    :param computing: blocks of its prompt to compute, until the first token.
+    :param tokens: its prompt and what it has generated.
+    """
+
+    rank: Rank
+    hashes: Sequence[int]
+    computing: Sequence[int]
+    unshared: int
+    prefill_tokens: int
+    tokens: int
+
+
+class LoadBook:
+    """All requests under way, by a key that the caller chooses. Not thread safe.
+
+    :param block_size: tokens per block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._shelves: dict[Rank, _Shelf] = {}
+        self._requests: dict[Hashable, _Booked] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def load(self, rank: Rank) -> Load:
+        shelf = self._shelves.get(rank)
+        return Load() if shelf is None else shelf.load()
+
+    def projected(
+        self, rank: Rank, hashes: Sequence[int], cached_blocks: int = 0, *, shared: bool = True
+    ) -> Projection:
+        """What is on the rank, and what a prompt would add to it; arguments as in :meth:`add`."""
+        shelf = self._shelves.get(rank)
+        if shelf is None:
+            return Projection(Load(), len(hashes))
+        held = _run(shelf.shared, hashes) if shared else 0
+        in_flight = _run(shelf.computing, hashes, cached_blocks)
+        return Projection(shelf.load(), len(hashes) - held, in_flight)
+
+    def add(
+        self,
+        key: Hashable,
+        rank: Rank,
+        hashes: Sequence[int],
+        prompt_len: int,
+        prefill_tokens: int,
+        *,
+        cached_blocks: int = 0,
+        shared: bool = True,
+    ) -> None:
+        """A request was given to ``rank``.
+
+        :param hashes: sequence hashes of its prompt's full blocks.
+        :param prompt_len: tokens of the prompt.
+        :param prefill_tokens: of them, those to compute.
+        :param cached_blocks: whole blocks that were cached there.
+        :param shared: False: its blocks are counted by themselves, whoever else holds them.
+        :raises InvariantError: ``key`` is in the book.
+        """
+        if key in self._requests:
+            raise InvariantError(f"load book: expected a new request, got {key!r} again")
+        names = hashes if shared else ()
+        unshared = 0 if shared else len(hashes)
+        computing = hashes[cached_blocks:] if prefill_tokens else ()
+        self._put(key, _Booked(rank, names, computing, unshared, prefill_tokens, prompt_len))
+
+    def first_token(self, key: Hashable) -> None:
+        """Its prompt is computed. Again, or for a request that is gone: nothing."""
+        request = self._requests.get(key)
+        if request is not None and request.prefill_tokens:
+            shelf = self._shelves[request.rank]
+            shelf.prefill_tokens -= request.prefill_tokens
+            _uncount(shelf.computing, request.computing)
+            request.prefill_tokens, request.computing = 0, ()
+
+    def output(self, key: Hashable, tokens: int) -> None:
+        """It has generated so many tokens more."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        size = self._block_size
+        grown = -(-(request.tokens + tokens) // size) - -(-request.tokens // size)
+        request.tokens += tokens
+        request.unshared += grown
+        self._shelves[request.rank].unshared += grown
+
+    def move(self, key: Hashable, rank: Rank) -> None:
+        """It is served by another rank now. A request that is gone: nothing."""
+        request = self._requests.get(key)
+        if request is not None:
+            self.free(key)
+            request.rank = rank
+            self._put(key, request)
+
+    def free(self, key: Hashable) -> None:
+        """It has ended. Again, or for a request that is gone: nothing."""
+        request = self._requests.pop(key, None)
+        if request is None:
+            return
+        shelf = self._shelves[request.rank]
+        shelf.keys.discard(key)
+        shelf.prefill_tokens -= request.prefill_tokens
+        shelf.unshared -= request.unshared
+        _uncount(shelf.shared, request.hashes)
+        _uncount(shelf.computing, request.computing)
+        if not shelf.keys:
+            del self._shelves[request.rank]
+
+    def drop(self, worker_id: int) -> None:
+        """The worker is gone with all that was on it."""
+        for rank in [rank for rank in self._shelves if rank.worker_id == worker_id]:
+            for key in self._shelves.pop(rank).keys:
+                del self._requests[key]
+
+    def _put(self, key: Hashable, request: _Booked) -> None:
+        self._requests[key] = request
+        shelf = self._shelves.get(request.rank)
+        if shelf is None:
+            shelf = self._shelves[request.rank] = _Shelf()
+        shelf.keys.add(key)
+        shelf.prefill_tokens += request.prefill_tokens
+        shelf.unshared += request.unshared
+        _count(shelf.shared, request.hashes)
+        _count(shelf.computing, request.computing)

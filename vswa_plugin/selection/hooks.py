@@ -1,0 +1,51 @@
+"""Where plugins adjust or replace the choice: the contract is in hookspecs.py. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from vswa_plugin.events import Rank
+from vswa_plugin.selection.cost import Scored
+
+
+class RoutedRequest(msgspec.Struct, frozen=True):
+    """What plugins are told of a request that is being routed; no token ids.
+
+    :param prompt_tokens: length of the prompt.
+    :param sequence_hashes: of its full blocks: two prompts share as many blocks as these agree.
+    :param metadata: what the client sent in ``x-dynamo-meta-*`` headers.
+    :param phase: what the rank is chosen for: ``agg`` (both phases), ``prefill``, or ``decode``, for which a
+        request is routed once more when its prompt is computed.
+    """
+
+    request_id: str
+    model: str
+    prompt_tokens: int
+    block_size: int
+    sequence_hashes: Sequence[int]
+    lora_name: str | None = None
+    metadata: Mapping[str, str] = {}
+    phase: str = "agg"
+
+
+class SelectionHooks(Protocol):
+    """The plugins' word on one choice, already checked and isolated: neither method raises."""
+
+    def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float]:
+        """Blocks to add to the cost of some candidates; finite."""
+
+    def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+        """One of the candidates, or None: the cheapest, as without plugins."""
+
+
+class NoHooks:
+    """No plugin has anything to say."""
+
+    def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float]:
+        return {}
+
+    def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+        return None

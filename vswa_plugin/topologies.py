@@ -1,0 +1,138 @@
+"""The deployments that one command starts, those of NVIDIA's guide "Gemma3 Sliding Window"; no I/O.
+
+A further one is an entry of :data:`TOPOLOGIES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from vswa_plugin.errors import ConfigError, unknown_choice
+
+#: Who routes where a topology has KV routing: our router, or Dynamo's own in its frontend.
+ROUTERS = ("exact", "stock")
+ROUTER_ENV = "ROUTER"
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """One deployment.
+
+    :param modes: what kinds of workers it has, as ``--mode`` of a worker.
+    :param routed: whether requests go where their prefix is cached.
+    """
+
+    name: str
+    modes: tuple[str, ...]
+    about: str
+    routed: bool = False
+
+
+_PHASES = ("prefill", "decode")
+TOPOLOGIES: Mapping[str, Topology] = {
+    each.name: each
+    for each in (
+        Topology("agg", ("agg",), "every worker does both phases"),
+        Topology("agg_router", ("agg",), "the same, and requests go where their prefix is cached", True),
+        Topology("disagg", _PHASES, "prefill workers hand their KV to decode workers"),
+        Topology("disagg_router", _PHASES, "the same, and prompts go where their prefix is cached", True),
+    )
+}
+
+
+class WorkerGroup(msgspec.Struct, frozen=True):
+    """Workers that are started alike.
+
+    :param engine_args: engine options as a YAML file, or None.
+    :param override: engine options laid over the file.
+    """
+
+    mode: str = "agg"
+    count: int = 1
+    engine_args: str | None = None
+    override: dict[str, Any] = {}
+
+
+class Routing(msgspec.Struct, frozen=True):
+    """:param router: one of :data:`ROUTERS`, or None.
+    :param count: how many exact routers stand side by side.
+    """
+
+    router: str | None = None
+    count: int = 1
+
+
+def find_topology(name: str) -> Topology:
+    """The topology called ``name``; raises ConfigError."""
+    if name not in TOPOLOGIES:
+        raise ConfigError(unknown_choice("topology", name, TOPOLOGIES))
+    return TOPOLOGIES[name]
+
+
+def add_router(parser: argparse.ArgumentParser) -> None:
+    """Add ``--router`` and ``--routers``."""
+    parser.add_argument(
+        "--router",
+        metavar="|".join(ROUTERS),
+        help="agg_router, disagg_router: our router, by what every window holds, or the one in Dynamo's "
+        f"frontend, by what our workers tell it (default: {ROUTER_ENV}, else exact)",
+    )
+    parser.add_argument("--routers", type=int, metavar="N", help="exact: how many routers side by side (1)")
+
+
+def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping[str, str]) -> Routing:
+    """Who routes, and how many of them; ``--router`` goes before ROUTER.
+
+    :raises ConfigError: an unknown router, or one that the topology has no use for.
+    """
+    option, router = "--router", args.router
+    if router is None:
+        option, router = ROUTER_ENV, environ.get(ROUTER_ENV) or None
+    if router is not None and router not in ROUTERS:
+        raise ConfigError(f"{option}: {unknown_choice('router', router, ROUTERS)}")
+    if router is not None and not topology.routed:
+        raise ConfigError(
+            f"{option}: topology {topology.name!r} routes by no cache, expected no router, got {router!r}; "
+            f"{topology.name}_router has one"
+        )
+    if topology.routed and router is None:
+        router = "exact"
+    if args.routers is not None and router != "exact":
+        raise ConfigError(f"--routers: only a topology with ROUTER=exact has routers, got {topology.name!r}")
+    if args.routers is not None and args.routers < 1:
+        raise ConfigError(f"--routers: expected at least 1, got {args.routers}")
+    return Routing(router, args.routers or 1)
+
+
+def add_worker_counts(parser: argparse.ArgumentParser, agg: int) -> None:
+    """Add an option per mode for the number of its workers: ``--workers`` (by default ``agg``), and so on."""
+    parser.set_defaults(default_workers=agg)
+    parser.add_argument("--workers", type=int, metavar="N", help=f"agg: how many workers ({agg})")
+    for mode in ("prefill", "decode"):
+        parser.add_argument(
+            f"--{mode}-workers", type=int, metavar="N", help=f"disagg: how many {mode} workers (1)"
+        )
+
+
+def worker_counts(args: argparse.Namespace, topology: Topology) -> dict[str, int]:
+    """How many workers of each of the topology's modes were asked for.
+
+    :raises ConfigError: fewer than one, or an option of another topology.
+    """
+    counts = {"agg": args.default_workers, "prefill": 1, "decode": 1}
+    for mode in counts:
+        option = "--workers" if mode == "agg" else f"--{mode}-workers"
+        asked = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if asked is None:
+            continue
+        if mode not in topology.modes:
+            raise ConfigError(
+                f"{option}: topology {topology.name!r} has {' and '.join(topology.modes)} workers only"
+            )
+        if asked < 1:
+            raise ConfigError(f"{option}: expected at least 1, got {asked}")
+        counts[mode] = asked
+    return {mode: counts[mode] for mode in topology.modes}
