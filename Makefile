@@ -12,10 +12,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# TOPOLOGY=agg (default) or disagg; MODEL=gemma3-270m: real weights.
-CHOSEN := $(if $(TOPOLOGY),--topology $(TOPOLOGY)) $(if $(MODEL),--model $(MODEL))
+# TOPOLOGY=agg (default), agg_router, disagg or disagg_router; ROUTER=exact (default) or stock, for those two.
+# MODEL=gemma3-270m: real weights.
+CHOSEN := $(if $(TOPOLOGY),--topology $(TOPOLOGY)) $(if $(ROUTER),--router $(ROUTER)) $(if $(MODEL),--model $(MODEL))
 
-demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window (TOPOLOGY=disagg, MODEL=gemma3-270m)
+demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests, events of every window (TOPOLOGY=disagg_router, ROUTER=stock, MODEL=gemma3-270m)
 	$(BIN)/vswa demo $(CHOSEN)
 
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)

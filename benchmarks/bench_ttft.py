@@ -21,11 +21,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
@@ -152,7 +152,7 @@ def moved(engine: Gemma3CpuEngine) -> int:
     return int(sum(n for name, n in engine.stats().items() if name.startswith("transfer_bytes_")))
 
 
-def plot(result: dict[str, Any], file: str) -> None:
+def plot(result: Mapping[str, Any], file: str | IO[bytes]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,8 +178,8 @@ def plot(result: dict[str, Any], file: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    say(f"wrote {file}")
+    figure.savefig(file, dpi=110, format="png")
+    pyplot.close(figure)
 
 
 def say(text: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from vswa_plugins.gemma3_cpu.cache.api import DEVICE, Slot
 from vswa_plugins.gemma3_cpu.cache.hashing import block_key, salt_id
 from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
@@ -225,7 +225,7 @@ def _prefix(tokens: Tokens, salt: str | None) -> int:
 def read_trace(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and records of a recorded engine."""
     with gzip.open(DATA / f"trtllm-v2-{name}.jsonl.gz", "rt") as lines:
-        header, *records = map(json.loads, lines)
+        header, *records = map(msgspec.json.decode, lines)
     return header, records
 
 

@@ -78,8 +78,8 @@ class EchoRank:
 
 
 class EchoWorker:
-    """:param options: ``namespace``, ``component``, ``model``, ``model_path``, ``block_size``, ``dp``, ``mode``,
-    ``folder``: where the file is whose taker must die.
+    """:param options: ``namespace``, ``component``, ``model``, ``model_path``, ``block_size``, ``dp``,
+    ``mode``, ``folder``: where the file is whose taker must die.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -248,7 +248,8 @@ class Stack:
         self.routers: list[Child] = []
         #: Names of those that were to die.
         self.killed: set[str] = set()
-        self._env = {**dynamo.LOOPBACK_ENV, **env, "DYN_LOG": "error"}
+        # Engines that each take all cores for every matrix product are slower than one.
+        self._env = {**dynamo.LOOPBACK_ENV, "OPENBLAS_NUM_THREADS": "1", "DYN_LOG": "error", **env}
         self._model_path = str(model_path)
         self._numbers = 0
 
@@ -278,6 +279,28 @@ class Stack:
         self.echoes.append(echo)
         return echo
 
+    async def engine(self, name: str, mode: str = "agg", *options: str) -> Child:
+        """A worker with a real engine, that of the tests' model."""
+        endpoint = f"dyn://{dynamo.default_endpoint(mode, self.name)}"
+        where = ("--mode", mode, "--endpoint", endpoint, "--status-port", "0", "--heartbeat", "0.2")
+        model = ("--model-path", self._model_path, "--served-model-name", "gemma")
+        return await self.child(name, "vswa_plugin.worker", *where, *model, *options)
+
+    async def stock(self, router_mode: str) -> str:
+        """Dynamo's frontend with its own router over the same workers; its address."""
+        port = free_port()
+        where = ("--http-port", str(port), "--namespace", self.name)
+        child = await self.child(
+            f"stock-{router_mode}", "vswa_plugin.frontend", "--router-mode", router_mode, *where
+        )
+        url = f"http://127.0.0.1:{port}"
+
+        async def shown() -> bool:
+            return "gemma" in await self.models(url)
+
+        await child.until(shown, "showing the model", 30)
+        return url
+
     def echo_of(self, model: str = "gemma", **options: Any) -> Echo:
         """The only worker of that kind."""
         wanted = {"model": model, **options}.items()
@@ -298,9 +321,10 @@ class Stack:
         self.children.append(child)
         return child
 
-    async def models(self) -> list[str]:
+    async def models(self, url: str = "") -> list[str]:
         with contextlib.suppress(aiohttp.ClientError, OSError):
-            async with aiohttp.ClientSession() as session, session.get(f"{self.url}/v1/models") as answer:
+            address = f"{url or self.url}/v1/models"
+            async with aiohttp.ClientSession() as session, session.get(address) as answer:
                 return sorted(model["id"] for model in (await answer.json()).get("data", []))
         return []
 
@@ -311,26 +335,39 @@ class Stack:
         await eventually(shown, f"the frontend shows {models}")
 
     async def ask(
-        self, prompt: str, echo: str = "", dp_rank: int | None = None, **body: Any
+        self, prompt: str, echo: str = "", *, url: str = "", worker_id: int | None = None, **body: Any
     ) -> tuple[int, Any]:
-        """Status and JSON of one completion."""
-        async with aiohttp.ClientSession() as session, self._post(session, prompt, echo, body) as answer:
+        """Status and JSON of one completion, by the router or at ``url``, where ``worker_id`` pins it."""
+        headers = {ECHO: echo} if echo else {}
+        if worker_id is not None:
+            headers["x-dynamo-worker-instance-id"] = str(worker_id)
+        async with (
+            aiohttp.ClientSession() as session,
+            self._post(session, prompt, headers, body, url) as answer,
+        ):
             return answer.status, await answer.json(content_type=None)
 
     async def stream(self, prompt: str, echo: str = "", **body: Any) -> AsyncGenerator[str, None]:
         """The pieces of text of one completion."""
         body["stream"] = True
-        async with aiohttp.ClientSession() as session, self._post(session, prompt, echo, body) as answer:
+        headers = {ECHO: echo} if echo else {}
+        async with aiohttp.ClientSession() as session, self._post(session, prompt, headers, body) as answer:
             assert answer.status == 200, await answer.text()
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     for choice in json.loads(line[6:])["choices"]:
                         yield choice["text"]
 
-    def _post(self, session: aiohttp.ClientSession, prompt: str, echo: str, body: Mapping[str, Any]) -> Any:
-        headers = {ECHO: echo} if echo else {}
+    def _post(
+        self,
+        session: aiohttp.ClientSession,
+        prompt: str,
+        headers: Mapping[str, str],
+        body: Mapping[str, Any],
+        url: str = "",
+    ) -> Any:
         given = {"model": "gemma", "prompt": prompt, "max_tokens": 4, "ignore_eos": True, **body}
-        return session.post(f"{self.url}/v1/completions", json=given, headers=headers)
+        return session.post(f"{url or self.url}/v1/completions", json=given, headers=headers)
 
     async def stop(self) -> dict[str, int]:
         """Stop all; exit codes by name."""

@@ -155,7 +155,15 @@ def test_a_built_in_command_does_not_wait_for_plugins(
     ("options", "message"),
     [
         (["--topology", "dsagg"], "unknown topology 'dsagg': did you mean 'disagg'?"),
-        (["--topology", "disagg_router"], "topology 'disagg_router' is not in this version"),
+        (
+            ["--topology", "disagg_router", "--router", "x"],
+            "--router: unknown router 'x'. Known: exact, stock",
+        ),
+        (["--router", "stock"], "--router: topology 'agg' routes by no cache"),
+        (
+            ["--topology", "agg_router", "--router", "stock", "--routers", "2"],
+            "--routers: only ROUTER=exact has",
+        ),
         (["--topology", "disagg", "--workers", "3"], "--workers: topology 'disagg' has prefill and decode"),
         (["--workers", "0"], "--workers: expected at least 1, got 0"),
     ],

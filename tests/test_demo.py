@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,14 +17,18 @@ import pytest
 from tests.conftest import Run
 from vswa_plugin.commands.demo_report import (
     Answer,
+    Choice,
     Tally,
     Transfers,
     checks_of_all,
     checks_of_transfers,
     verdict,
 )
+from vswa_plugin.commands.demo_routing import Choices, checks_of_choices, show_choices
+from vswa_plugin.errors import ProtocolError
 from vswa_plugin.events import Batch, Layout, Removed, Source, Stored
 from vswa_plugin.layout import CacheGroup
+from vswa_plugin.registry import Entry
 
 SOURCE = Source("dynamo", "backend", 7)
 PREFILL = Source("dynamo", "prefill", 8)
@@ -63,9 +68,23 @@ def test_the_disaggregated_demo_passes_and_shows_what_each_request_moved(tmp_pat
     assert logs(tmp_path) == {"etcd", "frontend", "nats-server", "prefill-0", "decode-0"}
 
 
+@pytest.mark.parametrize(("topology", "router"), [("agg_router", "exact"), ("disagg_router", "stock")])
+def test_the_demo_of_a_router_shows_what_was_promised_and_what_was_kept(
+    tmp_path: Path, topology: str, router: str
+) -> None:
+    said = demo(tmp_path, "--topology", topology, "--router", router)
+
+    assert said.count("  promised ") == 20 + 1, "one line per request, and the heading"
+    assert "promises were kept, in whole blocks" in said
+    assert ("router-0" in logs(tmp_path)) is (router == "exact")
+    if router == "exact":
+        assert "20 of 20 promises were kept" in said
+        assert "a router that counts the global layers alone would have promised" in said
+
+
 def good_answers() -> list[Answer]:
     moved, full = {"512": 10.0, "global": 40.0}, {"512": 80.0, "global": 40.0}
-    return [Answer(200, "text", 1500, 1024, moved=moved, full=full) for _ in range(14)]
+    return [Answer(200, "r", "text", 1500, 1024, moved=moved, full=full) for _ in range(14)]
 
 
 def good_tally() -> Tally:
@@ -90,8 +109,8 @@ def test_the_verdict_holds_where_all_was_seen(capsys: pytest.CaptureFixture[str]
     [
         (good_answers()[1:], good_tally(), {}),
         ([*good_answers()[1:], Answer(503)], good_tally(), {}),
-        ([Answer(200, "text", 1500, 0)] * 14, good_tally(), {}),
-        ([Answer(200, "text", 900, 512)] * 14, good_tally(), {}),
+        ([Answer(200, "r", "text", 1500, 0)] * 14, good_tally(), {}),
+        ([Answer(200, "r", "text", 900, 512)] * 14, good_tally(), {}),
         (good_answers(), Tally(), {}),
         (good_answers(), good_tally(), {"worker-1": 1}),
         (good_answers(), good_tally(), {"prefill-0": -9}),
@@ -115,13 +134,13 @@ def test_the_checks_of_transfers_hold_where_all_was_seen() -> None:
     ("changes", "failed"),
     [
         ({"modes": {7: "decode", 8: "decode"}}, "prefill and decode workers announced blocks"),
-        ({"answers": [Answer(200, "text", 1500, 1024)]}, "KV of every window was moved"),
+        ({"answers": [Answer(200, "r", "text", 1500, 1024)]}, "KV of every window was moved"),
         (
-            {"answers": [Answer(200, "t", moved={"512": 0, "global": 4}, full={"512": 8, "global": 4})]},
+            {"answers": [Answer(200, "r", "t", moved={"512": 0, "global": 4}, full={"512": 8, "global": 4})]},
             "KV of every window was moved",
         ),
         (
-            {"answers": [Answer(200, "t", moved={"512": 8, "global": 4}, full={"512": 8, "global": 4})]},
+            {"answers": [Answer(200, "r", "t", moved={"512": 8, "global": 4}, full={"512": 8, "global": 4})]},
             "sliding windows moved less than a full cache would have",
         ),
         ({"failures": 1}, "no transfer failed"),
@@ -193,3 +212,98 @@ def test_what_a_full_cache_would_have_moved_follows_from_the_first_prompts_block
 
     assert first == ({"512": 850.0, "global": 320.0}, {"512": 1600.0, "global": 320.0})
     assert second == ({"512": 200.0, "global": 40.0}, {"512": 200.0, "global": 40.0})
+
+
+# -- who was chosen ------------------------------------------------------------------------------------
+
+OTHER = Source("dynamo", "backend", 9)
+NEW = (LAYOUT, Stored(1, 0, None, (1, 2)), Stored(0, 0, None, (1, 2)), Stored(1, 3, 3, (4,)))
+#: A prompt of four blocks, of which worker 7 holds the first two and the last, worker 9 the first.
+GOES_ON = (Stored(0, 1, 1, (2, 3, 4, 5)), Stored(1, 1, 1, (2, 3, 4, 5)))
+
+
+def entry_of(worker_id: int) -> Entry:
+    return Entry(
+        namespace="dynamo",
+        component="backend",
+        worker_id=worker_id,
+        mode="agg",
+        engine="gemma3_cpu",
+        served_model_name="gemma",
+        model_path="m",
+        context_length=100,
+        block_size=32,
+        rule="trtllm_v2",
+        hash_scheme="h",
+        groups=GROUPS,
+        epochs={0: 1},
+        total_kv_blocks=1,
+    )
+
+
+def chosen(answer: Answer, *router_logs: str) -> tuple[Choices, Answer]:
+    """``answer`` to a prompt whose blocks 2 to 5 worker 9 has stored."""
+    tally = Tally()
+    tally.add(SOURCE, Batch(1, 1, 0, 0, NEW))
+    tally.add(OTHER, Batch(1, 1, 0, 0, (LAYOUT, Stored(1, 0, None, (1,)), Stored(0, 0, None, (1,)))))
+    choices = Choices(tally, [entry_of(9), entry_of(7)], [partial(str, log) for log in router_logs])
+    choices.begin()
+    tally.add(PREFILL, Batch(1, 1, 0, 0, (LAYOUT, Stored(1, 9, 77, (78,)))))
+    tally.add(OTHER, Batch(1, 1, 3, 0, GOES_ON))
+    answer.choice = choices.take(answer)
+    return choices, answer
+
+
+LOG = """\
+D forward: request r0: agg rank 7.0 at cost 1.00, promises 99 of 130 tokens
+D forward: request r1: prefill rank 9.0 at cost 3.06, promises 32 of 130 tokens
+D forward: request r1: decode rank 8.0 at cost 4.00, promises 0 of 130 tokens
+"""
+
+
+def test_an_exact_routers_log_tells_who_was_chosen_and_the_events_what_others_would_have_promised() -> None:
+    choices, answer = chosen(Answer(200, "r1", "text", 130, 41), "", LOG)
+    checks = checks_of_choices([answer], choices)
+
+    assert answer.choice == Choice(9, 32, {7: 64, 9: 32})
+    assert answer.choice.best_alone() == (7, 64)
+    assert choices.names == {7: "A", 9: "B"}
+    assert [what for what, held in checks.items() if not held] == ["every worker was chosen"]
+
+
+def test_of_equal_promises_the_chosen_workers_is_shown_and_blocks_beyond_the_prompt_are_not_promised() -> (
+    None
+):
+    choices, answer = chosen(Answer(200, "r0", "text", 40, 39), LOG)
+
+    assert answer.choice == Choice(7, 99, {7: 32, 9: 32})
+    assert answer.choice.best_alone() == (7, 32)
+    assert not checks_of_choices([answer], choices)[
+        "the global layers alone would have promised what nobody could resume"
+    ]
+
+
+def test_dynamos_frontend_tells_its_choice_in_the_answer() -> None:
+    said = {"worker_id": {"prefill_worker_id": 7}, "timing": {"kv_hit_rate": 0.6}}
+    choices, answer = chosen(Answer(200, "r1", "text", 130, 64, nvext=said))
+
+    assert answer.choice is not None
+    assert (answer.choice.worker_id, answer.choice.promised) == (7, 96)
+    assert not choices.kept(answer)
+    assert "every promise was kept, in whole blocks" not in checks_of_choices([answer], choices)
+
+
+@pytest.mark.parametrize("logs", [(), (LOG,)])
+def test_a_choice_of_which_nothing_tells_is_an_error(logs: tuple[str, ...]) -> None:
+    with pytest.raises(ProtocolError, match="expected"):
+        chosen(Answer(200, "unknown", "text", 130, 64), *logs)
+
+
+def test_the_table_has_a_line_per_worker_and_their_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    choices, answer = chosen(Answer(200, "r1", "text", 130, 41), LOG)
+    show_choices([answer, answer], choices)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    assert ["A", "0", "0", "0", "0", "0"] in lines
+    assert ["B", "2", "260", "64", "82", "178"] in lines
+    assert ["all", "2", "260", "64", "82", "178"] in lines

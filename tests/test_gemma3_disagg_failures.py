@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.contract import Contract
+from vswa_plugins.gemma3_cpu.rank import PagedForward
 from vswa_plugins.gemma3_cpu.scheduler import Scheduler
 
 from tests.gemma3_disagg_helpers import handed_over, nothing_leaks, running_pair, until, with_options
@@ -107,6 +107,35 @@ def test_a_peer_that_says_nothing_is_given_up_after_the_time_out(small: Path, co
             held.go.set()
 
     run_async(main())
+
+
+def test_a_request_counts_as_running_while_its_blocks_come_and_keeps_its_place_if_they_do_not(
+    small: Path, held: Held
+) -> None:
+    options = {**with_options(transfer_timeout_s=0.3), "max_batch_size": 1}
+    ends: list[str] = []
+
+    async def main() -> None:
+        async with running_pair(small, decode_options=options) as pair:
+
+            async def client(name: str, request: dict[str, Any]) -> None:
+                await collect(pair.decode, request)
+                ends.append(name)
+
+            first = request_for(prompt_of(50), 4)
+            first = handed_over(first, await pair.prefilled(first))
+            running = [asyncio.create_task(client("first", first))]
+            await until(lambda: pair.decode.stats()["transfers_held"] == 1.0)
+            running.append(asyncio.create_task(client("second", request_for(prompt_of(9, 1), 1))))
+            await until(lambda: pair.decode.stats()["waiting"] == 1.0)
+            assert 1.0 == pair.decode.stats()["running"]
+            await asyncio.gather(*running)
+            assert 1.0 == pair.decode.stats()["transfer_failures"]
+            held.go.set()
+
+    run_async(main())
+
+    assert ["first", "second"] == ends
 
 
 def test_a_prompt_that_nobody_fetches_is_freed_after_the_deadline(small: Path, cold: Cold) -> None:
@@ -218,7 +247,8 @@ def test_a_client_that_goes_during_the_transfer_frees_both_sides(small: Path, he
                 await running
             await until(lambda: not pair.decode.stats()["transfers_held"])
             nothing_leaks(pair.decode)
-            assert 0.0 == pair.decode.stats()["transfer_failures"]
+            stats = pair.decode.stats()
+            assert (0.0, 0.0) == (stats["transfer_failures"], stats["prefill_tokens"])
             held.go.set()
             await pair.settled()
 
@@ -237,54 +267,89 @@ def test_a_client_that_goes_before_the_prefill_is_done_leaves_nothing_held(small
     run_async(main())
 
 
+def test_a_client_that_goes_during_the_last_step_of_the_prefill_leaves_nothing_held(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, compute = Held(), PagedForward.__call__
+
+    def gated(self: PagedForward, chunks: Any, /) -> Any:
+        gate.reached.set()
+        gate.go.wait(10)
+        return compute(self, chunks)
+
+    monkeypatch.setattr(PagedForward, "__call__", gated)
+
+    async def main() -> None:
+        async with running_pair(small) as pair:
+            running = asyncio.create_task(pair.prefilled(request_for(prompt_of(20), 1)))
+            await asyncio.to_thread(gate.reached.wait, 10)
+            running.cancel()
+            await asyncio.wait([running])
+            gate.go.set()
+            await until(lambda: not pair.prefill.stats()["running"])
+            assert 0.0 == pair.prefill.stats()["transfers_held"]
+
+    run_async(main())
+
+
+def test_a_client_that_goes_while_it_waits_for_room_frees_the_prefill_side(small: Path, held: Held) -> None:
+    requests = [request_for(prompt_of(40, seed), 2) for seed in range(2)]
+
+    async def main() -> None:
+        async with running_pair(small, decode_options={**with_options(), "max_batch_size": 1}) as pair:
+            first, late = [handed_over(each, await pair.prefilled(each)) for each in requests]
+            running = asyncio.create_task(collect(pair.decode, first))
+            await until(lambda: pair.decode.stats()["transfers_held"] == 1.0)
+            waiting = asyncio.create_task(collect(pair.decode, late))
+            await until(lambda: pair.decode.stats()["waiting"] == 1.0)
+            assert 2.0 == pair.prefill.stats()["transfers_held"]
+            waiting.cancel()
+            await until(lambda: pair.prefill.stats()["transfers_held"] == 1.0)
+            held.go.set()
+            await running
+
+    run_async(main())
+
+
+def test_a_client_that_goes_before_its_transfer_begins_frees_both_sides(small: Path, held: Held) -> None:
+    """Four transfers run side by side; the fifth waits."""
+
+    async def main() -> None:
+        async with running_pair(small) as pair:
+            first = [request_for(prompt_of(40, seed), 2) for seed in range(4)]
+            running = [asyncio.create_task(pair.run(request)) for request in first]
+            await until(lambda: pair.decode.stats()["transfers_held"] == 4.0)
+            late = asyncio.create_task(pair.run(request_for(prompt_of(40, 4), 2)))
+            await until(lambda: pair.decode.stats()["transfers_held"] == 5.0)
+            late.cancel()
+            await until(lambda: pair.decode.stats()["transfers_held"] == 4.0)
+            held.go.set()
+            await asyncio.gather(*running)
+            await pair.settled()
+            assert 0.0 == pair.prefill.stats()["transfers_expired"]
+
+    run_async(main())
+
+
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_stopping_ends_transfers_at_once(small: Path, held: Held, side: str) -> None:
     async def main() -> None:
         async with running_pair(small) as pair:
+            await pair.prefilled(request_for(prompt_of(150), 5))
             running = asyncio.create_task(pair.run(request_for(prompt_of(150), 5)))
             await asyncio.to_thread(held.reached.wait, 10)
             async with asyncio.timeout(5):
                 if side == "decode":
                     await asyncio.to_thread(pair.decode.stop)
-                    assert ["cancelled"] == [chunk["finish_reason"] for chunk in await running]
+                    [chunk] = await running
+                    assert "cancelled" == chunk["finish_reason"]
+                    # The prefill worker's count would say of this cache what is not true.
+                    assert 0 == chunk["completion_usage"]["prompt_tokens_details"]["cached_tokens"]
                 else:
                     stopping = asyncio.create_task(asyncio.to_thread(pair.prefill.stop))
                     assert 5 == len(tokens_of(await running))
                     held.go.set()
                     await stopping
             held.go.set()
-
-    run_async(main())
-
-
-def test_whatever_happens_no_block_stays_behind(small: Path, cold: Cold) -> None:
-    chance = random.Random(7)
-    prompts = [prompt_of(chance.randint(5, 150), chance.randint(0, 2)) for _ in range(30)]
-    tight = with_options(
-        kv_blocks={32: 30, "global": 30}, transfer_timeout_s=1, host_blocks={32: 5, "global": 9}
-    )
-
-    async def main() -> None:
-        async with running_pair(small, tight, tight) as pair:
-
-            async def client(prompt: list[int], fate: float) -> None:
-                request = request_for(prompt, 4)
-                async with asyncio.timeout(fate if fate < 0.05 else 20):
-                    chunk = await pair.prefilled(request)
-                    if fate > 0.9:
-                        return
-                    assert cold.greedy(prompt, 4) == tokens_of(
-                        await collect(pair.decode, handed_over(request, chunk))
-                    )
-
-            fates = [chance.random() for _ in prompts]
-            ends = await asyncio.gather(
-                *(client(p, f if f > 0.2 else f / 5) for p, f in zip(prompts, fates, strict=True)),
-                return_exceptions=True,
-            )
-            assert {type(None), TimeoutError} >= {type(end) for end in ends}
-            await pair.settled()
-            await until(lambda: not pair.decode.stats()["running"])
-            assert pair.decode.stats()["transfers"] > 0
 
     run_async(main())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from vswa_plugins.gemma3_cpu.options import EngineOptions, parse_options
+from vswa_plugins.gemma3_cpu.options import SECTION, EngineOptions, parse_options
 from vswa_plugins.gemma3_cpu.pools import CachePlan, ModelShape, plan_cache
 
 from vswa_plugin.errors import ConfigError
@@ -16,6 +16,11 @@ CONFIGS = Path(__file__).parent.parent / "engine_configs" / "gemma3"
 FIVE_TO_ONE = (512, 512, 512, 512, 512, None)
 SMALL = ModelShape(FIVE_TO_ONE, context_length=8192, bytes_per_token=256)
 GEMMA_1B = ModelShape((FIVE_TO_ONE * 5)[:26], context_length=32_768, bytes_per_token=2048)
+#: Those of which each committed config names its own.
+SIZES = {
+    f"{name}b": ModelShape(((1024,) * 5 + (None,)) * (layers // 6) + (1024,) * (layers % 6), 131_072, width)
+    for name, layers, width in ((4, 34, 8192), (12, 48, 16_384), (27, 62, 16_384))
+}
 MIB = 1 << 20
 
 
@@ -255,11 +260,17 @@ def test_a_pool_size_for_an_unknown_window_names_the_known_ones() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_committed_configs_say_their_source_and_are_read(path: Path) -> None:
     text = path.read_text()
-    loaded = plan_cache(parse_options(yaml.safe_load(text), str(path)), GEMMA_1B)
+    size = path.stem.rpartition("_")[2]
+    data = yaml.safe_load(text)
+    if size in SIZES:
+        # One request of the whole context takes more than the default bound.
+        data[SECTION] = {"kv_memory_mb": 1 << 20}
+    loaded = plan_cache(parse_options(data, str(path)), SIZES.get(size, GEMMA_1B))
 
     assert all(word in text.split("\n\n")[0] for word in ("# Source:", "date", "# Used:"))
-    assert [512, None] == windows(loaded)
-    assert [512, None] == windows(plan_cache(parse_options(yaml.safe_load(text)), SMALL))
+    assert [1024 if size in SIZES else 512, None] == windows(loaded)
+    if size not in SIZES:
+        assert [512, None] == windows(plan_cache(parse_options(data), SMALL))
 
 
 @pytest.mark.parametrize(
@@ -303,3 +314,11 @@ def test_a_host_tier_is_there_only_where_it_is_asked_for() -> None:
 def test_a_page_holds_all_layers_of_its_group() -> None:
     assert [22, 4] == [pool.layers for pool in plan({}, GEMMA_1B).pools]
     assert [26] == [pool.layers for pool in plan({"max_seq_len": 512}, GEMMA_1B).pools]
+
+
+def test_the_rule_for_any_engine_goes_before_the_own_one() -> None:
+    options = parse_options({"vswa": {"reuse_rule": "trtllm_v1", "lora_adapters": {}}, "gemma3_cpu": {}})
+
+    assert "trtllm_v1" == options.reuse_rule
+    with pytest.raises(ConfigError, match=r"vswa\.reuse_rule: expected one of trtllm_v2, .* got 'lru'"):
+        parse_options({"vswa": {"reuse_rule": "lru"}})

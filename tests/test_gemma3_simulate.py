@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vswa_plugins.gemma3_cpu.cache.api import CacheManager
 from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
@@ -39,7 +40,7 @@ def simulated(*arguments: str) -> int:
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        return [json.loads(line) for line in lines]
+        return [msgspec.json.decode(line) for line in lines]
 
 
 @pytest.mark.parametrize("trace", ["gemma3-1b", "host-tier"])
@@ -60,7 +61,7 @@ def test_the_requests_of_a_recorded_engine_make_its_trace_again(trace: str) -> N
     ]
     Simulation([SimulatedWorker(manager, size, chunk)], ours.append).run(asked)
 
-    assert records == json.loads(json.dumps(ours))
+    assert records == msgspec.json.decode(msgspec.json.encode(ours))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -189,6 +190,7 @@ def test_the_table_has_a_line_per_window(capsys: pytest.CaptureFixture[str]) -> 
         (["--blocks", "20"], "request 2: 999 prompt tokens"),
         (["--from", "/nowhere/requests.jsonl"], "expected a file that can be read"),
         (["--out", "/nowhere/trace.jsonl"], "expected a file that can be written"),
+        (["--out", "/dev/full"], "/dev/full: expected room for the trace"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -226,6 +228,27 @@ def test_a_file_that_is_not_compressed_is_told_from_one_that_is(
 
     assert 2 == simulated("--from", str(path))
     assert "expected JSON Lines, plain or compressed" in capsys.readouterr().err
+
+
+def test_a_file_whose_compressed_bytes_are_wrong_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "requests.jsonl.gz"
+    path.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 100)
+
+    assert 2 == simulated("--from", str(path))
+    assert "expected JSON Lines, plain or compressed" in capsys.readouterr().err
+
+
+def test_a_trace_is_not_written_over_the_requests_that_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"token_ids": [1, 2], "output_len": 1}\n')
+
+    assert 2 == simulated("--from", str(path), "--out", f"{tmp_path}/../{tmp_path.name}/requests.jsonl")
+    assert "--out: expected another file than --from" in capsys.readouterr().err
+    assert 1 == len(lines_of(path))
 
 
 def test_an_unknown_rule_has_no_manager() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -71,9 +72,9 @@ class Served:
             self.publishers,  # type: ignore[arg-type]
         )
 
-    async def request(self, gone: asyncio.Future[bool] | None = None) -> list[ChunkDict]:
+    async def request(self, gone: asyncio.Future[bool] | None = None, **changed: Any) -> list[ChunkDict]:
         gone = gone or asyncio.get_running_loop().create_future()
-        request = {"token_ids": [1, 2, 3, 4], "routing": {"dp_rank": 3}}
+        request = {"token_ids": [1, 2, 3, 4], "routing": {"dp_rank": 3}, **changed}
         return [chunk async for chunk in self.handler.handle(request, "r1", gone)]
 
 
@@ -222,3 +223,36 @@ def test_the_count_of_another_worker_claims_nothing_here() -> None:
 
     assert [] == served.publishers[0].claims
     assert [2] == [record.cached_tokens for record in served.records]
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3, 4], struct.pack("<4i", 1, 2, 3, 4)], ids=["a list", "packed"])
+def test_the_prompt_of_record_and_claim_is_that_of_the_request(tokens: list[int] | bytes) -> None:
+    served = Served(Scripted(*one_answer(dp_rank=0)), ranks=1)
+
+    asyncio.run(served.request(token_ids=tokens))
+
+    assert [4] == [record.prompt_tokens for record in served.records]
+    assert [Claim((1, 2, 3, 4), 2, mark=0)] == served.publishers[0].claims
+
+
+@pytest.mark.parametrize("rank", ["one", [1], 1.5])
+def test_a_rank_that_is_none_is_left_to_the_engine_to_refuse(rank: Any) -> None:
+    served = Served(Scripted(InvalidRequest("routing.dp_rank: expected a rank")))
+
+    with pytest.raises(InvalidRequest, match="expected a rank"):
+        asyncio.run(served.request(routing={"dp_rank": rank}))
+    assert [0] == [record.dp_rank for record in served.records]
+
+
+def test_a_claim_that_fails_costs_neither_the_record_nor_the_end_of_the_request() -> None:
+    served = Served(Scripted(*one_answer(dp_rank=0)), ranks=1)
+    served.publishers[0].claim = None  # type: ignore[assignment, method-assign]
+
+    async def body() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        await served.request()
+        assert await served.handler.drain(1)
+
+    asyncio.run(body())
+
+    assert 1 == len(served.records)

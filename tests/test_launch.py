@@ -21,13 +21,14 @@ from aiohttp import web
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually
-from vswa_plugin.cluster import Cluster, ClusterSettings
+from vswa_plugin.cluster import Cluster, ClusterSettings, router_arguments, routing_environment
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.launch import main, settings_from
 from vswa_plugin.processes import BackOff, Child, ChildDied, free_port, python_module
+from vswa_plugin.router.args import parse as router_parse
 from vswa_plugin.topologies import (
-    KNOWN,
     TOPOLOGIES,
+    Routing,
     WorkerGroup,
     add_worker_counts,
     find_topology,
@@ -67,7 +68,23 @@ def test_the_guides_environment_says_what_each_kind_of_worker_gets(
     ("argv", "message"),
     [
         (["dsagg"], "unknown topology 'dsagg': did you mean 'disagg'? Known: agg, agg_router, disagg"),
-        (["agg_router"], "topology 'agg_router' is not in this version; there are agg, disagg"),
+        (["agg_router", "--router", "exect"], "--router: unknown router 'exect': did you mean 'exact'?"),
+        (["agg", "--router", "stock"], "--router: topology 'agg' routes by no cache, expected no router"),
+        (["agg_router", "--routers", "0"], "--routers: expected at least 1, got 0"),
+        (["agg", "--routers", "2"], "--routers: only ROUTER=exact has routers of ours, got none"),
+        (
+            ["agg_router", "--router", "stock", "--routers", "2"],
+            "--routers: only ROUTER=exact has routers of ours, got 'stock'",
+        ),
+        (["agg_router", "--router-mode", "kv"], "--router-mode: 'agg_router' has its own, got 'kv'"),
+        (
+            ["agg_router", "--", "--register", "frontend"],
+            "--register (--register frontend): expected hidden workers behind our router",
+        ),
+        (
+            ["agg", "--", "--register", "hidden"],
+            "--register (--register hidden): expected workers that the frontend can see",
+        ),
         (
             ["agg", "--model-path", "/nowhere"],
             "expected a model at /nowhere, got nothing there",
@@ -102,13 +119,68 @@ def test_a_port_that_is_taken_is_said_with_its_option(
     assert f"--http-port: expected a port of 127.0.0.1 that is free, got {taken}" in capsys.readouterr().err
 
 
-def test_every_topology_that_is_there_can_be_counted() -> None:
+def test_there_are_several_workers_by_default_where_one_of_them_has_to_be_chosen() -> None:
     parser = argparse.ArgumentParser()
-    add_worker_counts(parser, agg=2)
+    add_worker_counts(parser, several=2)
+    counts = {name: worker_counts(parser.parse_args([]), find_topology(name)) for name in TOPOLOGIES}
 
-    assert set(KNOWN) < set(TOPOLOGIES)
-    assert worker_counts(parser.parse_args([]), find_topology("agg")) == {"agg": 2}
-    assert worker_counts(parser.parse_args([]), find_topology("disagg")) == {"prefill": 1, "decode": 1}
+    assert counts == {
+        "agg": {"agg": 2},
+        "agg_router": {"agg": 2},
+        "disagg": {"prefill": 1, "decode": 1},
+        "disagg_router": {"prefill": 2, "decode": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "expected"),
+    [
+        (["agg"], {}, Routing(None)),
+        (["agg"], {"ROUTER": ""}, Routing(None)),
+        (["agg_router"], {}, Routing("exact")),
+        (["agg_router", "--routers", "3"], {}, Routing("exact", 3)),
+        (["disagg_router"], {"ROUTER": "stock"}, Routing("stock")),
+        (["disagg_router", "--router", "exact"], {"ROUTER": "stock"}, Routing("exact")),
+    ],
+)
+def test_the_option_goes_before_the_environment_and_exact_is_the_default(
+    model_dir: Path, argv: list[str], environ: dict[str, str], expected: Routing
+) -> None:
+    settings, _ = settings_from([*argv, "--model-path", str(model_dir)], environ)
+
+    assert settings.routing == expected
+
+
+def test_a_router_in_the_environment_of_a_topology_without_one_is_refused(model_dir: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^ROUTER: topology 'disagg' routes by no cache.*disagg_router has"
+    ):
+        settings_from(["disagg", "--model-path", str(model_dir)], {"ROUTER": "stock"})
+
+
+def test_routers_are_told_what_they_must_know_as_their_workers_do(model_dir: Path) -> None:
+    argv = ["agg_router", "--model-path", str(model_dir), "--served-model-name", "google/gemma", "--"]
+    argv += ["--heartbeat", "0.5", "--registry", "file:/tmp/x", "--plugin", STANDIN, "--engine", "standin"]
+    options = router_arguments(settings_from(argv, {})[0])
+    args = router_parse(options)
+
+    assert args.served_model_name == "google/gemma"
+    assert re.fullmatch(r"dynamo\.router\.generate-google-gemma-[0-9a-f]{6}", str(args.endpoint))
+    assert (args.heartbeat_s, args.registry, args.plugin) == (0.5, "file:/tmp/x", [STANDIN])
+
+
+def test_workers_are_told_of_the_router_in_front_whatever_our_own_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VSWA_ROUTER", "exact")
+
+    assert routing_environment(Routing(None)) == {"VSWA_ROUTER": ""}
+    assert routing_environment(Routing("exact")) == {"VSWA_ROUTER": "exact"}
+    assert routing_environment(Routing("stock")) == {"VSWA_ROUTER": "stock", "VSWA_DYNAMO_EVENTS": "boundary"}
+
+    monkeypatch.setenv("VSWA_DYNAMO_EVENTS", "global")
+
+    assert routing_environment(Routing("stock"))["VSWA_DYNAMO_EVENTS"] == "global"
 
 
 def test_help_teaches_by_the_guides_environment(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
-"""One request through a prefill and a decode worker, both made of a few lines: books, errors, cancellation."""
+"""One request through a prefill and a decode worker, made of a few lines: books, errors, cancellation."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -43,12 +43,13 @@ LAST: ChunkDict = {"token_ids": [7], "finish_reason": "stop", "completion_usage"
 
 
 class Workers:
-    """All workers; each says what ``steps`` has for it, None waits for ever."""
+    """All workers; each says what ``steps`` has for it, None waits. ``heard`` is called before each."""
 
     def __init__(self, steps: Mapping[int, list[Step]]) -> None:
         self.steps = dict(steps)
         self.ids = [11, 12, 21, 22, 31]
         self.asked: list[tuple[int, dict[str, Any]]] = []
+        self.heard: Callable[[], None] = lambda: None
 
     def instance_ids(self) -> list[int]:
         return self.ids
@@ -58,6 +59,7 @@ class Workers:
     ) -> AsyncIterator[ChunkDict]:
         self.asked.append((worker_id, request))
         for step in self.steps[worker_id]:
+            self.heard()
             if isinstance(step, Exception):
                 raise step
             if step is None:
@@ -164,21 +166,15 @@ def test_a_prefill_worker_that_says_nothing_of_its_cache_leaves_the_usage_as_it_
 
 def test_the_prompt_is_load_of_the_prefill_rank_until_it_is_computed_and_then_of_the_decode_rank() -> None:
     async def body() -> None:
-        served = Served({11: [{"token_ids": []}, computed()], 12: []})
+        served = Served({11: [{"token_ids": []}, computed(), {"token_ids": []}]})
         served.holds(P1, 4)
-        loads = []
-        saw = type(served.workers).generate
+        served.holds(D2, 8)
+        loads: list[tuple[Load, Load]] = []
+        served.workers.heard = lambda: loads.append((served.book.load(P1), served.book.load(D1)))
+        await served.all(routing={"decode_worker_id": 21})
 
-        async def watched(self: Workers, *args: Any) -> AsyncIterator[ChunkDict]:
-            async for chunk in saw(self, *args):
-                loads.append((served.book.load(P1), served.book.load(D1)))
-                yield chunk
-
-        served.workers.generate = watched.__get__(served.workers)  # type: ignore[method-assign]
-        async for _ in served.chunks(routing={"decode_worker_id": 21}):
-            loads.append((served.book.load(P1), served.book.load(D1)))
-
-        assert loads == [(Load(10, 96, 1), Load())] * 2 + [(Load(), Load(10, 0, 1))] * 4
+        # Before each chunk; the first one of the prefill worker has no token, the second one is its last.
+        assert loads == [(Load(10, 96, 1), Load())] * 2 + [(Load(), Load())] + [(Load(), Load(10, 0, 1))] * 2
         assert served.idle()
 
     run(body())
@@ -224,11 +220,23 @@ def test_decode_goes_where_least_is_read_and_what_it_holds_counts_as_saved_trans
     run(body())
 
 
+def test_decode_goes_where_fewest_requests_are_though_none_fills_a_block() -> None:
+    async def body() -> None:
+        served = Served()
+        served.book.add("other", D1, (), 9, 0)
+        for _ in range(5):
+            await served.all(token_ids=PROMPT[:9])
+        assert set(served.asked()[1::2]) == {22}
+
+    run(body())
+
+
 def test_a_crowd_with_one_prompt_is_decoded_by_all_though_one_holds_it() -> None:
     async def body() -> None:
         served = Served({21: [None], 22: [None]})
         served.holds(D1, 10)
-        tasks = [asyncio.create_task(served.all(call)) for call in (calls := [FakeCall() for _ in range(8)])]
+        calls = [FakeCall() for _ in range(8)]
+        tasks = [asyncio.create_task(served.all(call)) for call in calls]
         while len(served.workers.asked) < 16:
             await asyncio.sleep(0)
         decoding = [each for each in served.asked() if each > 20]

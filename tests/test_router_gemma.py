@@ -24,11 +24,9 @@ def stack(
     made = Stack(tmp_path_factory.mktemp("gemma"), brokers.env, model_dir, "engines")
 
     async def worker(number: int) -> None:
-        options = ["--model-path", str(model_dir), "--served-model-name", "gemma"]
-        options += ["--endpoint", "dyn://engines.backend.generate"]
         # Small enough to evict: what slides out of the window is gone before the global blocks are.
-        options += ["--override-engine-args", '{"gemma3_cpu": {"kv_blocks": {"512": 60, "global": 150}}}']
-        await made.child(f"worker-{number}", "vswa_plugin.worker", *options)
+        small = '{"gemma3_cpu": {"kv_blocks": {"512": 60, "global": 150}}}'
+        await made.engine(f"worker-{number}", "agg", "--override-engine-args", small)
 
     async def start() -> None:
         await asyncio.gather(worker(1), worker(2), made.start("--log-level", "debug"))

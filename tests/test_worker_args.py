@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -69,6 +70,50 @@ def test_each_mode_has_its_endpoint_unless_told_otherwise(model_dir: Path, mode:
 
     assert str(parse(argv).endpoint) == endpoint
     assert str(parse([*argv, "--endpoint", "dyn://a.b.c"]).endpoint) == "a.b.c"
+
+
+@pytest.mark.parametrize(
+    ("option", "environ", "visible", "reason"),
+    [
+        (None, {}, True, "no VSWA_ROUTER"),
+        (None, {"VSWA_ROUTER": "stock"}, True, "VSWA_ROUTER=stock"),
+        (None, {"VSWA_ROUTER": "exact"}, False, "VSWA_ROUTER=exact, its router shows the model"),
+        ("auto", {"VSWA_ROUTER": "exact", "VSWA_REGISTER": "frontend"}, False, "VSWA_ROUTER=exact, its"),
+        ("frontend", {"VSWA_ROUTER": "exact"}, True, "--register frontend"),
+        ("hidden", {}, False, "--register hidden"),
+        (None, {"VSWA_REGISTER": "hidden"}, False, "--register hidden"),
+    ],
+)
+def test_frontends_see_a_worker_unless_it_is_told_otherwise_or_works_behind_our_router(
+    model_dir: Path, option: str | None, environ: dict[str, str], visible: bool, reason: str
+) -> None:
+    argv = ["--model-path", str(model_dir), *(["--register", option] if option else [])]
+    found = parse(argv, environ).showing
+
+    assert found.visible is visible
+    assert found.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "message"),
+    [
+        (["--register", "hiden"], {}, "--register: unknown way 'hiden': did you mean 'hidden'?"),
+        ([], {"VSWA_REGISTER": "no"}, "--register: unknown way 'no'"),
+        ([], {"VSWA_ROUTER": "exakt"}, "VSWA_ROUTER: unknown router 'exakt': did you mean 'exact'?"),
+        (["--taint", " "], {}, "--taint: expected a name, got nothing"),
+    ],
+)
+def test_unknown_ways_to_show_itself_are_refused(
+    model_dir: Path, argv: list[str], environ: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(["--model-path", str(model_dir), *argv], environ)
+
+
+def test_taints_are_told_once_each_in_their_order(model_dir: Path) -> None:
+    argv = ["--model-path", str(model_dir), "--taint", "fast", "--taint", "eu", "--taint", "fast"]
+
+    assert parse(argv).taints == ("fast", "eu")
 
 
 def test_ranks_are_asked_for_by_number(model_dir: Path) -> None:
@@ -250,10 +295,22 @@ def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         "vswa make-model",
         "--mode prefill",
         "--mode decode",
-        "vswa_plugin.launch agg|disagg",
+        "vswa_plugin.launch agg|agg_router|disagg",
+        "VSWA_REGISTER",
         "python -m vswa_plugin.frontend",
         "NATS_SERVER",
         "ETCD_ENDPOINTS",
         "exit codes",
     ):
         assert part in said
+
+
+def test_a_reuse_rule_goes_to_whichever_engine_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "agg.yaml"
+    file.write_text("vswa: {reuse_rule: trtllm_v2, allow_unknown: true}\n")
+    settings = parse(
+        ["--model-path", str(tmp_path), "--extra-engine-args", str(file), "--reuse-rule", "trtllm_v1"]
+    ).settings
+
+    assert {"vswa": {"reuse_rule": "trtllm_v1", "allow_unknown": True}} == settings.options
+    assert f"--reuse-rule and {file}" == settings.options_source

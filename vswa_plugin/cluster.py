@@ -34,8 +34,10 @@ from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.processes import Child, free_port, is_free, python_module
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
+from vswa_plugin.router import args as router_args
+from vswa_plugin.router.models import slug_of
 from vswa_plugin.topologies import Routing, WorkerGroup
-from vswa_plugin.worker.args import ROUTER_ENV as WORKER_ROUTER_ENV
+from vswa_plugin.worker import args as worker_args
 
 WORKER_TIMEOUT_S = 120.0
 READY_TIMEOUT_S = 30.0
@@ -44,6 +46,7 @@ STOP_TIMEOUT_S = 40.0
 Progress = Callable[[str], None]
 #: Read by the plugin dynamo_events: what a worker tells Dynamo's own router.
 PROJECTION_ENV = "VSWA_DYNAMO_EVENTS"
+_JOINS = re.compile(r"worker ([0-9a-f]+) joins")
 _STATUS = re.compile(r"status on (http://\S+):")
 
 
@@ -84,19 +87,56 @@ def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]
     return [*arguments, *settings.worker_options]
 
 
+def router_endpoint(settings: ClusterSettings) -> EndpointName:
+    """Where all routers of the model stand, and those of no other."""
+    model = slug_of(settings.served_model_name)
+    return EndpointName(settings.namespace, ROUTER_COMPONENT, f"generate-{model}")
+
+
 def router_arguments(settings: ClusterSettings) -> list[str]:
     """The command line of a router of ours, each of which stands for all the others."""
-    endpoint = EndpointName(settings.namespace, ROUTER_COMPONENT, "generate")
-    arguments = ["--endpoint", f"dyn://{endpoint}", "--served-model-name", settings.served_model_name]
+    arguments = ["--endpoint", f"dyn://{router_endpoint(settings)}"]
+    arguments += ["--served-model-name", settings.served_model_name]
+    workers = _parsed(settings)[0]
+    arguments += ["--heartbeat", f"{workers.heartbeat_s:g}"]
+    if workers.registry:
+        arguments += ["--registry", workers.registry]
+    for option, names in (("--plugin", workers.plugin), ("--no-plugin", workers.no_plugin)):
+        for name in names:
+            arguments += [option, name]
     return [*arguments, *settings.router_options]
 
 
 def routing_environment(routing: Routing) -> dict[str, str]:
-    """What tells the workers of a cluster which router they work behind; always, whatever ours is."""
-    told = {WORKER_ROUTER_ENV: routing.router or ""}
+    """What tells workers which router they work behind, whatever our own environment says."""
+    told = {worker_args.ROUTER_ENV: routing.router or ""}
     if routing.router == "stock":
         told[PROJECTION_ENV] = os.environ.get(PROJECTION_ENV) or "boundary"
     return told
+
+
+def check_settings(settings: ClusterSettings) -> None:
+    """Raise ConfigError for whatever can be found wrong without starting a process."""
+    hidden = settings.routing.router == "exact"
+    for workers in _parsed(settings):
+        if workers.showing.visible == hidden:
+            raise ConfigError(
+                f"--register ({workers.showing.reason}): "
+                + (
+                    "expected hidden workers behind our router, else the frontend sends requests past it"
+                    if hidden
+                    else "expected workers that the frontend can see, nothing else sends them requests"
+                )
+                + "; leave it at auto"
+            )
+    if hidden:
+        router_args.parse(router_arguments(settings))
+
+
+def _parsed(settings: ClusterSettings) -> list[worker_args.WorkerArgs]:
+    """The workers' command lines, as a worker of each group reads its own."""
+    environ = {**os.environ, **routing_environment(settings.routing)}
+    return [worker_args.parse(worker_arguments(settings, group), environ) for group in settings.groups]
 
 
 class Cluster:
@@ -129,11 +169,13 @@ class Cluster:
         }
 
     async def start(self) -> None:
-        """Start what is not started yet and return once the frontend serves the model from all workers.
+        """Start what is not started yet and return once the frontend serves the model and knows all workers.
 
-        :raises ConfigError: the frontend's port is taken; with ``keep``, what a process wants corrected.
+        :raises ConfigError: the settings contradict themselves; the frontend's port is taken; with ``keep``,
+            what a process wants corrected.
         :raises ChildDied: something has ended.
         """
+        check_settings(self.settings)
         await self.start_brokers()
         await self._start_frontend()
         if self.settings.routing.router == "exact":
@@ -233,7 +275,7 @@ class Cluster:
             await registry.leave()
 
     async def wait_for_model(self) -> None:
-        """Return once the frontend knows all workers that were to be started, and serves a request.
+        """Return once frontend and routers know all workers that were to be started, and a request is served.
 
         A model is listed a few milliseconds before its requests are not refused any more.
         """
@@ -246,7 +288,8 @@ class Cluster:
 
         async def serves() -> bool:
             self.check()
-            return wanted <= await self._instances() and await self._lists() and await self._answers()
+            known = self._routers_know() and wanted <= await self._instances()
+            return known and await self._lists() and await self._answers()
 
         self._progress("waiting until the frontend serves the model")
         timeout_s = math.inf if self.settings.keep else READY_TIMEOUT_S
@@ -307,8 +350,14 @@ class Cluster:
     async def _instances(self) -> Counter[str]:
         """Workers that the frontend knows, by Dynamo component."""
         instances = (await self._get("/health")).get("instances", [])
-        ours = (self.settings.namespace, "generate")
-        return Counter(i["component"] for i in instances if (i["namespace"], i["endpoint"]) == ours)
+        endpoints = ("generate", router_endpoint(self.settings).endpoint)
+        ours = (i for i in instances if i["namespace"] == self.settings.namespace)
+        return Counter(i["component"] for i in ours if i["endpoint"] in endpoints)
+
+    def _routers_know(self) -> bool:
+        """Whether each router of ours says that it sends requests to all workers."""
+        workers = sum(group.count for group in self.settings.groups)
+        return all(len(set(_JOINS.findall(router.log()))) >= workers for router in self.routers)
 
     async def _lists(self) -> bool:
         models = (await self._get("/v1/models")).get("data", [])

@@ -27,6 +27,8 @@ LOOPBACK_ENV = {
     "DYN_TCP_RPC_HOST": "127.0.0.1",
     "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
     "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+    # The other one, ZeroMQ, listens on all addresses whatever the host above.
+    "DYN_EVENT_PLANE": "nats",
     "DYN_SELF_HOST_METADATA": "0",
 }
 ROUTER_MODES = ("round-robin", "random", "kv", "direct")
@@ -105,7 +107,6 @@ class WorkerEndpoint:
         self._runtime = runtime
         self._endpoint = runtime.endpoint(str(name))
         self._serving: asyncio.Task[None] | None = None
-        self._shown = False
 
     @property
     def worker_id(self) -> int:
@@ -148,7 +149,6 @@ class WorkerEndpoint:
         config.max_num_batched_tokens = info.max_num_batched_tokens
         config.data_parallel_size = info.data_parallel_size
         config.taints = set(taints)
-        self._shown = True
         await register_model(
             ModelInput.Tokens,
             role.model_type,
@@ -166,8 +166,7 @@ class WorkerEndpoint:
         """Take endpoint, and model where it is shown, out of discovery; requests under way go on."""
         from dynamo.llm import unregister_model
 
-        steps = [unregister_model(self._endpoint)] if self._shown else []
-        for step in (*steps, self._endpoint.unregister_endpoint_instance()):
+        for step in (unregister_model(self._endpoint), self._endpoint.unregister_endpoint_instance()):
             try:
                 await asyncio.wait_for(step, 5)
             except Exception as error:  # Dynamo raises plain Exception; its lease ends what is left

@@ -29,9 +29,18 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from vswa_plugin.accuracy.ranks import RankSetup, SimulatedRank
     from vswa_plugin.accuracy.scorers import Scorer
     from vswa_plugin.commands import Commands
-    from vswa_plugin.engine import BlocksStored, Engine, EngineInfo, EngineSettings, EventAdapter
+    from vswa_plugin.engine import (
+        BlocksStored,
+        Engine,
+        EngineInfo,
+        EngineSettings,
+        EventAdapter,
+        RawEvent,
+        RequestDict,
+    )
     from vswa_plugin.events import Batch, Rank, Source
     from vswa_plugin.layout import CacheLayout
     from vswa_plugin.nodes import Node
@@ -55,6 +64,7 @@ class WorkerContext:
     :param settings: what the worker was asked to run.
     :param info: what the engine states about itself: layout, data-parallel ranks, limits.
     :param rules: all reuse rules by name; ``info.layout.rule`` is one of them.
+    :param event_format: of the engine's own events, e.g. ``trtllm``.
     """
 
     endpoint: Any
@@ -62,6 +72,7 @@ class WorkerContext:
     settings: EngineSettings
     info: EngineInfo
     rules: Mapping[str, ReuseRule]
+    event_format: str = ""
 
 
 # -- engines ---------------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
 def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float] | None:
     """Adjust what some candidates cost: blocks to add, below 0 to take off.
 
-    Called: on a router's event loop, once per request, after all candidates were scored and before one is
+    Called: on a router's event loop, once per request and phase, after all candidates were scored and before one is
         chosen. Hot path: no I/O, no waiting.
     Order: of no effect; all see the costs of the router itself.
     Combine: the sum of all answers, added to the router's own costs.
@@ -183,7 +194,7 @@ def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[
 def vswa_select_worker(request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
     """Choose the rank that serves a request, or None to leave that to others.
 
-    Called: on a router's event loop, once per request, after ``vswa_score``. Hot path: no I/O, no waiting.
+    Called: on a router's event loop, once per request and phase, after ``vswa_score``. Hot path: no I/O, no waiting.
     Order: stops at the first answer; the router's own choice comes last.
     Combine: first non-None. None from all: the cheapest, or one drawn by ``--router-temperature``.
     Errors: that plugin has no answer; counted, logged once per plugin and minute. A rank that is no
@@ -210,6 +221,23 @@ def vswa_accuracy_scorers(layout: CacheLayout, rules: Mapping[str, ReuseRule]) -
     :param layout: frozen; the cache groups and the reuse rule of the trace's header.
     :param rules: all reuse rules by name.
     :returns: objects with the shape of ``vswa_plugin.accuracy.scorers.Scorer``, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec(firstresult=True)
+def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
+    """Build the cache of one engine rank without its model, for simulations of routing.
+
+    Called: by ``vswa accuracy route``, once per simulated rank, before its first request.
+    Order: stops at the first answer; look at ``setup.layout.rule`` before anything else.
+    Combine: first non-None. None from all is an error of the configuration.
+    Errors: ConfigError, sizes that cannot work, goes through unchanged. Any other exception costs this
+        plugin's answer; counted, logged once per plugin and minute.
+
+    :param setup: frozen; cache groups, reuse rule, blocks of each group.
+    :returns: an object with the shape of ``vswa_plugin.accuracy.ranks.SimulatedRank``, or None.
 
     .. versionadded:: 0.1
     """
@@ -255,6 +283,44 @@ def vswa_kv_stored(source: Source, stored: BlocksStored, nodes: Sequence[Node]) 
     :param stored: frozen; the engine's event in neutral form, with token ids, cache salt and LoRA.
     :param nodes: sequence hash, position and parent of the leading blocks of ``stored``, in order; fewer than
         its blocks where the others could not be named.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_engine_events(dp_rank: int, events: Sequence[RawEvent]) -> None:
+    """Observe an engine's KV events as it gave them. Sensitive: they hold the tokens of people's prompts.
+
+    Tokens and hashes must not leave the worker process unless its user asked for that, nor reach a log.
+
+    Called: on the engine's thread, with each list of events that it hands over, before anything else is done
+        with them; per dp_rank in the engine's order. Very hot path: append to something bounded, no more.
+    Order: of no effect; observers do not see one another.
+    Combine: nothing is returned.
+    Errors: that plugin misses these events; counted, logged once per plugin and minute.
+
+    :param dp_rank: of the engine's rank.
+    :param events: in the format that ``WorkerContext.event_format`` names.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_request_arrived(request_id: str, request: RequestDict) -> None:
+    """Observe one request before the engine gets it. Sensitive: it holds the tokens of somebody's prompt.
+
+    Tokens must not leave the worker process unless its user asked for that, nor reach a log.
+
+    Called: on the worker's event loop, once per request, before any event that it causes;
+        ``vswa_request_finished`` tells its end. Hot path: no I/O, no waiting.
+    Order: of no effect; observers do not see one another.
+    Combine: nothing is returned.
+    Errors: that plugin misses this request; counted, logged once per plugin and minute.
+
+    :param request_id: the frontend's id, as in the record at its end.
+    :param request: Dynamo's ``PreprocessedRequest``; read it, never change it.
 
     .. versionadded:: 0.1
     """

@@ -26,8 +26,9 @@ from vswa_plugin.reuse import RULES, ReuseRule
 if TYPE_CHECKING:
     from typing import Self
 
+    from vswa_plugin.accuracy.ranks import RankSetup, SimulatedRank
     from vswa_plugin.accuracy.scorers import Scorer
-    from vswa_plugin.engine import BlocksStored, Engine, EngineSettings, EventAdapter
+    from vswa_plugin.engine import BlocksStored, Engine, EngineSettings, EventAdapter, RawEvent, RequestDict
     from vswa_plugin.events import Batch, Rank, Source
     from vswa_plugin.hookspecs import WorkerContext
     from vswa_plugin.layout import CacheLayout
@@ -262,6 +263,29 @@ class PluginHost:
                 scorers += cast("Sequence[Scorer]", answer)
         return scorers
 
+    def simulated_rank(self, setup: RankSetup) -> SimulatedRank:
+        """The cache of one rank without its model: ``vswa_simulated_rank``.
+
+        :raises ConfigError: from a plugin, unchanged.
+        :raises PluginError: no plugin simulates this reuse rule; names those that failed.
+        """
+        lost: list[Lost] = []
+        for implementation in self._calls["vswa_simulated_rank"]:
+            answer = self._isolation.call(
+                implementation,
+                {"setup": setup},
+                plugin_checks.check_simulated_rank,
+                through=(ConfigError,),
+            )
+            if isinstance(answer, Lost):
+                lost.append(answer)
+            elif answer is not None:
+                return cast("SimulatedRank", answer)
+        rule = setup.layout.rule
+        raise PluginError(
+            f"no plugin simulates ranks with the reuse rule {rule!r}{self._why_not(lost)}; see `vswa plugins`"
+        )
+
     def kv_batch(self, source: Source, batch: Batch) -> None:
         """Show one numbered batch to all observers: ``vswa_kv_batch``. Never raises."""
         self._ask_all("vswa_kv_batch", {"source": source, "batch": batch}, plugin_checks.check_answer)
@@ -270,6 +294,17 @@ class PluginHost:
         """Show announced blocks with their tokens to all observers: ``vswa_kv_stored``. Never raises."""
         arguments = {"source": source, "stored": stored, "nodes": nodes}
         self._ask_all("vswa_kv_stored", arguments, plugin_checks.check_answer)
+
+    def engine_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
+        """Show an engine's own events to all observers: ``vswa_engine_events``. Never raises."""
+        if self._calls["vswa_engine_events"]:
+            arguments = {"dp_rank": dp_rank, "events": events}
+            self._ask_all("vswa_engine_events", arguments, plugin_checks.check_answer)
+
+    def request_arrived(self, request_id: str, request: RequestDict) -> None:
+        """Show one request to all observers: ``vswa_request_arrived``. Never raises."""
+        arguments = {"request_id": request_id, "request": request}
+        self._ask_all("vswa_request_arrived", arguments, plugin_checks.check_answer)
 
     def request_finished(self, record: RequestRecord) -> None:
         """Show one finished request to all observers: ``vswa_request_finished``. Never raises."""

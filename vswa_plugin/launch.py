@@ -1,4 +1,4 @@
-"""``python -m vswa_plugin.launch agg|disagg``: one deployment, kept alive until it is stopped."""
+"""``python -m vswa_plugin.launch TOPOLOGY``: one deployment, kept alive until it is stopped."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vswa_plugin import __version__, dynamo
-from vswa_plugin.cluster import Cluster, ClusterSettings, Progress, worker_arguments
+from vswa_plugin.cluster import Cluster, ClusterSettings, Progress, check_settings
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.programs import run_program, set_up_logging
 from vswa_plugin.topologies import (
-    KNOWN,
     TOPOLOGIES,
+    Routing,
     Topology,
     WorkerGroup,
+    add_router,
     add_worker_counts,
+    chosen_router,
     find_topology,
     worker_counts,
 )
-from vswa_plugin.worker import args as worker_args
 
 _EPILOG = """\
 topologies:
@@ -39,6 +40,9 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
   NATS_SERVER, ETCD_ENDPOINTS               brokers (several etcd with commas); embedded ones where not set
   DYN_HTTP_HOST, DYN_HTTP_PORT              where the frontend listens (127.0.0.1, 8000)
   VSWA_ENGINE                               the engine (gemma3_cpu)
+  ROUTER                                    of agg_router and disagg_router: exact or stock (or --router)
+  DYN_ROUTER_*                              cost options of exact routers, see their --help
+  VSWA_DYNAMO_EVENTS                        what stock is told: boundary (default), or global as Dynamo today
 
 example:
   vswa make-model /tmp/gemma
@@ -47,38 +51,38 @@ example:
   export DECODE_ENGINE_ARGS=engine_configs/gemma3/vswa_decode.yaml
   python -m vswa_plugin.launch disagg --decode-workers 2 -- --heartbeat 0.5
 
-What follows -- is given to every worker. Ctrl-C or SIGTERM stops workers, then frontend, then brokers; a
-second one does not wait for requests under way. A worker or frontend that fails is started again, after 1, 2,
-4 ... 30 seconds. An embedded broker that fails ends everything: bring your own for what has to last.
+What follows -- is given to every worker; --heartbeat, --registry and plugins of it also to exact routers.
+Ctrl-C or SIGTERM stops workers, then routers, frontend and brokers; a second one does not wait for requests
+under way. A worker, router or frontend that fails is started again, after 1, 2, 4 ... 30 seconds. An embedded
+broker that fails ends everything: bring your own for what has to last.
 
 exit codes: 0 after a signal, 1 when a broker failed, 2 for what you can correct.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    abouts = {name: each.about if each else "not in this version" for name, each in TOPOLOGIES.items()}
-    shown = (f"  {name:<16}{about}" for name, about in abouts.items())
+    shown = (f"  {name:<16}{each.about}" for name, each in TOPOLOGIES.items())
     made = argparse.ArgumentParser(
         prog="python -m vswa_plugin.launch",
-        description="Start Dynamo's frontend and the workers of one topology, and keep them alive.",
+        description="Start frontend, routers and workers of one topology, and keep them alive.",
         epilog=_EPILOG.replace("{topologies}", "\n".join(shown)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.add_argument("--version", action="version", version=__version__)
-    made.add_argument("topology", metavar="|".join(KNOWN), help="what is started, see below")
+    made.add_argument("topology", metavar="|".join(TOPOLOGIES), help="what is started, see below")
     environ = os.environ.get
     made.add_argument("--model-path", default=environ("MODEL_PATH"), help="default: MODEL_PATH")
     made.add_argument("--served-model-name", default=environ("SERVED_MODEL_NAME"), metavar="NAME")
     made.add_argument("--engine", default=environ("VSWA_ENGINE", "gemma3_cpu"), help="default: gemma3_cpu")
-    add_worker_counts(made, agg=1)
+    add_worker_counts(made, several=1)
+    add_router(made)
     made.add_argument("--http-host", default=environ("DYN_HTTP_HOST", "127.0.0.1"), help="default: 127.0.0.1")
     made.add_argument("--http-port", type=int, default=environ("DYN_HTTP_PORT", "8000"), help="default: 8000")
     made.add_argument(
         "--router-mode",
-        default="round-robin",
         metavar="|".join(dynamo.ROUTER_MODES),
-        help="how the frontend chooses workers (round-robin)",
+        help="agg, disagg: how the frontend chooses workers (round-robin)",
     )
     made.add_argument("--namespace", default=environ("DYN_NAMESPACE", "dynamo"), help="default: dynamo")
     made.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
@@ -98,8 +102,7 @@ def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Clus
             "MODEL_PATH: expected the directory of a model, got nothing; "
             "`vswa make-model DIR` writes a small random one"
         )
-    if given.router_mode not in dynamo.ROUTER_MODES:
-        raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, dynamo.ROUTER_MODES)}")
+    routing = chosen_router(given, topology, environ)
     settings = ClusterSettings(
         model_path=given.model_path,
         served_model_name=given.served_model_name or Path(given.model_path).resolve().name,
@@ -108,13 +111,23 @@ def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Clus
         namespace=given.namespace,
         http_host=given.http_host,
         http_port=given.http_port,
-        router_mode=given.router_mode,
+        router_mode=_router_mode(given.router_mode, topology, routing),
+        routing=routing,
         worker_options=tuple(argv[split + 1 :]),
         keep=True,
     )
-    for group in settings.groups:
-        worker_args.parse(worker_arguments(settings, group))
+    check_settings(settings)
     return settings, given.log_dir
+
+
+def _router_mode(given: str | None, topology: Topology, routing: Routing) -> str:
+    if given is None:
+        return "kv" if routing.router == "stock" else "round-robin"
+    if topology.routed:
+        raise ConfigError(f"--router-mode: {topology.name!r} has its own, got {given!r}; use --router")
+    if given not in dynamo.ROUTER_MODES:
+        raise ConfigError(f"--router-mode: {unknown_choice('mode', given, dynamo.ROUTER_MODES)}")
+    return given
 
 
 def _groups(

@@ -15,6 +15,7 @@ from typing import Any
 import pluggy
 
 from vswa_plugin import hookspecs
+from vswa_plugin.accuracy.ranks import SimulatedRank
 from vswa_plugin.engine import Engine, EventAdapter
 from vswa_plugin.errors import PluginError
 from vswa_plugin.events import Rank
@@ -133,6 +134,11 @@ def check_engine(answer: object) -> None:
 def check_adapter(answer: object) -> None:
     """Refuse what lacks a part of ``vswa_plugin.engine.EventAdapter``."""
     _check_parts(answer, EventAdapter)
+
+
+def check_simulated_rank(answer: object) -> None:
+    """Refuse what lacks a part of ``vswa_plugin.accuracy.ranks.SimulatedRank``."""
+    _check_parts(answer, SimulatedRank)
 
 
 def _check_parts(answer: object, shape: type) -> None:

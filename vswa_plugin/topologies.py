@@ -101,20 +101,25 @@ def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping
     if topology.routed and router is None:
         router = "exact"
     if args.routers is not None and router != "exact":
-        raise ConfigError(f"--routers: only a topology with ROUTER=exact has routers, got {topology.name!r}")
+        got = "none" if router is None else repr(router)
+        raise ConfigError(f"--routers: only {ROUTER_ENV}=exact has routers of ours, got {got}")
     if args.routers is not None and args.routers < 1:
         raise ConfigError(f"--routers: expected at least 1, got {args.routers}")
     return Routing(router, args.routers or 1)
 
 
-def add_worker_counts(parser: argparse.ArgumentParser, agg: int) -> None:
-    """Add an option per mode for the number of its workers: ``--workers`` (by default ``agg``), and so on."""
-    parser.set_defaults(default_workers=agg)
-    parser.add_argument("--workers", type=int, metavar="N", help=f"agg: how many workers ({agg})")
-    for mode in ("prefill", "decode"):
-        parser.add_argument(
-            f"--{mode}-workers", type=int, metavar="N", help=f"disagg: how many {mode} workers (1)"
-        )
+def add_worker_counts(parser: argparse.ArgumentParser, several: int) -> None:
+    """Add an option per mode for the number of its workers.
+
+    :param several: how many there are by default where requests can go to any of them.
+    """
+    parser.set_defaults(several=several)
+    parser.add_argument("--workers", type=int, metavar="N", help=f"agg: how many workers ({several})")
+    of_router = f", disagg_router {several}" if several > 1 else ""
+    parser.add_argument(
+        "--prefill-workers", type=int, metavar="N", help=f"disagg: how many prefill workers (1{of_router})"
+    )
+    parser.add_argument("--decode-workers", type=int, metavar="N", help="disagg: how many decode workers (1)")
 
 
 def worker_counts(args: argparse.Namespace, topology: Topology) -> dict[str, int]:
@@ -122,7 +127,7 @@ def worker_counts(args: argparse.Namespace, topology: Topology) -> dict[str, int
 
     :raises ConfigError: fewer than one, or an option of another topology.
     """
-    counts = {"agg": args.default_workers, "prefill": 1, "decode": 1}
+    counts = {"agg": args.several, "prefill": args.several if topology.routed else 1, "decode": 1}
     for mode in counts:
         option = "--workers" if mode == "agg" else f"--{mode}-workers"
         asked = getattr(args, option.removeprefix("--").replace("-", "_"))

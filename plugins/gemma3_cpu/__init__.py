@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vswa_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from vswa_plugin.accuracy.ranks import RankSetup, SimulatedRank
     from vswa_plugin.commands import Commands
     from vswa_plugin.engine import Engine, EngineSettings
 
@@ -25,6 +26,15 @@ def vswa_engine(settings: EngineSettings) -> Engine | None:
     from .engine import Gemma3CpuEngine
 
     return Gemma3CpuEngine(settings)
+
+
+@hookimpl
+def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
+    if setup.layout.rule != "trtllm_v2":
+        return None
+    from . import simulated_rank
+
+    return simulated_rank.SimulatedRank(setup)
 
 
 @hookimpl

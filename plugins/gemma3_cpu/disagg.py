@@ -79,7 +79,7 @@ class _Kept:
 
 
 class KeptPrompts:
-    """Of a prefill rank: the ``Keeper`` of its scheduler.
+    """Of a prefill rank: what its scheduler hands finished prompts to.
 
     :param timeout_s: how long nobody may fetch a prompt before it is freed.
     """
@@ -156,7 +156,7 @@ class KeptPrompts:
 
 
 class FetchedPrompts:
-    """Of a decode rank: the ``Arrivals`` of its scheduler."""
+    """Of a decode rank: what fetches prompts for its scheduler."""
 
     def __init__(self, puller: Puller, contract: Contract, post: Post) -> None:
         self._puller = puller
@@ -224,9 +224,7 @@ class FetchedPrompts:
         return landed
 
     def close_all(self) -> list[Generation]:
-        """End the transfers; their requests are the caller's to end."""
-        for pulling in self._under_way.values():
-            self._puller.cancel(pulling)
+        """Their requests are the caller's to end; transfers under way end with the puller."""
         left = [*self._under_way, *(generation for generation, _ in self._landed)]
         self._under_way.clear()
         self._landed.clear()
@@ -245,7 +243,10 @@ class FetchedPrompts:
         complete = isinstance(result, PullResult)
         if isinstance(result, PullResult):
             self._counters.complete(result.bytes_per_group, result.seconds)
-        elif not generation.cancelled:
+        elif generation.cancelled:
+            # It may have ended before it said a word: then this is how the prefill worker hears of it.
+            self.decline(generation)
+        else:
             self._failed(str(result))
         self._landed.append((generation, complete))
 

@@ -203,7 +203,9 @@ class Gemma3CpuEngine:
             self._server.start()
             logger.info("finished prompts are handed over at %s port %d", *self._server.address)
         elif self._mode == "decode":
-            self._puller = Puller(timeouts=timeouts)
+            # One that hangs must not hold up another: each request that runs may pull.
+            pulls = self._options.max_batch_size * len(self._ranks)
+            self._puller = Puller(pulls, timeouts)
 
     def _make_scheduler(self, rank: EngineRank, model: Gemma3Model) -> Scheduler:
         keeper, arrivals = None, None

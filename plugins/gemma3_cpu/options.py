@@ -16,6 +16,8 @@ from typing import Any
 from vswa_plugin.errors import ConfigError
 
 SECTION = "gemma3_cpu"
+#: The section that all engines of this project read; of it, ``reuse_rule`` means something here.
+ANY_ENGINE = "vswa"
 
 #: Options that TensorRT-LLM has and that mean nothing here.
 _IGNORED_TOP = """
@@ -57,7 +59,9 @@ _ONLY_KV: dict[str, tuple[Any, ...]] = {
     "use_kv_cache_manager_v2": (True, False, "auto"),
     "kv_cache_event_hash_algo": ("auto", "v1_block_key"),
 }
-_USED_TOP = frozenset({"kv_cache_config", "max_batch_size", "max_num_tokens", "max_seq_len", SECTION})
+_USED_TOP = frozenset(
+    {"kv_cache_config", "max_batch_size", "max_num_tokens", "max_seq_len", SECTION, ANY_ENGINE}
+)
 _USED_KV = frozenset(
     {
         "enable_block_reuse",
@@ -174,7 +178,7 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
         enable_partial_reuse=kv.boolean("enable_partial_reuse", True),
         host_cache_size=kv.integer("host_cache_size", 0, low=0),
         host_blocks=_pool_sizes(own.section("host_blocks"), low=0),
-        reuse_rule=_reuse_rule(kv, own),
+        reuse_rule=_reuse_rule(kv, own, top.section(ANY_ENGINE)),
         transfer_host=own.text("transfer_host", "127.0.0.1"),
         transfer_port=own.integer("transfer_port", 0, low=0, high=65_535),
         transfer_timeout_s=own.seconds("transfer_timeout_s", 30.0, above_zero=True),
@@ -189,13 +193,14 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
     return options
 
 
-def _reuse_rule(kv: _Section, own: _Section) -> str:
-    """What the own option says, else what TensorRT-LLM's choice of a manager means."""
-    named = own.data.get("reuse_rule")
+def _reuse_rule(kv: _Section, own: _Section, any_engine: _Section) -> str:
+    """What the option for any engine says, else the own one, else what the choice of a manager means."""
+    section = any_engine if any_engine.data.get("reuse_rule") is not None else own
+    named = section.data.get("reuse_rule")
     if named is None:
         return "trtllm_v1" if kv.data.get("use_kv_cache_manager_v2") is False else RULES[0]
     if named not in RULES:
-        raise own.error("reuse_rule", f"one of {', '.join(RULES)}", named)
+        raise section.error("reuse_rule", f"one of {', '.join(RULES)}", named)
     return str(named)
 
 

@@ -358,6 +358,10 @@ def _next_chunk(generation: Generation, sampled: Sampled) -> Output:
 
 def _kept_chunk(generation: Generation, first: Sampled, keeper: KeptPrompts) -> Output:
     """The only chunk of a prefill worker: the first token, and how to fetch what it came from."""
+    if generation.cancelled:
+        # Nobody would fetch it, and its blocks would be held until their deadline.
+        generation.close()
+        return generation.cancelled_chunk()
     generation.output.append(first.token)
     # Whatever the token is: after "stop" Dynamo's frontend would leave out the decode worker.
     last = generation.last_chunk(first, "length")

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -83,13 +84,18 @@ def run_simulate(args: argparse.Namespace) -> int:
 
     windows = _windows(args)
     groups = _groups(windows, args)
-    with contextlib.ExitStack() as stack:
-        requests = _requests(args, stack)
-        record = _recorder(args, groups, windows, stack)
-        started = time.perf_counter()
-        workers = [_worker(args, groups, rank) for rank in range(args.workers)]
-        totals = Simulation(workers, record).run(requests)
-        seconds = time.perf_counter() - started
+    _check_files(args)
+    try:
+        with contextlib.ExitStack() as stack:
+            requests = _requests(args, stack)
+            record = _recorder(args, groups, windows, stack)
+            started = time.perf_counter()
+            workers = [_worker(args, groups, rank) for rank in range(args.workers)]
+            totals = Simulation(workers, record).run(requests)
+            seconds = time.perf_counter() - started
+    except OSError as error:
+        # What is wrong with the requests' file has been told where it is read.
+        raise ConfigError(f"{args.out}: expected room for the trace, got {error}") from error
     if args.json:
         sys.stdout.write(msgspec.json.encode(_summary(args, groups, totals, seconds)).decode() + "\n")
     else:
@@ -183,7 +189,7 @@ def _read(lines: IO[bytes], name: str) -> Iterator[Request]:
                 raise ConfigError(f"{where}: expected a JSON object, got {error}") from error
             if not isinstance(record, dict) or record.get("type") not in _PASSED_OVER:
                 yield _request(record, where)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{name}: expected JSON Lines, plain or compressed, got {error}") from error
 
 
@@ -283,6 +289,15 @@ def _table(args: argparse.Namespace, groups: Sequence[GroupSpec], totals: Totals
         numbers = [row[key] for key in ("blocks", "host_blocks", "stored", "removed", "moved")]
         lines.append(f"{_label(row['window']):<6}" + "".join(f"{number:>11,}" for number in numbers))
     return "\n".join(lines) + "\n"
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse to write over what is being read."""
+    if args.out is None or args.source in (None, "-"):
+        return
+    source, out = Path(args.source), Path(args.out)
+    if source.exists() and out.exists() and source.samefile(out):
+        raise ConfigError(f"--out: expected another file than --from, got {out} for both")
 
 
 def _opened(path: str, mode: str) -> IO[bytes]:

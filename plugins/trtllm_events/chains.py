@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 from vswa_plugin.engine import EngineHash
@@ -89,8 +90,10 @@ class Chains:
             if not isinstance(candidate, str) and _is_named(block, candidate, stored.lora_id):
                 self._proven = True
                 return True, candidate
-            if len(candidates) < MAX_SEARCHED:
-                candidates += [child for child in self._children.get(candidate, ()) if child in held]
+            room = MAX_SEARCHED - len(candidates)
+            if room > 0:
+                below = (child for child in self._children.get(candidate, ()) if child in held)
+                candidates += islice(below, room)
         return False, supposed
 
     def _forget(self, group_id: int, block_hash: EngineHash) -> None:

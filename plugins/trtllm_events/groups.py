@@ -24,6 +24,7 @@ class Groups:
     def __init__(self, layout: CacheLayout) -> None:
         self.windows = {group.group_id: group.window_size for group in layout.groups}
         self._declared = set(self.windows.values())
+        self._sliding = {group_id for group_id, window in self.windows.items() if window is not None}
         self._block_size = layout.block_size
         #: As events gave them; the global group's is a number here.
         self._told: dict[int, int] = {}
@@ -47,11 +48,16 @@ class Groups:
         return group_id
 
     def _settle(self) -> None:
-        """Only the widest group is global, and only where no real window is as wide."""
+        """Only the widest group is global, and only where no real window is as wide.
+
+        One that was declared to slide is not the widest before all others are known.
+        """
         widest = max(self._told.values())
+        all_known = self.windows.keys() <= self._told.keys()
         for group_id, window in self._told.items():
             is_global = window == widest and self._is_global(window)
-            self.windows[group_id] = None if is_global else window
+            waits = group_id in self._sliding and not all_known
+            self.windows[group_id] = None if is_global and not waits else window
 
     def _by_window(self, window: int | None, where: str, *, created: bool) -> int:
         if window is None and len(self.windows) == 1:

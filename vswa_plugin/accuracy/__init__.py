@@ -7,5 +7,15 @@ exceptions.py     the two cases that hashes cannot show
 report.py         Report as numbers, table, plot and page; assert_exact
 pytest_plugin.py  ``--vswa-trace=FILE`` and its fixtures
 
+What kept promises are worth, by simulation:
+
+workloads.py      requests, made up or from a file
+ranks.py          caches without a model: what plugins simulate; attention of known models
+costs.py          how long computing takes
+policies.py       ways to choose a rank
+route.py          ranks behind a router: Simulation
+route_sweep.py    many simulations side by side: Plan, Bench
+route_report.py   averages, tables, where exactness helped and where not
+
 Import from the modules: this one stays empty, because every pytest on the machine loads the plugin.
 """

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from vswa_plugin.accuracy.exceptions import exception_of
+from vswa_plugin.accuracy.exceptions import LAG, exception_of
 from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_of
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, Prompt, Scorer, built_in_scorers
-from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceRequest
+from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
 from vswa_plugin.batches import Numbering
 from vswa_plugin.dynamo import namespaced_block_hash
 from vswa_plugin.engine import BlocksStored, EventAdapter
 from vswa_plugin.errors import ConfigError, VswaError
 from vswa_plugin.events import Event, Layout, Unknown, decode, encode, layout_event
 from vswa_plugin.hashing import sequence_hashes, sequence_hashes_of_tokens
+from vswa_plugin.index import Explanation
 from vswa_plugin.layout import CacheLayout
 from vswa_plugin.nodes import Node, NodeTable
 from vswa_plugin.residency import Residency, Restart
@@ -46,17 +48,21 @@ def replay(
     :raises ConfigError: a record or event that cannot be read, with its line; an unknown rule or format.
     """
     layout = trace.layout(rule)
-    run = _Replay(layout, adapter_for(trace.header.format, layout), rules, scorers)
-    outcomes = []
+    run = _Replay(layout, partial(adapter_for, trace.header.format, layout), rules, scorers)
     for line, record in trace.records(progress):
         try:
-            if isinstance(record, TraceRequest):
-                outcomes.append(run.outcome(line, record))
-            else:
-                run.feed(record)
+            match record:
+                case TraceRequest():
+                    run.arrive(line, record)
+                case TraceResult():
+                    run.end(record)
+                case TraceHole():
+                    run.skip(record)
+                case TraceEvent():
+                    run.feed(record)
         except VswaError as error:
             raise ConfigError(f"{trace.path}, line {line}: {error}") from error
-    return run.report(trace, outcomes)
+    return run.report(trace)
 
 
 def replay_with(
@@ -76,13 +82,27 @@ def replay_with(
     return replay(trace, host.event_adapter, rule=rule, rules=rules, scorers=scorers, progress=progress)
 
 
+class _Waiting(NamedTuple):
+    """A request whose result is not known yet.
+
+    :ivar explanation: of our own prediction; None: as of now.
+    :ivar later: our own predictions after it: events of the trace until then, and tokens.
+    """
+
+    line: int
+    prompt: Prompt
+    predicted: dict[str, int]
+    explanation: Explanation | None
+    later: list[tuple[int, int]]
+
+
 class _Replay:
     """One trace on its way."""
 
     def __init__(
         self,
         layout: CacheLayout,
-        adapter: EventAdapter,
+        new_adapter: Callable[[], EventAdapter],
         rules: Mapping[str, ReuseRule],
         scorers: Sequence[Scorer] | None,
     ) -> None:
@@ -94,16 +114,34 @@ class _Replay:
         names = [each.name for each in self._scorers]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected each scorer once, got {', '.join(names)}")
-        self._adapter = adapter
+        self._new_adapter = new_adapter
+        self._adapter = new_adapter()
         self._residency = Residency(layout, NodeTable(namespaced_block_hash))
         ticks = itertools.count(1)
         self._numbering = Numbering(lambda: next(ticks))
+        self._outcomes: list[Outcome] = []
+        self._waiting: dict[int, _Waiting] = {}
+        self._events = 0
         self._restarts = 0
         self._changed = False
         self._begin()
 
     def feed(self, record: TraceEvent) -> None:
         """One engine event, to all scorers."""
+        self._events += 1
+        self._feed(record)
+        for each in self._waiting.values():
+            each.later.append((self._events, self._exact.predict(each.prompt)))
+
+    def skip(self, hole: TraceHole) -> None:
+        """Where events are missing nothing is known of the cache any more."""
+        if hole.events:
+            self._adapter = self._new_adapter()
+            self._residency.clear()
+            self._changed = True
+            self._begin()
+
+    def _feed(self, record: TraceEvent) -> None:
         for told in self._adapter.feed(record.event):
             if told.dp_rank != 0:
                 raise ConfigError(f"expected events of one rank, 0, got one of dp_rank {told.dp_rank}")
@@ -121,23 +159,41 @@ class _Replay:
                 for scorer in self._scorers:
                     scorer.apply(event)
 
-    def outcome(self, line: int, request: TraceRequest) -> Outcome:
-        """One request, by all scorers."""
-        layout, tokens = self._residency.layout, request.token_ids
-        if request.cached_tokens > len(tokens):
-            raise ConfigError(
-                f"expected cached_tokens of at most the prompt's {len(tokens)}, got {request.cached_tokens}"
-            )
-        prompt = Prompt(tokens, self._hashes(request, layout.block_size))
+    def arrive(self, line: int, request: TraceRequest) -> None:
+        """One request, predicted by all scorers."""
+        prompt = Prompt(request.token_ids, self._hashes(request, self._residency.layout.block_size))
         predicted = {scorer.name: scorer.predict(prompt) for scorer in self._scorers}
-        exception = None
-        if predicted[EXACT] // layout.block_size != request.cached_tokens // layout.block_size:
-            explanation = self._exact.explain(prompt)
-            exception = exception_of(self._rule, layout, explanation, len(tokens), request.cached_tokens)
-        return Outcome(line, len(tokens), request.cached_tokens, predicted, exception)
+        if request.cached_tokens is not None:
+            self._settle(_Waiting(line, prompt, predicted, None, []), request.cached_tokens, 0)
+            return
+        assert request.id is not None, "or it says what was reused"
+        if request.id in self._waiting:
+            raise ConfigError(f"expected a request with an id of its own, got {request.id} again")
+        explanation = self._exact.explain(prompt)
+        self._waiting[request.id] = _Waiting(line, prompt, predicted, explanation, [])
 
-    def report(self, trace: Trace, outcomes: Sequence[Outcome]) -> Report:
-        layout = self._residency.layout
+    def end(self, result: TraceResult) -> None:
+        """What came of a request."""
+        waiting = self._waiting.pop(result.id, None)
+        if waiting is None:
+            raise ConfigError(f"expected the result of a request before it, got id {result.id}")
+        self._settle(waiting, result.cached_tokens, self._events if result.seen is None else result.seen)
+
+    def _settle(self, waiting: _Waiting, actual: int, seen: int) -> None:
+        layout, prompt_len = self._residency.layout, len(waiting.prompt.token_ids)
+        if actual > prompt_len:
+            raise ConfigError(f"expected cached_tokens of at most the prompt's {prompt_len}, got {actual}")
+        size, exception = layout.block_size, None
+        if waiting.predicted[EXACT] // size != actual // size:
+            explanation = waiting.explanation or self._exact.explain(waiting.prompt)
+            exception = exception_of(self._rule, layout, explanation, prompt_len, actual)
+            later = (tokens for events, tokens in waiting.later if events <= seen)
+            if exception is None and any(tokens // size == actual // size for tokens in later):
+                exception = LAG
+        self._outcomes.append(Outcome(waiting.line, prompt_len, actual, waiting.predicted, exception))
+
+    def report(self, trace: Trace) -> Report:
+        layout, outcomes = self._residency.layout, self._outcomes
         return Report(
             trace=trace.name,
             format=trace.header.format,
@@ -154,6 +210,8 @@ class _Replay:
             exceptions=exceptions_in(outcomes),
             scores=scores_of(outcomes, [each.name for each in self._scorers], layout.block_size),
             outcomes=tuple(outcomes),
+            lagged=sum(each.exception == LAG for each in outcomes),
+            unfinished=len(self._waiting),
         )
 
     def _begin(self) -> None:

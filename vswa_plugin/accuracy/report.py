@@ -67,6 +67,8 @@ class Report(msgspec.Struct, frozen=True):
     :param exceptions: requests that hashes cannot predict, by kind; not exact, and not counted as mistakes.
     :param restarts: engine events lost, or a layout corrected: nothing was known to be resident any more.
     :param unattributed: stored blocks that could not be named, so that less was promised.
+    :param lagged: requests that were predicted right a little later, before the engine's first token.
+    :param unfinished: requests whose results are not in the trace; they count nowhere.
     """
 
     trace: str
@@ -84,6 +86,8 @@ class Report(msgspec.Struct, frozen=True):
     exceptions: dict[str, int]
     scores: tuple[Score, ...]
     outcomes: tuple[Outcome, ...]
+    lagged: int = 0
+    unfinished: int = 0
 
     def score(self, scorer: str = EXACT) -> Score:
         """:raises ConfigError: there is no such scorer; the known ones are listed."""
@@ -110,6 +114,10 @@ class Report(msgspec.Struct, frozen=True):
     def reasons(self) -> list[str]:
         """Sentences on why not every request could be predicted; empty where all were."""
         said = [f"{count} requests: {REASONS[kind]}" for kind, count in self.exceptions.items() if count]
+        if self.lagged:
+            said.append(f"{self.lagged} requests: the cache changed between arrival and the engine's match")
+        if self.unfinished:
+            said.append(f"{self.unfinished} requests have no result and are left out")
         if self.restarts:
             said.append(f"{self.restarts} times engine events were lost or the layout was corrected")
         if self.unattributed:

@@ -14,6 +14,7 @@ from vswa_plugin.accuracy.replay import replay_with
 from vswa_plugin.accuracy.report import Report, as_data, page, plot, summary, table, title
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL
 from vswa_plugin.accuracy.trace import Trace, open_trace
+from vswa_plugin.commands.accuracy_route import configure_route, run_route
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host import PluginHost
 from vswa_plugin.plugin_loading import load_host
@@ -23,6 +24,7 @@ examples:
   vswa accuracy replay engine.jsonl.gz                     what each scorer promises, and what is kept
   vswa accuracy replay engine.jsonl.gz --min-exact 1       for a build: exit code 1 where a promise is broken
   vswa accuracy replay a.jsonl b.jsonl --html report.html  several traces on one page
+  vswa accuracy route forks                                what better promises are worth, by simulation
 
 A trace is what an engine's cache did: its KV events and, for each request, how much of the prompt it reused.
 """
@@ -38,6 +40,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
             help="predict every request of recorded engine traces, and compare",
             description="Feeds an engine's own events through the real event path and predicts each request "
             "from what came before it.",
+            allow_abbrev=False,
+        )
+    )
+    configure_route(
+        commands.add_parser(
+            "route",
+            help="simulate ranks behind routers that differ in what they believe is cached",
             allow_abbrev=False,
         )
     )
@@ -65,6 +74,10 @@ def _configure_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return run_route(args) if args.accuracy == "route" else _run_replay(args)
+
+
+def _run_replay(args: argparse.Namespace) -> int:
     if args.min_exact is not None and not 0 <= args.min_exact <= 1:
         raise ConfigError(f"--min-exact: expected a share from 0 to 1, got {args.min_exact}")
     if args.ttl < 1:

@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 
@@ -20,11 +21,30 @@ from vswa_plugin.layout import CacheGroup
 _GAUGE = re.compile(r'^vswa_engine\{name="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Who was chosen to compute a prompt.
+
+    :param promised: tokens that the router expected to be cached there.
+    :param alone: tokens that the global window alone would have promised, by worker id.
+    """
+
+    worker_id: int
+    promised: int
+    alone: Mapping[int, int]
+
+    def best_alone(self) -> tuple[int, int]:
+        """Worker and tokens of the highest such promise; of equals the worker that was chosen."""
+        worker_id = max(self.alone, key=lambda each: (self.alone[each], each == self.worker_id), default=0)
+        return worker_id, self.alone.get(worker_id, 0)
+
+
 @dataclass
 class Answer:
     """One streamed answer as the client saw it."""
 
     status: int
+    request_id: str = ""
     text: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -34,6 +54,9 @@ class Answer:
     #: Disaggregated: bytes that went to the decode worker, by window, and what a full cache would have sent.
     moved: Mapping[str, float] = field(default_factory=dict)
     full: Mapping[str, float] = field(default_factory=dict)
+    #: What Dynamo's frontend adds.
+    nvext: dict[str, Any] = field(default_factory=dict)
+    choice: Choice | None = None
 
 
 @dataclass
@@ -46,6 +69,10 @@ class Tally:
     resident: defaultdict[tuple[int, str], set[int]] = field(default_factory=lambda: defaultdict(set))
     #: Tokens stored again for a sliding window while the global window held the same blocks, by component.
     recomputed: Counter[str] = field(default_factory=Counter)
+    #: Parent of each block.
+    parents: dict[int, int | None] = field(default_factory=dict)
+    #: (component, position, block) of what was stored, for whoever clears it.
+    newly_stored: list[tuple[str, int, int]] = field(default_factory=list)
     gaps: int = 0
 
     def add(self, source: Source, batch: Batch) -> None:
@@ -56,6 +83,7 @@ class Tally:
             key = (source.worker_id, self.follower.label(source, event.group_id))
             if isinstance(event, Stored):
                 self._count_recomputed(source, event)
+                self._link(source, event)
                 self.stored[key] += len(event.sequence_hashes)
                 self.resident[key].update(event.sequence_hashes)
             else:
@@ -68,6 +96,28 @@ class Tally:
         if group.window_size is not None:
             held = self.resident[source.worker_id, "window global"].intersection(event.sequence_hashes)
             self.recomputed[source.component] += len(held) * group.block_size
+
+    def _link(self, source: Source, event: Stored) -> None:
+        parent = event.parent_hash
+        for position, each in enumerate(event.sequence_hashes, event.position):
+            self.parents[each] = parent
+            self.newly_stored.append((source.component, position, each))
+            parent = each
+
+    def path_of_newest(self, component: str) -> list[int]:
+        """From its root, the path to the deepest block that ``component`` has newly stored."""
+        newest = max((each for each in self.newly_stored if each[0] == component), default=None)
+        path: list[int] = []
+        block = newest[2] if newest is not None else None
+        while block is not None:
+            path.append(block)
+            block = self.parents.get(block)
+        return path[::-1]
+
+    def held_globally(self, component: str) -> dict[int, frozenset[int]]:
+        """Blocks of the global window now, by worker id."""
+        workers = {source.worker_id for source in self.follower.groups if source.component == component}
+        return {each: frozenset(self.resident[each, "window global"]) for each in workers}
 
     def windows(self) -> set[str]:
         return {window for _, window in self.stored}
@@ -223,7 +273,7 @@ def verdict(checks: Mapping[str, bool], took_s: float) -> int:
     for what, held in checks.items():
         print(f"  {'ok  ' if held else 'FAIL'}  {what}")
     good = all(checks.values())
-    print(f"\n{'demo passed' if good else 'demo FAILED'} in {took_s:.1f} s")
+    print(f"\n{'demo passed' if good else 'demo FAILED'} in {took_s:.1f} s", flush=True)
     if not good:
         sys.stderr.write("run it again with --log-dir DIR to keep the logs of all processes\n")
     return 0 if good else 1

@@ -11,7 +11,14 @@ from typing import Any
 from vswa_plugin.cluster import Progress
 from vswa_plugin.errors import VswaError
 from vswa_plugin.processes import python_module
-from vswa_plugin.topologies import KNOWN, Topology, WorkerGroup, add_worker_counts, worker_counts
+from vswa_plugin.topologies import (
+    TOPOLOGIES,
+    Topology,
+    WorkerGroup,
+    add_router,
+    add_worker_counts,
+    worker_counts,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -27,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
         default="agg",
-        metavar="|".join(KNOWN),
-        help="agg: each worker does all (default); disagg: prefill workers hand over to decode workers",
+        metavar="|".join(TOPOLOGIES),
+        help="agg: each worker does all (default); disagg: prefill workers hand over to decode workers; "
+        "agg_router, disagg_router: and requests go where their prefix is cached",
     )
-    add_worker_counts(parser, agg=2)
+    add_worker_counts(parser, several=2)
+    add_router(parser)
     parser.add_argument("--http-port", type=int, default=0, help="port of the frontend (default: a free one)")
     parser.add_argument(
         "--engine-args", metavar="FILE", help="engine options, as --extra-engine-args of a worker"

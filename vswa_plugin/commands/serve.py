@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 from vswa_plugin.cluster import Cluster, ClusterSettings
 from vswa_plugin.commands import local
 from vswa_plugin.launch import keep_serving, progress_from
-from vswa_plugin.topologies import find_topology
+from vswa_plugin.topologies import chosen_router, find_topology
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Ctrl-C or SIGTERM stops everything; a worker or frontend that fails is started again."
+    parser.epilog = (
+        "Ctrl-C or SIGTERM stops everything; a worker, router or frontend that fails is started again."
+    )
     local.add_arguments(parser)
     parser.set_defaults(http_port=8000)
 
@@ -25,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    groups = local.worker_groups(args, find_topology(args.topology))
+    topology = find_topology(args.topology)
+    groups = local.worker_groups(args, topology)
+    routing = chosen_router(args, topology, os.environ)
     progress = progress_from(time.monotonic())
     with tempfile.TemporaryDirectory(prefix="vswa-serve-") as scratch:
         settings = ClusterSettings(
@@ -33,6 +38,7 @@ async def _serve(args: argparse.Namespace) -> int:
             served_model_name=args.served_model_name,
             groups=groups,
             http_port=args.http_port,
+            routing=routing,
             keep=True,
         )
         cluster = Cluster(settings, local.log_folder(args, Path(scratch)), progress)

@@ -11,6 +11,7 @@ from vswa_plugin.programs import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse
+from vswa_plugin.router.http.selector import Selector
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +20,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.log_level)
     registry = open_registry(args.registry) if args.registry else registry_from_env()
     with load_host(args.plugin, args.no_plugin) as host:
-        return dynamo.run(Router(args, host, registry).run())
+        made = (Selector if args.http.selector_only else Router)(args, host, registry)
+        return dynamo.run(made.run())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

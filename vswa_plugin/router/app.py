@@ -8,6 +8,8 @@ import logging
 import signal
 from typing import Any
 
+import msgspec
+
 from vswa_plugin import dynamo
 from vswa_plugin.dynamo_client import namespaced_sequence_hashes, shut_down
 from vswa_plugin.errors import VswaError
@@ -21,10 +23,14 @@ from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.args import RouterArgs
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
+from vswa_plugin.router.http.metrics import Counted, RouterMetrics
+from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.models import Models
+from vswa_plugin.router.replicas import Replicas
 from vswa_plugin.subscriber import SubscriberOptions
 from vswa_plugin.transport import Transport
 from vswa_plugin.view import ViewOptions
+from vswa_plugin.worker.status import Status
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +52,10 @@ class Router:
         self._registry = registry
         view = ViewOptions(heartbeat_s=args.heartbeat_s, stale_grace_s=args.stale_grace_s)
         index = WindowIndex(rules=host.reuse_rules())
+        transport = Transport(args.nats_server, f"vswa router {args.endpoint}")
+        self.replicas = Replicas(transport, args.namespace)
         self.fleet = Fleet(
-            Transport(args.nats_server, f"vswa router {args.endpoint}"),
+            transport,
             registry,
             namespace=args.namespace,
             options=SubscriberOptions(view=view),
@@ -56,6 +64,16 @@ class Router:
         self.accuracy = Accuracy()
         self.decider = Decider(index, args.weights, namespaced_sequence_hashes, host)
         self.forwarder = Forwarder(self.decider, self.accuracy, self._live)
+        self.status = Status()
+        counted = Counted(
+            self.decider,
+            self.accuracy,
+            lambda: (pool for model in self.forwarder.models.values() for pool in model.pools),
+            lambda: msgspec.structs.asdict(self.forwarder.stats),
+            replicas=self.replicas.load,
+        )
+        metrics = RouterMetrics(self.fleet, counted)
+        self.server = RouterServer(self.fleet, namespaced_sequence_hashes, self.status, metrics)
         self._models: Models | None = None
         self._runtime: Any = None
         self._following: asyncio.Task[None] | None = None
@@ -87,6 +105,7 @@ class Router:
         await reach_discovery(CONNECT_TIMEOUT_S)
         logger.info("connecting to NATS at %s", self._args.nats_server)
         await self.fleet.start(CONNECT_TIMEOUT_S)
+        await self.replicas.start()
         exact = await self.fleet.settled(SETTLE_S)
         logger.info(
             "%d workers in the registry%s",
@@ -96,9 +115,17 @@ class Router:
         self._runtime = dynamo.connect()
         args, entries = self._args, self.fleet.entries
         self._models = Models(
-            self._runtime, entries, args.endpoint, self.forwarder, only=args.served_model_name
+            self._runtime,
+            entries,
+            args.endpoint,
+            self.forwarder,
+            only=args.served_model_name,
+            book=self.replicas.load.book,
         )
         self._following = asyncio.create_task(self._models.follow(), name="follow the workers")
+        if args.http.port is not None:
+            await self.server.start(args.http.host, args.http.port)
+        self.status.ready = True
 
     def _live(self, rank: Rank) -> bool:
         view = self.fleet.subscriber.view(rank)
@@ -127,6 +154,7 @@ class Router:
         assert self._models is not None and self._following is not None
         logger.info("stopping: no new requests, waiting for %d under way", self.forwarder.in_flight)
         stop.clear()
+        self.status.ready = False
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)
         await self._models.hide()
@@ -144,6 +172,8 @@ class Router:
             self._following.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._following
+        await self.server.stop()
+        await self.replicas.stop()
         await self.fleet.stop()
         if self._runtime is not None:
             await shut_down(self._runtime, self._models.endpoints() if self._models else ())

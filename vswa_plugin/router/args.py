@@ -15,6 +15,7 @@ from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.plugin_loading import add_plugin_arguments
 from vswa_plugin.programs import LEVELS
 from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
+from vswa_plugin.router.http.options import HttpArgs, add_http_arguments, http_args
 from vswa_plugin.selection import Weights
 from vswa_plugin.transport import DEFAULT_SERVER, check_name
 
@@ -104,6 +105,7 @@ class RouterArgs(msgspec.Struct, frozen=True):
     heartbeat_s: float
     stale_grace_s: float
     drain_timeout_s: float
+    http: HttpArgs
     log_level: str
     plugin: list[str]
     no_plugin: list[str]
@@ -150,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
         help="how long SIGTERM waits for requests under way (30)",
     )
     run.add_argument("--log-level", default="info", help="debug, info (default), warning or error")
+    add_http_arguments(made.add_argument_group("HTTP API (docs/router-api.md)"))
     _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
     add_plugin_arguments(made)
     return made
@@ -195,6 +198,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         heartbeat_s=given.heartbeat,
         stale_grace_s=given.stale_grace,
         drain_timeout_s=given.drain_timeout,
+        http=http_args(given),
         log_level=given.log_level,
         plugin=given.plugin,
         no_plugin=given.no_plugin,

@@ -99,8 +99,14 @@ class Worker:
         self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
         model = self._args.settings.served_model_name
-        record = self._host.request_finished
-        handler = RequestHandler(self._engine, model, endpoint.worker_id, record, self._publishers)
+        handler = RequestHandler(
+            self._engine,
+            model,
+            endpoint.worker_id,
+            self._host.request_finished,
+            self._publishers,
+            self._host.request_arrived,
+        )
         return endpoint, handler, await self._go_live(endpoint, handler)
 
     def _stop_signal(self) -> asyncio.Event:
@@ -173,10 +179,12 @@ class Worker:
             settings=self._args.settings,
             info=self._engine.info,
             rules=self._host.reuse_rules(),
+            event_format=self._engine.event_format,
         )
 
     def _on_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
         """The engine's sink: called from its thread."""
+        self._host.engine_events(dp_rank, events)
         self._publishers[dp_rank].offer(events)
 
     async def _go_live(self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler) -> asyncio.Task[None]:

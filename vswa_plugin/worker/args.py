@@ -47,8 +47,8 @@ modes, each with an example on a machine where nats-server and etcd run:
 `python -m vswa_plugin.launch agg|agg_router|disagg|disagg_router` starts all of this with one command.
 
 --register says who may send requests. frontend: Dynamo's frontends, which find the model on this worker.
-hidden: only routers that know the worker from our registry, such as `python -m vswa_plugin.router`, which shows
-the model itself; were the worker visible too, the frontend would send half of the requests past the router.
+hidden: only routers that know the worker from our registry, as `python -m vswa_plugin.router` does, which
+shows the model itself; were the worker visible too, the frontend would send requests past the router.
 auto: hidden where VSWA_ROUTER=exact, as the launcher sets it, else frontend.
 
 environment:
@@ -137,6 +137,12 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--data-parallel-size", type=int, default=1, metavar="N", help="ranks with a cache each (1)"
     )
+    model.add_argument(
+        "--reuse-rule",
+        metavar="RULE",
+        help="by which rule the engine reuses blocks, where you know better than its plugin: trtllm_v2, "
+        "trtllm_v1 or trtllm_v1_contiguous (default: the engine says)",
+    )
     run = made.add_argument_group("how it runs")
     run.add_argument(
         "--endpoint",
@@ -148,7 +154,6 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--register",
-        default=os.environ.get(REGISTER_ENV) or "auto",
         metavar="|".join(REGISTER),
         help=f"whether Dynamo's frontends see the worker, see below (default: {REGISTER_ENV}, else auto)",
     )
@@ -174,8 +179,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
-    """Read and check the command line; raises ConfigError, or SystemExit from argparse."""
+def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> WorkerArgs:
+    """Read and check the command line; raises ConfigError, or SystemExit from argparse.
+
+    :param environ: of the worker; ours unless given.
+    """
+    environ = os.environ if environ is None else environ
     given = parser().parse_args(argv)
     if given.mode not in MODES:
         raise ConfigError(f"--mode: {unknown_choice('mode', given.mode, MODES)}")
@@ -194,6 +203,10 @@ def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
             "`vswa make-model DIR` writes a small random one"
         )
     options, source = load_engine_args(given.extra_engine_args, given.override_engine_args)
+    if given.reuse_rule is not None:
+        section = options.get("vswa")
+        options["vswa"] = {**(section if isinstance(section, dict) else {}), "reuse_rule": given.reuse_rule}
+        source = f"--reuse-rule and {source}"
     model_path = str(Path(given.model_path).resolve())
     return WorkerArgs(
         settings=EngineSettings(
@@ -206,11 +219,11 @@ def parse(argv: Sequence[str] | None = None) -> WorkerArgs:
             data_parallel_size=given.data_parallel_size,
         ),
         endpoint=endpoint,
-        nats_server=os.environ.get(NATS_ENV, DEFAULT_SERVER),
+        nats_server=environ.get(NATS_ENV, DEFAULT_SERVER),
         registry=given.registry,
         heartbeat_s=given.heartbeat,
         drain_timeout_s=given.drain_timeout,
-        showing=showing(given.register, os.environ),
+        showing=showing(given.register or environ.get(REGISTER_ENV) or "auto", environ),
         taints=_taints(given.taint),
         status_host=given.status_host,
         status_port=given.status_port,

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import cast
 
 from vswa_plugin.engine import WORKER_ONLY, ChunkDict, Engine, RequestDict
@@ -23,6 +24,7 @@ class RequestHandler:
 
     :param record: told of each request that ended; must not raise.
     :param publishers: by dp_rank; told what a finished request proves to be resident.
+    :param arrived: told of each request before the engine is; must not raise.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class RequestHandler:
         worker_id: int,
         record: Callable[[RequestRecord], None],
         publishers: Mapping[int, Publisher] | None = None,
+        arrived: Callable[[str, RequestDict], None] | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._worker_id = worker_id
         self._record = record
         self._publishers = publishers or {}
+        self._arrived = arrived
         self._in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -57,6 +61,8 @@ class RequestHandler:
         if self._draining or self._engine.failure() is not None:
             raise Unavailable(self._engine.failure() or "the worker is stopping; another one can serve this")
         tracked = _Tracked(request, request_id)
+        if self._arrived is not None:
+            self._arrived(request_id, request)
         # Of all ranks: which one serves it is known with its first chunk.
         marks = {rank: publisher.healing.events for rank, publisher in self._publishers.items()}
         chunks: asyncio.Queue[ChunkDict | Exception | None] = asyncio.Queue()
@@ -64,10 +70,10 @@ class RequestHandler:
         def ended(_: object) -> None:
             chunks.put_nowait(None)
             gone.cancel()
+            self._ended(tracked)
             publisher = self._publishers.get(tracked.dp_rank)
             if publisher is not None and publisher.healing.active and tracked.reused_here:
                 publisher.claim(tracked.claim(request, marks[tracked.dp_rank]))
-            self._ended(tracked)
 
         self._in_flight += 1
         self._idle.clear()
@@ -129,10 +135,11 @@ class _Tracked:
     """What is learnt about a request while it is served."""
 
     def __init__(self, request: RequestDict, request_id: str) -> None:
-        routing = request.get("routing") or {}
         self.request_id = request_id
-        self.dp_rank = int(routing.get("dp_rank") or 0)
-        self._prompt_tokens = len(request.get("token_ids") or ())
+        # What is not a rank is the engine's to refuse.
+        rank = (request.get("routing") or {}).get("dp_rank")
+        self.dp_rank = rank if isinstance(rank, int) else 0
+        self._prompt_tokens = len(_token_ids(request))
         self._began = time.monotonic()
         self._first_token_s: float | None = None
         self._output_tokens = 0
@@ -165,7 +172,7 @@ class _Tracked:
         """What this request proves, had it arrived when ``mark`` engine events had been seen."""
         routing = request.get("routing") or {}
         return Claim(
-            tuple(request["token_ids"]),
+            tuple(_token_ids(request)),
             self.cached_tokens,
             mark,
             routing.get("cache_salt"),
@@ -186,3 +193,11 @@ class _Tracked:
             total_s=time.monotonic() - self._began,
             transferred_tokens=self._transferred_tokens,
         )
+
+
+def _token_ids(request: RequestDict) -> Sequence[int]:
+    """The prompt, which Dynamo may pack as little-endian 32-bit integers."""
+    tokens = request.get("token_ids") or ()
+    if isinstance(tokens, (bytes, bytearray)):
+        return array("i", bytes(tokens[: len(tokens) // 4 * 4]))
+    return cast("Sequence[int]", tokens)

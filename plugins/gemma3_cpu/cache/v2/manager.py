@@ -113,6 +113,12 @@ class CacheManager:
         self._open.add(sequence)
         return sequence
 
+    def would_reuse(self, prompt: Sequence[int], cache_salt: str | None = None) -> int:
+        """Tokens of ``prompt`` that :meth:`open` would reuse now; nothing changes."""
+        if not self._store.reuse:
+            return 0
+        return self._store.match(tuple(prompt), cache_salt, self._partial)[1]
+
     def flush_events(self) -> list[dict[str, Any]]:
         """TensorRT-LLM event dicts since the last call, in order; call it once per engine step."""
         return self._log.flush()

@@ -1,0 +1,101 @@
+"""One worker: a recording for each of its ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vswa_plugin.accuracy.trace import TraceGroup, TraceHeader
+from vswa_plugin.engine import RawEvent, RequestDict
+from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.layout import CacheLayout
+from vswa_plugin.records import RequestRecord
+
+from .hiding import Hiding
+from .recording import Recording
+
+if TYPE_CHECKING:
+    from vswa_plugin.hookspecs import WorkerContext
+
+logger = logging.getLogger(__name__)
+
+TOKENS = ("hidden", "plain")
+
+
+class Recorder:
+    """All ranks of one worker, by dp_rank."""
+
+    def __init__(self, ranks: Sequence[Recording]) -> None:
+        self.ranks = tuple(ranks)
+        self._rank_of: dict[str, int] = {}
+
+    def events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
+        self.ranks[dp_rank].events(events)
+
+    def arrived(self, request_id: str, request: RequestDict) -> None:
+        """Only what its tokens tell whole, and of which the rank is known."""
+        routing = request.get("routing") or {}
+        rank = routing.get("dp_rank")
+        if rank is None and len(self.ranks) == 1:
+            rank = 0
+        if rank is None or request.get("multi_modal_data") or request.get("mm_routing_info"):
+            return
+        token_ids = request.get("token_ids") or ()
+        if isinstance(token_ids, bytes):
+            token_ids = array("I", token_ids)
+        if token_ids and 0 <= rank < len(self.ranks):
+            self._rank_of[request_id] = rank
+            self.ranks[rank].arrived(
+                request_id, token_ids, routing.get("cache_salt"), routing.get("lora_name")
+            )
+
+    def finished(self, record: RequestRecord) -> None:
+        rank = self._rank_of.pop(record.request_id, None)
+        if rank is not None:
+            self.ranks[rank].finished(record, elsewhere=rank != record.dp_rank)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.close()
+
+
+def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:
+    """Open a file per rank.
+
+    :param tokens: one of :data:`TOKENS`.
+    :raises ConfigError: a file cannot be made, or the tokens of such events cannot be hidden.
+    """
+    if tokens not in TOKENS:
+        raise ConfigError(f"VSWA_RECORD_TOKENS: {unknown_choice('way to record tokens', tokens, TOKENS)}")
+    layout, settings = worker.info.layout, worker.settings
+    hiding = None
+    if tokens == "hidden":
+        hiding = Hiding(worker.event_format, layout.block_size, layout.rule)
+    where = Path(directory)
+    try:
+        where.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"VSWA_RECORD: expected a directory, got {where}: {error.strerror}") from error
+    header = header_of(worker.event_format, layout, settings.engine, settings.served_model_name)
+    began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    ranks = [
+        Recording(where / f"{began}-{worker.worker_id:x}-{rank}.jsonl.gz", header, hiding)
+        for rank in range(worker.info.data_parallel_size)
+    ]
+    logger.warning("recording %s, token ids %s: %s", settings.engine, tokens, where)
+    return Recorder(ranks)
+
+
+def header_of(event_format: str, layout: CacheLayout, engine: str, config: str) -> TraceHeader:
+    """What a reader must know beforehand."""
+    groups = tuple(
+        TraceGroup("full") if group.window_size is None else TraceGroup("swa", group.window_size)
+        for group in layout.groups
+    )
+    return TraceHeader(
+        event_format, layout.block_size, groups=groups, rule=layout.rule, engine=engine, config=config
+    )

@@ -1,0 +1,124 @@
+"""The installed package: whether it is there, its version, and the few names of it that are used.
+
+The only file that imports tensorrt_llm, which takes tens of seconds and wants a GPU: nothing here does it
+before :func:`load`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import os
+import re
+import socket
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vswa_plugin.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MODULE = "tensorrt_llm"
+DISTRIBUTION = "tensorrt-llm"
+INSTALL = "pip install 'vswa-plugin[trtllm]' --extra-index-url https://pypi.nvidia.com"
+
+_NO_CANDIDATE = 1 << 20
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)(?:rc(\d+))?")
+#: TensorRT-LLM splits the machine's number in two from 1.3.0rc22 on.
+_PROCESS_IDS = 64
+_MACHINES = 1021
+
+
+class Version(NamedTuple):
+    """A release; of candidates the number, else more than any."""
+
+    major: int
+    minor: int
+    patch: int
+    candidate: int = _NO_CANDIDATE
+
+    @classmethod
+    def parse(cls, text: str) -> Version | None:
+        """None for what does not look like a version of TensorRT-LLM."""
+        found = _VERSION.match(text)
+        if found is None:
+            return None
+        major, minor, patch, candidate = found.groups()
+        numbers = int(major), int(minor), int(patch)
+        return cls(*numbers, _NO_CANDIDATE if candidate is None else int(candidate))
+
+    def __str__(self) -> str:
+        tail = "" if self.candidate == _NO_CANDIDATE else f"rc{self.candidate}"
+        return f"{self.major}.{self.minor}.{self.patch}{tail}"
+
+
+class Api(NamedTuple):
+    """What is used of TensorRT-LLM, classes and one function."""
+
+    LLM: Any
+    SamplingParams: Any
+    GuidedDecodingParams: Any
+    DisaggregatedParams: Any
+    SchedulingParams: Any
+    LoRARequest: Any
+    Logprob: Any
+    RequestError: type[Exception]
+    get_global_disagg_request_id: Callable[..., int]
+
+
+def require_installed() -> Version | None:
+    """The installed version, None where it cannot be told. Imports nothing.
+
+    :raises ConfigError: the package is not there; says how to install it.
+    """
+    if importlib.util.find_spec(MODULE) is None:
+        raise ConfigError(
+            f"--engine tensorrt_llm: the package {MODULE} is not installed; on a machine with an NVIDIA GPU: "
+            f"{INSTALL}"
+        )
+    try:
+        text = importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return Version.parse(text)
+
+
+def load() -> Api:
+    """Import TensorRT-LLM.
+
+    :raises ConfigError: it is installed and cannot be imported; names the reason.
+    """
+    try:
+        return Api(
+            LLM=_name("llmapi", "LLM"),
+            SamplingParams=_name("llmapi", "SamplingParams"),
+            GuidedDecodingParams=_name("sampling_params", "GuidedDecodingParams"),
+            DisaggregatedParams=_name("llmapi", "DisaggregatedParams"),
+            SchedulingParams=_name("scheduling_params", "SchedulingParams"),
+            LoRARequest=_name("executor.request", "LoRARequest"),
+            Logprob=_name("executor.result", "Logprob"),
+            RequestError=_name("executor.utils", "RequestError"),
+            get_global_disagg_request_id=_name("llmapi.disagg_utils", "get_global_disagg_request_id"),
+        )
+    except (ImportError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"--engine tensorrt_llm: the installed package cannot be imported: {error}; it needs an NVIDIA "
+            f"driver and the CUDA libraries of its release; to install it anew: {INSTALL}"
+        ) from error
+
+
+def disagg_request_id(api: Api) -> int:
+    """A number for one request over both its phases, unlike those of other workers."""
+    make = api.get_global_disagg_request_id
+    machine = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % _MACHINES
+    if "process_id" in inspect.signature(make).parameters:
+        return make(*divmod(machine, _PROCESS_IDS))
+    return make(machine)
+
+
+def _name(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"{MODULE}.{module}"), name)

@@ -1,0 +1,37 @@
+"""docs/router-api.md names every operation, limit and metric that there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.router_http_helpers import PROMPT, Api, run
+from vswa_plugin.router.http.messages import MAX_HASHES, MAX_TOKENS
+from vswa_plugin.router.http.operations import ERRORS, OPERATIONS
+from vswa_plugin.router.load_messages import MAX_HASHES as MAX_SHARED
+
+TEXT = (Path(__file__).parent.parent / "docs" / "router-api.md").read_text("utf-8")
+
+
+def test_every_operation_error_and_limit_is_named() -> None:
+    for operation in OPERATIONS:
+        assert f"`{operation.method} {operation.path}" in TEXT
+    for status in set(ERRORS) - {500}:
+        assert f"| {status} |" in TEXT
+    for limit in (MAX_TOKENS, MAX_HASHES, MAX_SHARED):
+        assert f"{limit:,}" in TEXT
+
+
+def test_every_metric_of_a_router_is_named() -> None:
+    async def body() -> Any:
+        async with Api() as api:
+            await api.all_live()
+            await api.post("/select", token_ids=PROMPT)
+            return await api.get("/metrics")
+
+    shown = set(re.findall(r"^# TYPE (vswa_router_\w+)", run(body())[1], re.MULTILINE))
+    shown = {name.removesuffix("_created") for name in shown}
+    for name in sorted(shown):
+        short = re.sub(r"_load_(\w+)$", "_load_{blocks,prefill_tokens,requests}", name)
+        assert short in TEXT, name

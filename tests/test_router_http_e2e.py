@@ -1,0 +1,100 @@
+"""A gateway before Dynamo's own frontend: it asks /select, pins the request, and the chosen worker serves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tests.conftest import Run
+from tests.e2e_helpers import TextModel, eventually, long_prompt
+from vswa_plugin.cluster import Cluster
+from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.router.args import parse
+from vswa_plugin.router.http.selector import Selector
+
+
+class Gateway:
+    """Tokenizes as the frontend does, asks the selector, pins the request, reports what came of it."""
+
+    def __init__(self, cluster: Cluster, selector: str, session: aiohttp.ClientSession) -> None:
+        self._cluster = cluster
+        self._selector = selector
+        self._session = session
+        self._tokenizer = TextModel(Path(cluster.settings.model_path))
+
+    async def post(self, path: str, **body: Any) -> Any:
+        async with self._session.post(self._selector + path, json=body) as answer:
+            assert answer.status == 200, await answer.text()
+            return await answer.json()
+
+    async def knows(self, prompt: str) -> bool:
+        """Whether the selector knows a worker that holds nearly all of it."""
+        token_ids = self._tokenizer.ids(prompt)
+        answer = await self.post("/query", token_ids=token_ids, model_name="gemma")
+        return max(each["longest_matched"] for each in answer["instances"].values()) > len(token_ids) - 33
+
+    async def ask(self, prompt: str, **wish: Any) -> tuple[Any, int, int]:
+        """The choice, the worker that served it, the tokens that its engine reused."""
+        token_ids = self._tokenizer.ids(prompt)
+        chosen = await self.post("/select", token_ids=token_ids, model_name="gemma", **wish)
+        body = {"model": "gemma", "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+        body["nvext"] = {"extra_fields": ["worker_id"]}
+        url = f"{self._cluster.url}/v1/completions"
+        async with self._session.post(url, json=body, headers=chosen["headers"]) as answer:
+            assert answer.status == 200, await answer.text()
+            found = await answer.json()
+        cached = found["usage"]["prompt_tokens_details"]["cached_tokens"]
+        await self.post("/release", selection_id=chosen["selection_id"], cached_tokens=cached)
+        served = found["nvext"]["worker_id"]["decode_worker_id"]
+        return chosen, served, cached
+
+
+@asynccontextmanager
+async def selecting(
+    cluster: Cluster, session: aiohttp.ClientSession
+) -> AsyncIterator[tuple[Gateway, Selector]]:
+    """A selector among the cluster's workers, and a gateway that asks it."""
+    environ = {"NATS_SERVER": cluster.nats_server}
+    options = ["--selector-only", "--http-port", "0", "--namespace", cluster.settings.namespace]
+    args = parse(options, environ)
+    with load_host(()) as host:
+        selector = Selector(args, host, EtcdRegistry(cluster.etcd_endpoints))
+        try:
+            port = await selector.start()
+            yield Gateway(cluster, f"http://127.0.0.1:{port}", session), selector
+        finally:
+            await selector.stop()
+
+
+def test_the_worker_that_was_selected_serves_and_reuses_what_was_predicted(
+    run: Run[Any], cluster: Cluster
+) -> None:
+    async def body() -> list[tuple[Any, int, int]]:
+        async with (
+            aiohttp.ClientSession() as session,
+            selecting(cluster, session) as (gateway, selector),
+        ):
+            workers = [entry.worker_id for entry in selector.fleet.entries.values()]
+            found = []
+            for number, worker_id in enumerate(workers):
+                prompt = long_prompt(f"gateway {number}", 60)
+                found.append(await gateway.ask(prompt, allowed_worker_ids=[worker_id]))
+                await eventually(lambda text=prompt: gateway.knows(text), "its blocks are known")
+                found.append(await gateway.ask(prompt))
+            assert sum(counts.exact for counts in selector.accuracy.ranks.values()) == 4
+            return found
+
+    found = run(body())
+    (first, _, _), (second, _, again), (third, _, _), (fourth, _, last) = found
+
+    assert [served for _, served, _ in found] == [chosen["worker_id"] for chosen, _, _ in found]
+    assert first["worker_id"] == second["worker_id"] != third["worker_id"] == fourth["worker_id"]
+    assert [chosen["cached_tokens"] // 32 for chosen, _, _ in found] == [
+        cached // 32 for _, _, cached in found
+    ]
+    assert min(again, last) > 500

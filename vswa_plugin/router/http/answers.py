@@ -1,0 +1,301 @@
+"""What fleet and index know, as answers of the API. Event loop only, nothing is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
+from vswa_plugin.events import Rank, Source
+from vswa_plugin.fleet import Fleet, RankStatus
+from vswa_plugin.hashing import sequence_hashes
+from vswa_plugin.index import Explanation, WindowIndex
+from vswa_plugin.registry import Entry
+from vswa_plugin.router.decide import Hasher
+from vswa_plugin.router.http.messages import (
+    HashQuery,
+    InstanceAnswer,
+    Listener,
+    ModelWish,
+    Query,
+    QueryAnswer,
+    RankAnswer,
+    ReadyAnswer,
+    WorkerAnswer,
+)
+from vswa_plugin.transport import subject
+
+#: Blocks times ranks times groups that one explanation may look at: some 100 ms.
+MAX_EXPLAINED = 300_000
+_ONE_MORE = "isl_tokens was not given: the prompt is taken as one token longer than its blocks"
+#: State of our view -> Dynamo's word for a listener, worst first.
+_STATUS = {
+    "unreadable": "failed",
+    "waiting": "pending",
+    "silent": "paused",
+    "stale": "paused",
+    "live": "active",
+}
+_WORST_FIRST = ("failed", "pending", "paused", "active")
+
+
+class UnknownModel(RequestError):
+    """No worker serves it."""
+
+
+class TooLarge(RequestError):
+    """Answering it would hold up the requests that are being routed."""
+
+
+class Prompt:
+    """A prompt of a served model.
+
+    :param assumed: what was taken for granted of it.
+    """
+
+    def __init__(self, served: Served, hashes: Sequence[int], length: int, assumed: str | None) -> None:
+        self.served = served
+        self.hashes = hashes
+        self.length = length
+        self.assumed = assumed
+
+
+class Served:
+    """A model and its workers: those whose block size and hash scheme most share."""
+
+    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
+        self.name = name
+        self.entries = entries
+        self.block_size = entries[0].block_size
+        self.ranks = [Rank(entry.worker_id, dp_rank) for entry in entries for dp_rank in sorted(entry.epochs)]
+
+
+def served(fleet: Fleet, wish: ModelWish) -> Served:
+    """The model that is wished for, else the only one.
+
+    :raises UnknownModel: nobody serves it.
+    :raises InvalidRequest: there are several, and no wish.
+    """
+    by_model: dict[str, list[Entry]] = {}
+    for entry in fleet.entries.values():
+        by_model.setdefault(entry.served_model_name, []).append(entry)
+    name = wish.model_name or wish.model
+    if name is None:
+        if len(by_model) > 1:
+            raise InvalidRequest(
+                "model_name: expected one where several models are served, got none. "
+                f"Known: {', '.join(sorted(by_model))}"
+            )
+        if not by_model:
+            raise UnknownModel("expected a worker in the registry, got none; see /workers")
+        (name,) = by_model
+    if name not in by_model:
+        raise UnknownModel(f"model_name: {unknown_choice('model', name, by_model)}")
+    return Served(name, _fitting(by_model[name]))
+
+
+def _fitting(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """One hash of a prompt scores them all; of two sizes as frequent, that of the worker met first."""
+    kinds = Counter((entry.block_size, entry.hash_scheme) for entry in entries)
+    most = kinds.most_common(1)[0][0]
+    return [entry for entry in entries if (entry.block_size, entry.hash_scheme) == most]
+
+
+def prompt_of(fleet: Fleet, hasher: Hasher, query: Query) -> Prompt:
+    """Raises InvalidRequest or UnknownModel."""
+    model = served(fleet, query)
+    hashes = hasher(query.token_ids, model.block_size, query.cache_salt, query.lora_name)
+    return Prompt(model, hashes, len(query.token_ids), None)
+
+
+def prompt_of_hashes(fleet: Fleet, query: HashQuery) -> Prompt:
+    """Raises InvalidRequest or UnknownModel."""
+    model = served(fleet, query)
+    given = query.sequence_hashes or query.block_hashes
+    if given is None:
+        raise InvalidRequest("expected block_hashes or sequence_hashes, got neither")
+    if max(given) >= 2**64:
+        raise InvalidRequest(f"expected hashes below 2**64, got {max(given)}")
+    hashes = query.sequence_hashes or sequence_hashes(given)
+    size, length = model.block_size, query.isl_tokens
+    if length is None:
+        return Prompt(model, hashes, len(hashes) * size + 1, _ONE_MORE)
+    return Prompt(model, hashes[: length // size], length, None)
+
+
+def query_answer(fleet: Fleet, prompt: Prompt) -> QueryAnswer:
+    """What every rank of the model would reuse of the prompt."""
+    model, size = prompt.served, prompt.served.block_size
+    ranks = rank_answers(fleet, prompt)
+    return QueryAnswer(
+        model_name=model.name,
+        block_size=size,
+        prompt_tokens=prompt.length,
+        assumed=prompt.assumed,
+        scores={
+            str(entry.worker_id): {
+                str(dp_rank): _device_tokens(ranks[Rank(entry.worker_id, dp_rank)], size)
+                for dp_rank in entry.epochs
+            }
+            for entry in model.entries
+        },
+        frequencies=_frequencies([answer.cached_blocks for answer in ranks.values()]),
+        instances={str(entry.worker_id): instance_answer(entry, ranks, size) for entry in model.entries},
+    )
+
+
+def rank_answers(fleet: Fleet, prompt: Prompt) -> dict[Rank, RankAnswer]:
+    index, model, hashes = fleet.index, prompt.served, prompt.hashes
+    cached = index.score(hashes, prompt.length, model.name)
+    blind = global_only(index, hashes, model.name)
+    now = asyncio.get_running_loop().time()
+    found = {}
+    for rank in model.ranks:
+        view = fleet.subscriber.view(rank)
+        tokens = cached.get(rank, 0)
+        found[rank] = RankAnswer(
+            cached_tokens=tokens,
+            cached_blocks=tokens // model.block_size,
+            tiers=index.tiers(rank, hashes, tokens) if tokens else {},
+            global_only_tokens=blind.get(rank, 0) * model.block_size,
+            state="waiting" if view is None else view.state(now),
+            scored=view is not None and view.scored(now),
+        )
+    return found
+
+
+def global_only(index: WindowIndex, hashes: Sequence[int], model: str) -> dict[Rank, int]:
+    """Blocks of the prompt that the group with the widest window holds without a hole, of each rank with any.
+
+    That is all that a router knows which takes no notice of sliding windows.
+    """
+    found: dict[Rank, int] = {}
+    for part in index._candidates(model):
+        groups = part.layout.groups
+        widest = max(range(len(groups)), key=lambda at: groups[at].window_size or math.inf)
+        bits = {member.bit: rank for rank, member in part.members.items() if member.scored}
+        left = sum(1 << bit for bit in bits)
+        for depth, mask in enumerate([*part.table.masks(widest, hashes), 0]):
+            ended, left = left & ~mask, left & mask
+            while depth and ended:
+                bit = ended.bit_length() - 1
+                found[bits[bit]] = depth
+                ended ^= 1 << bit
+            if not left:
+                break
+    return found
+
+
+def instance_answer(entry: Entry, ranks: Mapping[Rank, RankAnswer], block_size: int) -> InstanceAnswer:
+    own = {dp_rank: ranks[Rank(entry.worker_id, dp_rank)] for dp_rank in sorted(entry.epochs)}
+    device = {str(dp_rank): _device_tokens(answer, block_size) for dp_rank, answer in own.items()}
+    return InstanceAnswer(
+        longest_matched=max(answer.cached_tokens for answer in own.values()),
+        gpu=max(device.values()),
+        dp=device,
+        cpu=max(answer.cached_tokens - answer.tiers.get("disk", 0) * block_size for answer in own.values()),
+        disk=max(answer.cached_tokens for answer in own.values()),
+        ranks={str(dp_rank): answer for dp_rank, answer in own.items()},
+    )
+
+
+def _device_tokens(answer: RankAnswer, block_size: int) -> int:
+    slow = answer.tiers.get("host", 0) + answer.tiers.get("disk", 0)
+    return answer.cached_tokens - slow * block_size
+
+
+def _frequencies(blocks: Sequence[int]) -> list[int]:
+    deepest = max(blocks, default=0)
+    ends = Counter(blocks)
+    counts, left = [], len(blocks)
+    for depth in range(deepest):
+        left -= ends[depth]
+        counts.append(left)
+    return counts
+
+
+def explanations(fleet: Fleet, prompt: Prompt) -> list[Explanation]:
+    """As ``vswa explain`` does.
+
+    :raises TooLarge: so many blocks, ranks and groups that routing would wait for it.
+    """
+    model = prompt.served
+    groups = max((len(entry.groups) for entry in model.entries), default=1)
+    work = len(prompt.hashes) * len(model.ranks) * groups
+    if work > MAX_EXPLAINED:
+        most = MAX_EXPLAINED // (len(model.ranks) * groups)
+        raise TooLarge(
+            f"expected a prompt of at most {most} blocks for {len(model.ranks)} ranks with {groups} groups, "
+            f"got {len(prompt.hashes)}; ask /query, or `vswa explain` for the whole of it"
+        )
+    return fleet.index.explain(prompt.hashes, prompt.length, model.name)
+
+
+def worker_answers(fleet: Fleet, model_name: str | None = None) -> list[WorkerAnswer]:
+    """All workers in the registry, of one model where it is given."""
+    statuses = {status.source.rank: status for status in fleet.statuses(time.time_ns())}
+    return [
+        _worker(entry, statuses)
+        for _, entry in sorted(fleet.entries.items())
+        if model_name in (None, entry.served_model_name)
+    ]
+
+
+def _worker(entry: Entry, statuses: Mapping[Rank, RankStatus]) -> WorkerAnswer:
+    listeners = {
+        str(dp_rank): _listener(entry, dp_rank, statuses.get(Rank(entry.worker_id, dp_rank)))
+        for dp_rank in sorted(entry.epochs)
+    }
+    return WorkerAnswer(
+        instance_id=entry.worker_id,
+        source="nats",
+        status=min((each.status for each in listeners.values()), key=_WORST_FIRST.index, default="pending"),
+        model_name=entry.served_model_name,
+        routing_group="default",
+        block_size=entry.block_size,
+        endpoints={dp_rank: listener.endpoint for dp_rank, listener in listeners.items()},
+        listeners=listeners,
+        endpoint=endpoint_of(entry),
+        mode=entry.mode,
+        engine=entry.engine,
+        rule=entry.rule,
+        groups=entry.groups,
+    )
+
+
+def endpoint_of(entry: Entry) -> str:
+    return f"dyn://{entry.namespace}.{entry.component}.{entry.endpoint}"
+
+
+def _listener(entry: Entry, dp_rank: int, status: RankStatus | None) -> Listener:
+    source = Source(entry.namespace, entry.component, entry.worker_id, dp_rank)
+    state = "waiting" if status is None else status.state
+    return Listener(
+        endpoint=subject(source, "events"),
+        status=_STATUS[state],
+        state=state,
+        epoch=0 if status is None else status.epoch,
+        next_event_id=0 if status is None else status.next_event_id,
+        lag_ms=None if status is None else status.lag_ms,
+        blocks={} if status is None else status.blocks,
+        last_error="" if status is None or state == "live" else status.reason,
+    )
+
+
+def ready_answer(fleet: Fleet, ready: bool, reason: str | None) -> ReadyAnswer:
+    """Ready: requests can be answered, and at least one rank is known exactly.
+
+    :param ready: what the router says of itself; ``reason``: why it is not.
+    """
+    now = asyncio.get_running_loop().time()
+    live: dict[str, int] = {}
+    for entry in fleet.entries.values():
+        views = [fleet.subscriber.view(Rank(entry.worker_id, dp_rank)) for dp_rank in entry.epochs]
+        known = sum(view is not None and view.state(now) == "live" for view in views)
+        live[entry.served_model_name] = live.get(entry.served_model_name, 0) + known
+    if ready and not any(live.values()):
+        ready, reason = False, "expected at least one worker whose blocks are known, got none; see /workers"
+    return ReadyAnswer(ready, reason, live, fleet.index.stats())

@@ -1,0 +1,269 @@
+"""Requests and answers of the HTTP API. The OpenAPI document is made from these structs.
+
+Fields of Dynamo's standalone indexer and selection service have their names and meaning, in tokens; what
+windows need is beside them. Unknown fields are ignored, as there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from vswa_plugin.index import IndexStats
+from vswa_plugin.layout import CacheGroup
+
+#: Limits of a request. A body of the largest lists fits into the largest body.
+MAX_BODY_BYTES = 4 << 20
+MAX_TOKENS = 262_144
+MAX_HASHES = 65_536
+MAX_TTL_S = 3_600.0
+
+_U64_MAX = 2**64 - 1
+_Hash = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": _U64_MAX})]
+_Name = Annotated[str, Meta(min_length=1, max_length=512)]
+_Tokens = Annotated[list[Annotated[int, Meta(ge=0, le=2**32 - 1)]], Meta(min_length=1, max_length=MAX_TOKENS)]
+_Hashes = Annotated[list[_Hash], Meta(min_length=1, max_length=MAX_HASHES)]
+_Length = Annotated[int, Meta(ge=1, le=2**31)]
+
+
+class ModelWish(msgspec.Struct, kw_only=True):
+    """Which model. ``model`` is what Mooncake calls it; neither: the only one that is served."""
+
+    model_name: _Name | None = None
+    model: _Name | None = None
+
+
+class Query(ModelWish, kw_only=True):
+    """A prompt as tokens. Salt and LoRA go into the hashes: equal tokens under another salt do not match."""
+
+    token_ids: _Tokens
+    lora_name: _Name | None = None
+    cache_salt: _Name | None = None
+
+
+class HashQuery(ModelWish, kw_only=True):
+    """A prompt as hashes of its full blocks: chained (``sequence_hashes``, which go before ``block_hashes``),
+    or each block's own (``block_hashes``).
+
+    Without ``isl_tokens``, its length, it is taken as one token longer than its blocks, and the answer says
+    so. A salt or LoRA is in the hashes already: ``cache_salt`` must be left out.
+    """
+
+    block_hashes: _Hashes | None = None
+    sequence_hashes: _Hashes | None = None
+    isl_tokens: _Length | None = None
+    cache_salt: None = None
+
+
+class RankAnswer(msgspec.Struct, frozen=True):
+    """One data-parallel rank.
+
+    :param cached_tokens: what its engine would reuse, exactly; may end inside a block.
+    :param cached_blocks: whole blocks of these.
+    :param tiers: whole blocks by the slowest tier that must be loaded for them.
+    :param global_only_tokens: what a router would promise that knows of global attention only.
+    :param state: of our view: live, stale, silent, unreadable or waiting.
+    :param scored: False: it scores 0 whatever it holds.
+    """
+
+    cached_tokens: int
+    cached_blocks: int
+    tiers: dict[str, int]
+    global_only_tokens: int
+    state: str
+    scored: bool
+
+
+class InstanceAnswer(msgspec.Struct, frozen=True):
+    """One worker, best of its ranks. ``gpu`` <= ``cpu`` <= ``disk``: each includes the faster tiers.
+
+    :param longest_matched: what the best rank would reuse.
+    :param dp: rank -> tokens that it would reuse from the device.
+    """
+
+    longest_matched: int
+    gpu: int
+    dp: dict[str, int]
+    cpu: int
+    disk: int
+    ranks: dict[str, RankAnswer]
+
+
+class QueryAnswer(msgspec.Struct, frozen=True):
+    """:param assumed: what the request did not say and was taken for granted; null: nothing.
+    :param scores: worker -> rank -> tokens that it would reuse from the device.
+    :param frequencies: per block, how many ranks would reuse it; as far as any would.
+    """
+
+    model_name: str
+    block_size: int
+    prompt_tokens: int
+    assumed: str | None
+    scores: dict[str, dict[str, int]]
+    frequencies: list[int]
+    instances: dict[str, InstanceAnswer]
+
+
+class Listener(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What we hear of one rank.
+
+    :param endpoint: NATS subject of its events.
+    :param status: as of the worker.
+    :param state: of our view: live, stale, silent, unreadable or waiting.
+    :param blocks: window -> tier -> blocks held.
+    """
+
+    endpoint: str
+    status: str
+    state: str
+    epoch: int
+    next_event_id: int
+    lag_ms: float | None
+    blocks: dict[str, dict[str, int]]
+    last_error: str = ""
+
+
+class WorkerAnswer(msgspec.Struct, frozen=True):
+    """One worker in the registry.
+
+    :param status: the worst of its ranks: failed, pending (not known yet), paused (silent or stale), active.
+    :param mode: agg, prefill or decode.
+    :param rule: how its engine resumes a prompt.
+    """
+
+    instance_id: int
+    source: str
+    status: str
+    model_name: str
+    routing_group: str
+    block_size: int
+    endpoints: dict[str, str]
+    listeners: dict[str, Listener]
+    endpoint: str
+    mode: str
+    engine: str
+    rule: str
+    groups: tuple[CacheGroup, ...]
+
+
+class GroupDump(msgspec.Struct, frozen=True):
+    """:param window: in tokens, or ``global``.
+    :param blocks: tier -> sequence hashes, ascending.
+    """
+
+    group_id: int
+    window: str
+    blocks: dict[str, list[int]]
+
+
+class DumpLayout(msgspec.Struct, frozen=True):
+    groups: tuple[CacheGroup, ...]
+    rule: str
+    model: str
+    hash_scheme: str
+
+
+class RankDump(msgspec.Struct, frozen=True):
+    """Of one instant: what was held when ``next_event_id`` came next."""
+
+    worker_id: int
+    dp_rank: int
+    scored: bool
+    epoch: int
+    next_event_id: int
+    layout: DumpLayout
+    groups: list[GroupDump]
+
+
+class DumpAnswer(msgspec.Struct, frozen=True):
+    """Ranks follow each other, each of its own instant."""
+
+    version: int
+    ranks: list[RankDump]
+
+
+class HealthAnswer(msgspec.Struct, frozen=True):
+    status: str
+    reason: str | None
+
+
+class ReadyAnswer(msgspec.Struct, frozen=True):
+    """:param models: model -> ranks that are known exactly."""
+
+    ready: bool
+    reason: str | None
+    models: dict[str, int]
+    index: IndexStats
+
+
+class SelectQuery(Query, kw_only=True):
+    """A request that looks for its worker.
+
+    :param selection_id: chosen by the caller, unique among active ones; None: a new one.
+    :param reserve: False: choose only, without counting it as load.
+    :param ttl_s: when the reservation ends by itself.
+    :param router_config_override: knobs of the cost, by Dynamo's names.
+    :param routing_constraints: ``required_taints``, ``preferred_taints``.
+    """
+
+    selection_id: _Name | None = None
+    reserve: bool = True
+    ttl_s: Annotated[float, Meta(gt=0, le=MAX_TTL_S)] = 120.0
+    dp_rank: Annotated[int, Meta(ge=0, le=2**31)] | None = None
+    allowed_worker_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1_024)] | None = None
+    router_config_override: dict[str, Any] | None = None
+    routing_constraints: dict[str, Any] | None = None
+
+
+class SelectAnswer(msgspec.Struct, frozen=True):
+    """:param headers: put these on the request to Dynamo's frontend, and it goes there.
+    :param cached_tokens: what the engine would reuse.
+    :param effective_prefill_tokens: what it would compute.
+    :param expires_at: Unix time at which the reservation ends by itself; null: nothing is reserved.
+    """
+
+    selection_id: str
+    model_name: str
+    routing_group: str
+    worker_id: int
+    dp_rank: int
+    endpoint: str
+    block_size: int
+    overlap: InstanceAnswer
+    cached_tokens: int
+    effective_prefill_tokens: int
+    cost: float
+    headers: dict[str, str]
+    reserved: bool
+    expires_at: float | None
+
+
+class SelectionWish(msgspec.Struct, kw_only=True):
+    """A reservation."""
+
+    selection_id: _Name
+
+
+class Release(SelectionWish, kw_only=True):
+    """The request has ended.
+
+    :param cached_tokens: what the engine said it reused, if known: it is compared with what was predicted.
+    """
+
+    cached_tokens: Annotated[int, Meta(ge=0, le=2**31)] | None = None
+
+
+class ReleaseAnswer(msgspec.Struct, frozen=True):
+    """:param predicted_tokens: what ``/select`` had promised."""
+
+    selection_id: str
+    predicted_tokens: int
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    """:param error: what was expected, what came, and what to do."""
+
+    error: str
+    code: int

@@ -1,0 +1,251 @@
+"""The router's HTTP server: reads, answers, and says what is wrong with a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from vswa_plugin.errors import ConfigError, InvalidRequest, Overloaded, RequestError
+from vswa_plugin.fleet import Fleet
+from vswa_plugin.router.decide import Hasher
+from vswa_plugin.router.http.answers import (
+    TooLarge,
+    UnknownModel,
+    explanations,
+    prompt_of,
+    prompt_of_hashes,
+    query_answer,
+    ready_answer,
+    worker_answers,
+)
+from vswa_plugin.router.http.dump import dump, dumped_ranks
+from vswa_plugin.router.http.messages import MAX_BODY_BYTES, ErrorAnswer, HashQuery, HealthAnswer, Query
+from vswa_plugin.router.http.metrics import RouterMetrics
+from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation
+from vswa_plugin.router.http.selection import Selection
+from vswa_plugin.router.openapi import document
+from vswa_plugin.router.reservations import SelectionIdTaken, UnknownReservation
+from vswa_plugin.worker.status import Status
+
+logger = logging.getLogger(__name__)
+
+#: A client that does not read its dump is left.
+DUMP_TIMEOUT_S = 60.0
+_CODES: tuple[tuple[type[RequestError], int], ...] = (
+    (InvalidRequest, 400),
+    (UnknownModel, 404),
+    (UnknownReservation, 404),
+    (SelectionIdTaken, 409),
+    (TooLarge, 413),
+    (RequestError, 503),
+)
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class NoSelector(UnknownModel):
+    """This router forwards requests itself."""
+
+
+class RouterServer:
+    """Serves the API for one router.
+
+    :param status: what the router says of itself.
+    :param selection: of a router that forwards nothing; None: ``/select`` is refused.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        hasher: Hasher,
+        status: Status,
+        metrics: RouterMetrics,
+        selection: Selection | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self._hasher = hasher
+        self._status = status
+        self._shown_metrics = metrics
+        self._selection = selection
+        self._dumping = False
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; the port, a free one for 0. Raises ConfigError where the address is taken or not ours."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
+        for operation in OPERATIONS:
+            app.router.add_route(operation.method, operation.path, self._handler(operation))
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ConfigError(f"--http-port: cannot listen on {host}:{port}: {error}") from error
+        bound: int = self._runner.addresses[0][1]
+        logger.info("API on http://%s:%d, described at /openapi.json", host, bound)
+        return bound
+
+    async def stop(self) -> None:
+        if self._selection is not None:
+            self._selection.reservations.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # -- operations --------------------------------------------------------------------------------
+
+    async def _query(self, query: Query) -> Any:
+        return query_answer(self._fleet, prompt_of(self._fleet, self._hasher, query))
+
+    async def _query_by_hash(self, query: HashQuery) -> Any:
+        return query_answer(self._fleet, prompt_of_hashes(self._fleet, query))
+
+    async def _explain(self, query: Query) -> Any:
+        return explanations(self._fleet, prompt_of(self._fleet, self._hasher, query))
+
+    async def _select(self, query: Any) -> Any:
+        return self._selecting().select(query)
+
+    async def _prefill_complete(self, query: Any) -> Any:
+        return self._selecting().first_token(query)
+
+    async def _release(self, query: Any) -> Any:
+        return self._selecting().release(query)
+
+    async def _workers(self, request: web.Request) -> Any:
+        return worker_answers(self._fleet, request.query.get("model_name"))
+
+    async def _dump(self, request: web.Request) -> web.StreamResponse:
+        ranks = dumped_ranks(
+            self._fleet,
+            request.query.get("model_name"),
+            _number(request, "worker_id"),
+            _number(request, "dp_rank"),
+        )
+        if self._dumping:
+            raise Overloaded("expected one dump at a time, got another; ask again when it is done")
+        self._dumping = True
+        response = web.StreamResponse(headers={"Content-Type": JSON})
+        try:
+            async with asyncio.timeout(DUMP_TIMEOUT_S):
+                await response.prepare(request)
+                async for piece in dump(self._fleet, ranks):
+                    await response.write(piece)
+                await response.write_eof()
+        except TimeoutError:
+            logger.warning("a dump was not read within %.0f s and is cut off", DUMP_TIMEOUT_S)
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            self._dumping = False
+        return response
+
+    async def _health(self, _: web.Request) -> web.Response:
+        failure = self._status.failure
+        answer = HealthAnswer("healthy" if failure is None else "failed", failure)
+        return _json(answer, 200 if failure is None else 503)
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        failure = self._status.failure
+        reason = None if self._status.ready else "the router is starting or ending"
+        ready = self._status.ready and failure is None
+        answer = ready_answer(self._fleet, ready, failure or reason)
+        return _json(answer, 200 if answer.ready else 503)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = self._shown_metrics.render()
+        return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _openapi(self, _: web.Request) -> Any:
+        return document()
+
+    def _selecting(self) -> Selection:
+        if self._selection is None:
+            raise NoSelector(
+                "expected a router started with --selector-only, got one that forwards requests itself: send "
+                "them to Dynamo's frontend"
+            )
+        return self._selection
+
+    # -- reading and answering ---------------------------------------------------------------------
+
+    def _handler(self, operation: Operation) -> _Handler:
+        method: Callable[[Any], Awaitable[Any]] = getattr(self, f"_{operation.name}")
+        decoder = None if operation.body is None else msgspec.json.Decoder(operation.body)
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            given: Any = request
+            if decoder is not None:
+                given = _decoded(decoder, operation, await request.read())
+            answer = await method(given)
+            return answer if isinstance(answer, web.StreamResponse) else _json(answer)
+
+        return handle
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        began = time.perf_counter()
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            response = _http_error(request, error)
+        except RequestError as error:
+            response = _error(str(error), next(code for kind, code in _CODES if isinstance(error, kind)))
+        except ConnectionError:
+            raise  # the client has gone
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.path)
+            response = _error("the router failed at this request; please report it with its log", 500)
+        resource = request.match_info.route.resource
+        endpoint = "other" if resource is None else resource.canonical
+        self._shown_metrics.observe(endpoint, response.status, time.perf_counter() - began)
+        return response
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], operation: Operation, body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(
+            f"expected {operation.body.__name__} as in /openapi.json, got {len(body)} bytes: {error}"
+        ) from error
+
+
+def _number(request: web.Request, name: str) -> int | None:
+    text = request.query.get(name)
+    if text is None:
+        return None
+    most = next(each.most for each in DUMP_PARAMETERS if each.name == name)
+    if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most):
+        raise InvalidRequest(f"{name}: expected a whole number of at most {most}, got {text[:40]!r}")
+    return int(text)
+
+
+def _json(answer: Any, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(answer), status=status, content_type=JSON)
+
+
+def _error(text: str, code: int) -> web.Response:
+    return _json(ErrorAnswer(text, code), code)
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    """aiohttp's own refusals, in our words."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        response = _error(f"{request.path}: expected {allowed}, got {request.method}", error.status)
+        response.headers["Allow"] = allowed
+        return response
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        text = f"expected a body of at most {MAX_BODY_BYTES} bytes, got more; send fewer tokens or hashes"
+    elif isinstance(error, web.HTTPNotFound):
+        known = ", ".join(operation.path for operation in OPERATIONS)
+        text = f"expected one of {known}; got {request.path[:100]}"
+    else:
+        text = f"{request.method} {request.path[:100]}: {error.reason}"
+    return _error(text, error.status)

@@ -1,0 +1,124 @@
+"""Choices that a gateway carries out itself: they count as load until it says that they have ended.
+
+A gateway may crash between choice and end, so each ends by itself after its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+
+import msgspec
+
+from vswa_plugin.errors import Overloaded, RequestError
+from vswa_plugin.router.decide import Decision, Pool
+
+logger = logging.getLogger(__name__)
+
+#: More are refused: a gateway that never releases must not fill the memory.
+MAX_RESERVATIONS = 65_536
+
+
+class UnknownReservation(RequestError):
+    """It was never made here, was released, or its time is over."""
+
+
+class SelectionIdTaken(RequestError):
+    """The caller chose the id of a reservation that has not ended."""
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """:param live: whether the view of the rank was live when it was chosen."""
+
+    selection_id: str
+    pool: Pool
+    decision: Decision
+    live: bool
+
+
+class ReservationStats(msgspec.Struct):
+    """Counters since start."""
+
+    made: int = 0
+    released: int = 0
+    expired: int = 0
+
+
+class Reservations:
+    """All that are active. Event loop only."""
+
+    def __init__(self) -> None:
+        self.stats = ReservationStats()
+        self._active: dict[str, tuple[Reservation, asyncio.TimerHandle]] = {}
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def check(self, selection_id: str | None) -> str:
+        """An id for the next reservation: the one that is wished for, or a new one.
+
+        :raises SelectionIdTaken: it is in use.
+        :raises Overloaded: there are too many.
+        """
+        if len(self._active) >= MAX_RESERVATIONS:
+            raise Overloaded(
+                f"expected fewer than {MAX_RESERVATIONS} active reservations, got one more; release what has "
+                "ended, or ask for a shorter ttl_s"
+            )
+        if selection_id in self._active:
+            raise SelectionIdTaken(
+                f"selection_id: expected one that is not in use, got {selection_id!r}; release it, or leave "
+                "the id out to be given a new one"
+            )
+        return selection_id or uuid.uuid4().hex
+
+    def add(self, reservation: Reservation, ttl_s: float) -> None:
+        """Keep it for ``ttl_s`` seconds at most; its id is one that :meth:`check` returned just now."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(ttl_s, self._expire, reservation.selection_id)
+        self._active[reservation.selection_id] = reservation, timer
+        self.stats.made += 1
+
+    def first_token(self, selection_id: str) -> Reservation:
+        """Its prompt is computed. Raises UnknownReservation."""
+        reservation, _ = self._get(selection_id)
+        reservation.pool.book.first_token(reservation.decision.key)
+        return reservation
+
+    def release(self, selection_id: str) -> Reservation:
+        """It has ended. Raises UnknownReservation."""
+        reservation, timer = self._get(selection_id)
+        timer.cancel()
+        self._end(reservation)
+        self.stats.released += 1
+        return reservation
+
+    def close(self) -> None:
+        """End all: this router gives no more account of them."""
+        for reservation, timer in list(self._active.values()):
+            timer.cancel()
+            self._end(reservation)
+
+    def _get(self, selection_id: str) -> tuple[Reservation, asyncio.TimerHandle]:
+        found = self._active.get(selection_id)
+        if found is None:
+            raise UnknownReservation(
+                f"selection_id: expected an active reservation of this router, got {selection_id!r}; it was "
+                "released, its ttl_s is over, or another replica made it"
+            )
+        return found
+
+    def _expire(self, selection_id: str) -> None:
+        reservation, _ = self._active[selection_id]
+        self._end(reservation)
+        self.stats.expired += 1
+        if self.stats.expired == 1:
+            logger.warning(
+                "a reservation ended by its time, not by /release (further ones are only counted); "
+                "does the gateway release what it is done with, and is ttl_s longer than its requests?"
+            )
+
+    def _end(self, reservation: Reservation) -> None:
+        del self._active[reservation.selection_id]
+        reservation.pool.book.free(reservation.decision.key)
