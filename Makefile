@@ -7,7 +7,7 @@ RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo serve test lint format bench clean
+.PHONY: help demo serve test lint format bench bench-compare clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,9 +31,11 @@ lint: $(DEV)  ## formatting, lint and types
 format: $(DEV)  ## rewrite the code in the project's format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(DEV)  ## index and stream against Dynamo's own, short forms (see benchmarks/README.md)
-	$(BIN)/python benchmarks/bench_index.py --short
-	$(BIN)/python benchmarks/bench_stream.py --events 200 --pauses 0.002
+bench: $(DEV)  ## the short form of all benchmarks, as one page: build/bench/index.html (see benchmarks/README.md)
+	$(BIN)/python benchmarks/bench_all.py run
+
+bench-compare: $(DEV)  ## what `make bench` measured, as ratios to the committed results
+	$(BIN)/python benchmarks/bench_all.py compare
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -85,7 +85,9 @@ def found(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     env = {
         name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "NATS_", "ETCD_"))
     }
-    env |= LOOPBACK_ENV | {"DYN_FILE_KV": str(tmp_path_factory.mktemp("discovery")), "DYN_LOG": "error"}
+    # Without a broker: the loopback settings name NATS as the event plane.
+    env |= LOOPBACK_ENV | {"DYN_EVENT_PLANE": "zmq", "DYN_LOG": "error"}
+    env["DYN_FILE_KV"] = str(tmp_path_factory.mktemp("discovery"))
     done = subprocess.run(
         [sys.executable, "-m", "tests.dynamo_events_router", str(model_dir)],
         input=json.dumps(SCRIPTS),

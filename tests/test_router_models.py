@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from vswa_plugin.dynamo import EndpointName
+from vswa_plugin.dynamo_client import namespaced_sequence_hashes
 from vswa_plugin.engine import MODES
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.index import WindowIndex
 from vswa_plugin.layout import HASH_SCHEME, CacheGroup
 from vswa_plugin.registry import Entry
+from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.args import parse
-from vswa_plugin.router.models import card_of, grouped, slug_of
+from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.forward import Forwarder
+from vswa_plugin.router.models import Models, card_of, grouped, slug_of
 from vswa_plugin.selection import Weights
 
 
@@ -133,3 +140,26 @@ def test_what_cannot_be_used_is_refused_before_any_connection(
     with pytest.raises(ConfigError) as refused:
         parse(argv, environ)
     assert message in str(refused.value)
+
+
+def test_taints_reach_the_pool_and_a_worker_that_shows_the_model_itself_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def opened(*_: Any) -> Any:
+        return object()
+
+    async def unshown(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr("vswa_plugin.router.models.WorkerClient.open", opened)
+    monkeypatch.setattr(Models, "_show", unshown)
+    hidden, visible = entry(1, visible=False, taints=("spot", "old")), entry(2)
+    forwarder = Forwarder(
+        Decider(WindowIndex(), Weights(), namespaced_sequence_hashes), Accuracy(), lambda rank: True
+    )
+    models = Models(None, {"1": hidden, "2": visible}, EndpointName.parse("dyn://n.c.e"), forwarder)
+    asyncio.run(models.update())
+
+    assert {1: {"spot", "old"}, 2: set()} == forwarder.models["m"].pool.taints
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert ["worker 2 shows 'm' itself"] == [text.partition(":")[0] for text in warned]

@@ -174,7 +174,7 @@ def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
 def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float] | None:
     """Adjust what some candidates cost: blocks to add, below 0 to take off.
 
-    Called: on a router's event loop, once per request and phase, after all candidates were scored and before one is
+    Called: on a router's event loop, once per request and phase, after all were scored and before one is
         chosen. Hot path: no I/O, no waiting.
     Order: of no effect; all see the costs of the router itself.
     Combine: the sum of all answers, added to the router's own costs.
@@ -194,7 +194,8 @@ def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[
 def vswa_select_worker(request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
     """Choose the rank that serves a request, or None to leave that to others.
 
-    Called: on a router's event loop, once per request and phase, after ``vswa_score``. Hot path: no I/O, no waiting.
+    Called: on a router's event loop, once per request and phase, after ``vswa_score``. Hot path: no I/O, no
+    waiting.
     Order: stops at the first answer; the router's own choice comes last.
     Combine: first non-None. None from all: the cheapest, or one drawn by ``--router-temperature``.
     Errors: that plugin has no answer; counted, logged once per plugin and minute. A rank that is no

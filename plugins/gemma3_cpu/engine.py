@@ -203,9 +203,7 @@ class Gemma3CpuEngine:
             self._server.start()
             logger.info("finished prompts are handed over at %s port %d", *self._server.address)
         elif self._mode == "decode":
-            # One that hangs must not hold up another: each request that runs may pull.
-            pulls = self._options.max_batch_size * len(self._ranks)
-            self._puller = Puller(pulls, timeouts)
+            self._puller = Puller(timeouts=timeouts)
 
     def _make_scheduler(self, rank: EngineRank, model: Gemma3Model) -> Scheduler:
         keeper, arrivals = None, None

@@ -193,9 +193,17 @@ class Models:
         for entry in group.used:
             if entry.worker_id not in model.clients:
                 logger.info("model %r: worker %x joins, mode %s", name, entry.worker_id, entry.mode)
+                if entry.visible:
+                    logger.warning(
+                        "worker %x shows %r itself: where a frontend sees it, requests bypass this router; "
+                        "start it with --register hidden",
+                        entry.worker_id,
+                        name,
+                    )
         model.clients = clients
         for pool in model.pools:
             pool.ranks = tuple(_ranks(group, pool.phase))
+            pool.taints = {entry.worker_id: frozenset(entry.taints) for entry in group.used}
         for worker_id in gone:
             logger.info("model %r: worker %x leaves", name, worker_id)
             model.pool.book.drop(worker_id)

@@ -63,6 +63,8 @@ class UnderWay:
                 self._compare(str(reason), cached_tokens_of(chunk.get("completion_usage") or {}))
             elif answer.cached_tokens is not None:
                 tell_cached_tokens(chunk, answer.cached_tokens)
+            # Before the client can have seen the end: its next request must not meet the load of this one.
+            self._leave()
 
     def end(self) -> None:
         """It has ended, however; again: nothing."""
