@@ -122,12 +122,12 @@ def test_a_killed_worker_scores_0_within_three_heartbeats_and_leaves_with_its_re
     run: Run[Any], cluster: Cluster
 ) -> None:
     async def body() -> tuple[float, dict[Rank, int], str]:
-        alone = _alone(cluster, "killed")
+        alone = _alone(cluster, "fleet-killed")
         await alone.start()
-        fleet = fleet_of(cluster, "killed")
+        fleet = fleet_of(cluster, "fleet-killed")
         try:
             await fleet.start()
-            prompt = long_prompt("killed")
+            prompt = long_prompt("fleet-killed")
             await post(alone, "/v1/completions", {**GREEDY, "prompt": prompt, "max_tokens": 2})
             assert await fleet.settled(10)
             (status,) = fleet.statuses(0)
