@@ -18,15 +18,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vswa_plugin.errors import ConfigError, InvalidRequest
+from vswa_plugin.errors import ConfigError
 
+from ..admission import Admission, RequestSize, check_settings
 from ..api import PageMover, no_pages
 from ..buffer import EventBuffer
 from ..spec import GroupSpec
 from .check import check_manager
 from .events import EventLog
 from .match import Match, Matcher
-from .sequence import Admission, CacheSequenceV1, Prompt
+from .sequence import CacheSequenceV1, Prompt
 from .tree import Tree
 from .window import Window
 
@@ -61,7 +62,8 @@ class CacheManagerV1:
         dp_rank: int | None = None,
         mover: PageMover = no_pages,
     ) -> None:
-        _check_settings(groups, block_size, max_seq_len, max_chunk_tokens)
+        check_settings(groups, block_size, max_seq_len, max_chunk_tokens)
+        _check_windows(groups, max_seq_len)
         self._groups = tuple(groups)
         self._block_size = block_size
         self._max_seq_len = max_seq_len
@@ -83,25 +85,10 @@ class CacheManagerV1:
 
     def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
         """See :meth:`..api.CacheManager.check_fits`."""
-        if prompt_len < 1 or max_new_tokens < 1:
-            raise InvalidRequest(
-                f"expected a prompt and an output of at least one token each, got {prompt_len} prompt tokens "
-                f"and max_tokens {max_new_tokens}"
-            )
-        total = prompt_len + max_new_tokens
-        request = f"{prompt_len} prompt tokens and up to {max_new_tokens} output tokens"
-        if total > self._max_seq_len:
-            raise InvalidRequest(
-                f"{request} make {total}, but a sequence has at most {self._max_seq_len}; "
-                "shorten the prompt or lower max_tokens"
-            )
-        for group, held in zip(self._groups, self._admission(total).held, strict=True):
-            if held > group.num_blocks:
-                raise InvalidRequest(
-                    f"{request} need {held} blocks of {self._block_size} tokens in the pool of window "
-                    f"{group.label}, which has {group.num_blocks}; shorten the prompt, lower max_tokens or "
-                    "give the KV cache more blocks"
-                )
+        size = RequestSize(prompt_len, max_new_tokens)
+        size.check(self._max_seq_len)
+        for group, held in zip(self._groups, self._admission(size.total).held, strict=True):
+            size.check_pool(held, group.num_blocks, self._block_size, f"window {group.label}")
 
     def open(
         self, prompt: Sequence[int], max_new_tokens: int, cache_salt: str | None = None
@@ -171,16 +158,8 @@ class CacheManagerV1:
             self._reserved[g] -= held
 
 
-def _check_settings(
-    groups: Sequence[GroupSpec], block_size: int, max_seq_len: int, max_chunk_tokens: int
-) -> None:
-    sizes = {"block_size": block_size, "max_seq_len": max_seq_len, "max_chunk_tokens": max_chunk_tokens}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"KV cache: expected {name} of at least 1, got {size}")
-    ids = [group.group_id for group in groups]
-    if not ids or len(set(ids)) != len(ids):
-        raise ConfigError(f"KV cache: expected at least one cache group and each id once, got ids {ids}")
+def _check_windows(groups: Sequence[GroupSpec], max_seq_len: int) -> None:
+    """What manager V1 asks of windows beside :func:`check_settings`."""
     windows = [group.window_size or max_seq_len for group in groups]
     if len(set(windows)) != len(windows):
         raise ConfigError(
@@ -188,25 +167,8 @@ def _check_settings(
             f"{sorted(windows)} tokens; join groups of one window"
         )
     for group in groups:
-        _check_group(group, block_size, max_seq_len)
-
-
-def _check_group(group: GroupSpec, block_size: int, max_seq_len: int) -> None:
-    if group.num_blocks < 1 or group.host_blocks < 0:
-        raise ConfigError(
-            f"KV cache, window {group.label}: expected a block at least and no negative number on the host, "
-            f"got {group.num_blocks} and {group.host_blocks}"
-        )
-    window = group.window_size
-    if window is None:
-        return
-    if window < 1 or window % block_size:
-        raise ConfigError(
-            f"KV cache, cache group {group.group_id}: expected a window that is a multiple of the "
-            f"block size ({block_size} tokens), got {window}; choose a tokens_per_block that divides it"
-        )
-    if window > max_seq_len:
-        raise ConfigError(
-            f"KV cache, cache group {group.group_id}: expected a window of at most max_seq_len "
-            f"({max_seq_len} tokens), got {window}; give it as global"
-        )
+        if group.window_size is not None and group.window_size > max_seq_len:
+            raise ConfigError(
+                f"KV cache, cache group {group.group_id}: expected a window of at most max_seq_len "
+                f"({max_seq_len} tokens), got {group.window_size}; give it as global"
+            )

@@ -5,29 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import msgspec
-
 from vswa_plugin.errors import InvariantError
 
+from ..admission import Admission, check_computed
 from .match import Match, chop
 from .pool import Page
 from .tree import Tree
 from .window import Window
 
 _NO_PAGE = -1
-
-
-class Admission(msgspec.Struct, frozen=True):
-    """What a sequence was admitted for.
-
-    :param total_tokens: prompt and longest output.
-    :param max_chunk_tokens: most tokens computed in one step.
-    :param held: most pages it may hold at a time, per window.
-    """
-
-    total_tokens: int
-    max_chunk_tokens: int
-    held: tuple[int, ...]
 
 
 class Prompt(NamedTuple):
@@ -81,13 +67,7 @@ class CacheSequenceV1:
     def reserve(self, upto_tokens: int) -> None:
         """See :meth:`..api.CacheSequence.reserve`."""
         self._check_running()
-        chunk = upto_tokens - self.computed_tokens
-        if upto_tokens > self.admission.total_tokens or chunk > self.admission.max_chunk_tokens:
-            raise InvariantError(
-                f"expected at most {self.admission.max_chunk_tokens} tokens a step and "
-                f"{self.admission.total_tokens} in all, got pages asked for up to token {upto_tokens} "
-                f"with {self.computed_tokens} computed"
-            )
+        self.admission.check_step(self.computed_tokens, upto_tokens)
         blocks = -(-upto_tokens // self._block_size)
         for window in self._ascending:
             self._take(window, blocks)
@@ -101,11 +81,7 @@ class CacheSequenceV1:
         chunk, so that a prompt needs no more pages of a window than it sees.
         """
         self._check_running()
-        if not 0 <= n_tokens <= self.reserved_tokens - self.computed_tokens:
-            raise InvariantError(
-                f"expected at most {self.reserved_tokens - self.computed_tokens} computed tokens, for which "
-                f"pages are reserved, got {n_tokens}"
-            )
+        check_computed(n_tokens, self.reserved_tokens - self.computed_tokens)
         in_prompt = self.computed_tokens < len(self.prompt.tokens)
         self.computed_tokens += n_tokens
         if in_prompt:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vswa_plugin.errors import ConfigError, InvalidRequest
-
+from ..admission import Admission, RequestSize, check_settings
 from ..api import PageMover, no_pages
 from ..buffer import EventBuffer
 from ..spec import GroupSpec
 from .check import check_store
 from .events import EventLog
-from .sequence import Admission, CacheSequence, Request
+from .sequence import CacheSequence, Request
 from .store import BlockStore
 from .tree import all_nodes
 
@@ -50,7 +49,7 @@ class CacheManager:
         dp_rank: int | None = None,
         mover: PageMover = no_pages,
     ) -> None:
-        _check_settings(groups, block_size, max_seq_len, max_chunk_tokens)
+        check_settings(groups, block_size, max_seq_len, max_chunk_tokens)
         self._block_size = block_size
         self._max_seq_len = max_seq_len
         self._max_chunk_tokens = max_chunk_tokens
@@ -67,26 +66,11 @@ class CacheManager:
 
         :raises InvalidRequest: it never can; says which limit and the numbers.
         """
-        if prompt_len < 1 or max_new_tokens < 1:
-            raise InvalidRequest(
-                f"expected a prompt and an output of at least one token each, got {prompt_len} prompt tokens "
-                f"and max_tokens {max_new_tokens}"
-            )
-        total = prompt_len + max_new_tokens
-        request = f"{prompt_len} prompt tokens and up to {max_new_tokens} output tokens"
-        if total > self._max_seq_len:
-            raise InvalidRequest(
-                f"{request} make {total}, but a sequence has at most {self._max_seq_len}; "
-                "shorten the prompt or lower max_tokens"
-            )
-        held = self._most_held(total)
-        for p, (needed, pool) in enumerate(zip(self._by_pool(held), self._store.device, strict=True)):
-            if needed > pool.num_pages:
-                raise InvalidRequest(
-                    f"{request} need {needed} blocks of {self._block_size} tokens in the pool of "
-                    f"{self._pool_name(p)}, which has {pool.num_pages}; shorten the prompt, lower "
-                    "max_tokens or give the KV cache more blocks"
-                )
+        size = RequestSize(prompt_len, max_new_tokens)
+        size.check(self._max_seq_len)
+        needed = self._by_pool(self._most_held(size.total))
+        for p, (count, pool) in enumerate(zip(needed, self._store.device, strict=True)):
+            size.check_pool(count, pool.num_pages, self._block_size, self._pool_name(p))
 
     def open(
         self, prompt: Sequence[int], max_new_tokens: int, cache_salt: str | None = None
@@ -220,32 +204,3 @@ def _blocks_per_level(groups: Sequence[GroupSpec]) -> list[int]:
     if any(group.host_blocks for group in groups):
         levels.append(sum(group.host_blocks * group.layers for group in groups) // layers)
     return levels
-
-
-def _check_settings(
-    groups: Sequence[GroupSpec], block_size: int, max_seq_len: int, max_chunk_tokens: int
-) -> None:
-    sizes = {"block_size": block_size, "max_seq_len": max_seq_len, "max_chunk_tokens": max_chunk_tokens}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"KV cache: expected {name} of at least 1, got {size}")
-    ids = [group.group_id for group in groups]
-    if not ids or len(set(ids)) != len(ids):
-        raise ConfigError(f"KV cache: expected at least one cache group and each id once, got ids {ids}")
-    for group in groups:
-        _check_group(group, block_size)
-
-
-def _check_group(group: GroupSpec, block_size: int) -> None:
-    where = f"KV cache, window {group.label}"
-    if group.num_blocks < 1 or group.layers < 1 or group.host_blocks < 0:
-        raise ConfigError(
-            f"{where}: expected a block and a layer at least and no negative host_blocks, got "
-            f"{group.num_blocks} blocks, {group.layers} layers, {group.host_blocks} host blocks"
-        )
-    if group.window_size is not None and (group.window_size < 1 or group.window_size % block_size):
-        raise ConfigError(
-            f"KV cache, cache group {group.group_id}: expected a window that is a multiple of the "
-            f"block size ({block_size} tokens), got {group.window_size}; choose a tokens_per_block "
-            "that divides it"
-        )

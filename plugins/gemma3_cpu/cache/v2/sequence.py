@@ -7,23 +7,13 @@ from typing import NamedTuple
 
 from vswa_plugin.errors import InvariantError
 
+from ..admission import Admission, check_computed
 from .pages import Page
 from .store import BlockStore
 from .tree import Node, Tokens
 
 #: In block tables: no page.
 NO_PAGE = -1
-
-
-class Admission(NamedTuple):
-    """What a sequence was admitted for.
-
-    :ivar held: the most pages it holds at any one time, per group.
-    """
-
-    total_tokens: int
-    max_chunk_tokens: int
-    held: tuple[int, ...]
 
 
 class Request(NamedTuple):
@@ -69,13 +59,7 @@ class CacheSequence:
         :raises InvariantError: asks for more than the sequence was admitted for.
         """
         self._check_open()
-        chunk = upto_tokens - self.computed_tokens
-        if upto_tokens > self.admission.total_tokens or chunk > self.admission.max_chunk_tokens:
-            raise InvariantError(
-                f"expected at most {self.admission.max_chunk_tokens} tokens a step and "
-                f"{self.admission.total_tokens} in all, got pages asked for up to token {upto_tokens} "
-                f"with {self.computed_tokens} computed"
-            )
+        self.admission.check_step(self.computed_tokens, upto_tokens)
         if upto_tokens <= self.reserved_tokens:
             return
         more = -(-upto_tokens // self._bs) - len(self.tables[0])
@@ -90,11 +74,7 @@ class CacheSequence:
         :raises InvariantError: no pages were reserved for them.
         """
         self._check_open()
-        if not 0 <= n_tokens <= self.reserved_tokens - self.computed_tokens:
-            raise InvariantError(
-                f"expected at most {self.reserved_tokens - self.computed_tokens} computed tokens, for which "
-                f"pages are reserved, got {n_tokens}"
-            )
+        check_computed(n_tokens, self.reserved_tokens - self.computed_tokens)
         self.computed_tokens += n_tokens
         if self.committing:
             self._commit_full()
