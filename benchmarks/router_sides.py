@@ -1,6 +1,6 @@
-"""Processes of bench_router.py: an echo worker for all routers alike, and our router with its meters.
+"""Processes of bench_router.py: an echo worker for all alike, our router with its meters, and a relay.
 
-python benchmarks/router_sides.py worker|router JSON
+python benchmarks/router_sides.py worker|router|relay JSON
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vswa_plugin import dynamo
+from vswa_plugin.dynamo_client import Call
 from vswa_plugin.engine import BlocksStored, EngineBlock, EngineEvent
 from vswa_plugin.events import Source
 from vswa_plugin.hashing import sequence_hashes_of_tokens
@@ -188,10 +189,29 @@ async def router(options: dict[str, Any]) -> int:
         return await made.run()
 
 
+async def relay(arguments: list[str]) -> int:
+    """Our router without a choice (a family of prompts has its worker): what a second hop in Python costs."""
+    args = parse(arguments)
+    with load_host() as host:
+        made = Router(args, host, registry_from_env())
+
+        async def passed_on(request: dict[str, Any], call: Call) -> AsyncIterator[dict[str, Any]]:
+            client = next(iter(made.forwarder.models[request["model"]].clients.values()))
+            workers = sorted(client.instance_ids())
+            worker_id = workers[hash(tuple(request["token_ids"][:64])) % len(workers)]
+            async for chunk in client.generate(request, worker_id, call):
+                yield chunk
+
+        made.forwarder.forward = passed_on  # type: ignore[method-assign]
+        return await made.run()
+
+
 def main() -> int:
     side, options = sys.argv[1], json.loads(sys.argv[2])
     if side == "worker":
         return dynamo.run(EchoWorker(options["model_path"]).run())
+    if side == "relay":
+        return dynamo.run(relay(options["arguments"]))
     if profile := os.environ.get("BENCH_PROFILE"):
         import cProfile
 
