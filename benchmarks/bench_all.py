@@ -35,6 +35,7 @@ BENCHES: dict[str, tuple[str, list[str]]] = {
     ),
     "projection": ("What does the projection for stock Dynamo cost?", ["bench_projection.py", "--short"]),
     "router": ("What does the exact router add, against Dynamo's own?", ["bench_router.py", "--short"]),
+    "route": ("What is exactness worth, in simulations?", ["bench_route.py", "--short"]),
     "ttft": ("What do reuse and sliding windows save?", ["bench_ttft.py", "--short"]),
 }
 #: Facts about a run, not results.

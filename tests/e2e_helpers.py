@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,13 @@ from vswa_plugin.events import Batch, Event, Source, decode
 from vswa_plugin.processes import Child
 from vswa_plugin.topologies import WorkerGroup
 from vswa_plugin.transport import Transport, events_of, source_of
+
+_numbers = itertools.count()
+
+
+def own_namespace(name: str) -> str:
+    """``name`` with a number: another one at each call, so that no test meets what another one left."""
+    return f"{name}-{next(_numbers)}"
 
 
 async def post(cluster: Cluster, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -49,16 +57,20 @@ async def metric(worker: Child, metric_name: str, **labels: str) -> float:
     return 0.0
 
 
-@asynccontextmanager
-async def beside(
-    cluster: Cluster, namespace: str, *groups: WorkerGroup, folder: Path | None = None
-) -> AsyncIterator[Cluster]:
-    """Workers and a frontend of their own in ``namespace``, on the brokers of ``cluster``; running."""
-    folder = folder or cluster.folder / namespace
-    folder.mkdir(exist_ok=True)
-    settings = msgspec.structs.replace(cluster.settings, namespace=namespace, groups=groups)
-    made = Cluster(settings, folder)
+def apart(cluster: Cluster, name: str, *groups: WorkerGroup) -> Cluster:
+    """As :func:`beside`, not started."""
+    namespace = own_namespace(name)
+    folder = cluster.folder / namespace
+    folder.mkdir()
+    made = Cluster(msgspec.structs.replace(cluster.settings, namespace=namespace, groups=groups), folder)
     made.nats_server, made.etcd_endpoints = cluster.nats_server, cluster.etcd_endpoints
+    return made
+
+
+@asynccontextmanager
+async def beside(cluster: Cluster, name: str, *groups: WorkerGroup) -> AsyncIterator[Cluster]:
+    """Workers and a frontend in a namespace and folder of their own, on ``cluster``'s brokers; running."""
+    made = apart(cluster, name, *groups)
     try:
         await made.start()
         yield made
@@ -101,7 +113,8 @@ class Recorded:
 
 
 @asynccontextmanager
-async def recording(cluster: Cluster, namespace: str) -> AsyncIterator[Recorded]:
+async def recording(cluster: Cluster, namespace: str | None = None) -> AsyncIterator[Recorded]:
+    """What its workers publish, or those of ``namespace``."""
     recorded = Recorded()
     transport = Transport(cluster.nats_server)
 
@@ -110,7 +123,7 @@ async def recording(cluster: Cluster, namespace: str) -> AsyncIterator[Recorded]
         recorded.batches.append((now, source_of(event_subject), decode(payload)))
 
     await transport.connect()
-    await transport.subscribe(events_of(namespace), take)
+    await transport.subscribe(events_of(namespace or cluster.settings.namespace), take)
     await transport.flush()
     try:
         yield recorded

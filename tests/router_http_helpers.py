@@ -78,7 +78,7 @@ class Api:
         counted = Counted(
             self.decider,
             self.accuracy,
-            lambda: self.selection.pools().values(),
+            self.selection.pools,
             lambda: {"finished": 3},
             self.selection.reservations,
         )
@@ -133,4 +133,4 @@ class Api:
 
     @property
     def book(self) -> LoadBook:
-        return self.selection.pools()["m"].book
+        return self.selection.models()["m"].pool.book

@@ -84,4 +84,6 @@ def test_a_trace_that_cannot_be_read_is_an_error_of_its_tests_only(inner: pytest
     result = inner.runpytest(*PLUGIN, "--vswa-trace=absent.jsonl")
 
     result.assert_outcomes(passed=1, errors=3)
-    result.stdout.fnmatch_lines(["*expected an engine trace at absent.jsonl: No such file or directory"])
+    result.stdout.fnmatch_lines(
+        ["*expected an engine trace at absent.jsonl: No such file or directory. The plugin recorder*"]
+    )

@@ -134,6 +134,17 @@ def test_falling_short_is_exit_code_1_and_names_the_trace(tmp_path: Path, capsys
     assert 1 == run(*trace, HEAD, "--min-exact", "1"), "each trace must do"
 
 
+def test_a_trace_without_requests_falls_short_of_any_share(tmp_path: Path, capsys: Output) -> None:
+    trace = str(write(tmp_path / "t.jsonl", stored("a")))
+
+    assert [0, 1, 1] == [
+        run("replay", trace, *more) for more in ((), ("--min-exact", "0"), ("--min-exact", "1"))
+    ]
+    said = capsys.readouterr()
+    assert "no requests: there was nothing to predict" in said.out
+    assert "t: no requests are exact in whole blocks, expected at least 0.00%" in said.err
+
+
 def run_json(capsys: Output, *said: str) -> Any:
     """The only report."""
     run(*said, "--json")
@@ -154,6 +165,8 @@ def test_a_page_is_written(tmp_path: Path) -> None:
         (("--min-exact", "99"), "--min-exact: expected a share from 0 to 1, got 99"),
         (("--ttl", "0"), "--ttl: expected at least one request, got 0"),
         (("--rule", "none"), "unknown reuse rule 'none'"),
+        (("--plot", "/nowhere/r.png"), "--plot: cannot write /nowhere/r.png: there is no directory /nowhere"),
+        (("--plot", "r.jpeg"), "--plot: expected a file that ends in .png, .svg, .pdf, got r.jpeg"),
         (("--html", "/nowhere/r.html"), "--html: cannot write /nowhere/r.html: No such file"),
         (("absent.jsonl",), "expected an engine trace at absent.jsonl"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -19,13 +21,35 @@ from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.plugin_loading import load_host
 
 ROOT = Path(__file__).parent.parent
-SPECS = [name for name, value in vars(hookspecs).items() if hasattr(value, hookspecs.NAME + "_spec")]
+SPECS = [hook.__name__ for hook in hookspecs.HOOKS]
 LAYOUT = CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "gemma3")
 SOURCE = Source("dynamo", "backend", 7, 0)
 
 
 def doc(name: str) -> str:
     return (ROOT / "docs" / name).read_text()
+
+
+def test_no_hook_is_forgotten() -> None:
+    marked = hookspecs.NAME + "_spec"
+    modules = (f"{hookspecs.__name__}.{found.name}" for found in pkgutil.iter_modules(hookspecs.__path__))
+    written = [
+        name
+        for module in map(importlib.import_module, modules)
+        for name, value in vars(module).items()
+        if hasattr(value, marked)
+    ]
+
+    assert sorted(written) == sorted(SPECS)
+
+
+def test_every_package_of_the_host_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        ".".join(file.relative_to(ROOT).parts[:-1]) for file in ROOT.glob("vswa_plugin/**/__init__.py")
+    }
+
+    assert folders <= set(listed)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -128,6 +152,17 @@ def test_the_table_of_first_party_plugins_says_what_they_are() -> None:
         loaded = {each.name: set(each.hooks) for each in host.plugins() if "vswa_plugins." in each.source}
 
     assert stated == loaded
+
+
+def test_the_hooks_page_names_the_first_party_plugins_that_use_a_hook() -> None:
+    with load_host(environ={}) as host:
+        ours = {each.name: each.hooks for each in host.plugins() if "vswa_plugins." in each.source}
+    stated = {}
+    for section in doc("hooks.md").split("\n## `")[1:]:
+        (used_by,) = re.findall(r"^Used by (.+?)(?=\n\n|\Z)", section, re.M | re.S)
+        stated[section.partition("(")[0]] = {name for name in ours if f"`{name}`" in used_by}
+
+    assert {hook: {name for name, hooks in ours.items() if hook in hooks} for hook in SPECS} == stated
 
 
 def test_every_hook_has_a_first_party_plugin_or_an_example_that_uses_it() -> None:

@@ -113,7 +113,7 @@ def test_only_the_last_window_of_sliding_layers_is_moved_and_nothing_stays_held(
 
 def test_a_decode_worker_announces_what_it_received(run: Run[Any], disagg: Cluster) -> None:
     async def body() -> dict[str, dict[int, set[int]]]:
-        async with recording(disagg, "disagg") as recorded:
+        async with recording(disagg) as recorded:
             await eventually(lambda: len({s for _, s, _ in recorded.batches}) == 2, "heartbeats of both")
             await complete(disagg, long_prompt("announced", 60), 2)
             await recorded.settled()
@@ -134,7 +134,7 @@ def test_a_decode_worker_announces_what_it_received(run: Run[Any], disagg: Clust
 
 
 def test_registry_entries_say_which_phase_a_worker_does(run: Run[Any], disagg: Cluster) -> None:
-    entries = [entry for entry in run(disagg.entries()) if entry.namespace == "disagg"]
+    entries = [entry for entry in run(disagg.entries()) if entry.namespace == disagg.settings.namespace]
 
     assert {(entry.component, entry.mode) for entry in entries} == {
         ("backend", "decode"),

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import Run
 from tests.e2e_helpers import (
     TextModel,
+    apart,
     beside,
     eventually,
     get,
@@ -119,7 +120,7 @@ def test_the_events_of_every_window_name_the_prompts_blocks_by_dynamos_hashes(
     assert expected == sequence_hashes(block_hashes(ids, 32))
 
     async def body() -> list[Any]:
-        async with recording(cluster, "e2e") as recorded:
+        async with recording(cluster) as recorded:
             await eventually(lambda: recorded.batches, "a heartbeat")
             await post(cluster, "/v1/completions", {**GREEDY, "prompt": prompt, "max_tokens": 3})
             await recorded.settled()
@@ -243,7 +244,7 @@ def test_the_registry_holds_what_a_router_needs_to_know(run: Run[Any], cluster: 
 
 def test_each_rank_has_an_epoch_and_a_stream_of_its_own(run: Run[Any], cluster: Cluster) -> None:
     async def body() -> tuple[list[int], set[int]]:
-        async with beside(cluster, "ranks", WorkerGroup()) as made, recording(made, "ranks") as recorded:
+        async with beside(cluster, "ranks", WorkerGroup()) as made, recording(made) as recorded:
             two = await made.add_worker(options=("--data-parallel-size", "2"))
             (entry,) = [each for each in await made.entries() if each.pid == two.pid]
 
@@ -260,7 +261,7 @@ def test_sigterm_drains_leaves_and_exits_0(run: Run[Any], cluster: Cluster) -> N
     """A worker of its own namespace, so that all requests reach it."""
 
     async def body() -> tuple[int, str, int]:
-        alone = _alone(cluster, "drain")
+        alone = apart(cluster, "drain", WorkerGroup())
         await alone.start()
         worker = alone.workers[0]
         pieces: list[str] = []
@@ -290,8 +291,8 @@ async def _left(cluster: Cluster) -> bool:
 
 def test_a_step_of_five_seconds_delays_no_heartbeat(run: Run[Any], cluster: Cluster) -> None:
     async def body() -> tuple[list[float], list[Any]]:
-        alone = _alone(cluster, "slow", {"gemma3_cpu": {"debug_step_delay_s": 5.0}})
-        async with recording(alone, "slow") as recorded:
+        alone = apart(cluster, "slow", WorkerGroup(override={"gemma3_cpu": {"debug_step_delay_s": 5.0}}))
+        async with recording(alone) as recorded:
             await alone.start()
             await eventually(lambda: recorded.batches, "the first batch")
             before = len(recorded.batches)
@@ -313,8 +314,9 @@ def test_a_small_sliding_pool_evicts_and_the_wire_says_so(run: Run[Any], cluster
     """What remains per window, by the wire, is what the worker itself says it holds."""
 
     async def body() -> tuple[dict[str, int], dict[str, float], int]:
-        alone = _alone(cluster, "evict", {"gemma3_cpu": {"kv_blocks": {"512": 64, "global": 128}}})
-        async with recording(alone, "evict") as recorded:
+        pools = {"gemma3_cpu": {"kv_blocks": {"512": 64, "global": 128}}}
+        alone = apart(cluster, "evict", WorkerGroup(override=pools))
+        async with recording(alone) as recorded:
             await alone.start()
             for number in range(8):
                 body = {**GREEDY, "prompt": long_prompt(f"evict {number % 5}"), "max_tokens": 4}
@@ -345,17 +347,3 @@ def test_a_small_sliding_pool_evicts_and_the_wire_says_so(run: Run[Any], cluster
     assert 0 < held["512"] <= 64
     assert 0 < held["global"] <= 128
     assert groups_with_removals == 2
-
-
-def _alone(cluster: Cluster, namespace: str, override: dict[str, Any] | None = None) -> Cluster:
-    """One worker and a frontend of their own on the shared brokers."""
-    import msgspec
-
-    folder = cluster.folder / namespace
-    folder.mkdir()
-    settings = msgspec.structs.replace(
-        cluster.settings, namespace=namespace, groups=(WorkerGroup(override=override or {}),)
-    )
-    made = Cluster(settings, folder)
-    made.nats_server, made.etcd_endpoints = cluster.nats_server, cluster.etcd_endpoints
-    return made

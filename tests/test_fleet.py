@@ -14,13 +14,13 @@ import msgspec
 import pytest
 
 from tests.conftest import Run
-from tests.e2e_helpers import eventually, get, long_prompt, metric, post
-from tests.test_e2e import _alone
+from tests.e2e_helpers import apart, eventually, get, long_prompt, metric, post
 from vswa_plugin.cluster import Cluster
 from vswa_plugin.events import Rank
 from vswa_plugin.fleet import Fleet
 from vswa_plugin.fleet_metrics import render
 from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.topologies import WorkerGroup
 from vswa_plugin.transport import Transport
 
 GREEDY = {"model": "gemma", "temperature": 0, "ignore_eos": True}
@@ -37,8 +37,10 @@ def vswa(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def fleet_of(cluster: Cluster, namespace: str) -> Fleet:
-    return Fleet(Transport(cluster.nats_server), EtcdRegistry(cluster.etcd_endpoints), namespace=namespace)
+def fleet_of(cluster: Cluster) -> Fleet:
+    """Not started."""
+    registry = EtcdRegistry(cluster.etcd_endpoints)
+    return Fleet(Transport(cluster.nats_server), registry, namespace=cluster.settings.namespace)
 
 
 def test_the_index_of_a_late_joiner_holds_what_the_workers_say_they_hold(
@@ -122,9 +124,9 @@ def test_a_killed_worker_scores_0_within_three_heartbeats_and_leaves_with_its_re
     run: Run[Any], cluster: Cluster
 ) -> None:
     async def body() -> tuple[float, dict[Rank, int], str]:
-        alone = _alone(cluster, "fleet-killed")
+        alone = apart(cluster, "fleet-killed", WorkerGroup())
         await alone.start()
-        fleet = fleet_of(cluster, "fleet-killed")
+        fleet = fleet_of(alone)
         try:
             await fleet.start()
             prompt = long_prompt("fleet-killed")
@@ -164,7 +166,7 @@ def test_a_fleet_serves_its_metrics_over_http(run: Run[Any], cluster: Cluster) -
     from vswa_plugin.worker.status import Status, StatusServer
 
     async def body() -> str:
-        fleet = fleet_of(cluster, "e2e")
+        fleet = fleet_of(cluster)
         await fleet.start()
         server = StatusServer(Status(ready=True), lambda: render(fleet))
         port = await server.start("127.0.0.1", 0)
@@ -183,7 +185,7 @@ def test_a_fleet_serves_its_metrics_over_http(run: Run[Any], cluster: Cluster) -
 
 def test_statuses_can_be_told_as_json(run: Run[Any], cluster: Cluster) -> None:
     async def body() -> bytes:
-        fleet = fleet_of(cluster, "e2e")
+        fleet = fleet_of(cluster)
         await fleet.start()
         try:
             await fleet.settled(10)

@@ -188,6 +188,63 @@ def test_a_failed_engine_sends_requests_elsewhere() -> None:
         asyncio.run(Served(engine).request())
 
 
+def test_an_engine_that_is_given_up_sends_the_requests_under_way_elsewhere_and_those_to_come() -> None:
+    engine = Scripted({"token_ids": [5]}, None)
+    served = Served(engine)
+
+    async def body() -> None:
+        serving = [asyncio.create_task(served.request()) for _ in range(3)]
+        async with asyncio.timeout(5):
+            while served.handler.signs_of_life < 3:
+                await asyncio.sleep(0)
+            served.handler.abandon("it hangs")
+            for each in (*serving, served.request()):
+                with pytest.raises(Unavailable, match="it hangs"):
+                    await each
+        assert await served.handler.drain(1)
+
+    asyncio.run(body())
+
+    assert engine.closed == 3
+    assert [record.finish_reason for record in served.records] == ["cancelled"] * 3
+
+
+def test_a_request_that_ends_leaves_the_others_under_way() -> None:
+    served = Served(Scripted({"token_ids": [5]}, None))
+
+    async def body() -> list[int]:
+        loop = asyncio.get_running_loop()
+        gone: list[asyncio.Future[bool]] = [loop.create_future() for _ in range(3)]
+        serving = [asyncio.create_task(served.request(each)) for each in gone]
+        async with asyncio.timeout(5):
+            while served.handler.in_flight < 3:
+                await asyncio.sleep(0)
+            left = []
+            for client, request in zip(gone, serving, strict=True):
+                client.set_result(True)
+                await request
+                left.append(served.handler.in_flight)
+        return left
+
+    assert asyncio.run(body()) == [2, 1, 0]
+
+
+def test_each_chunk_is_a_sign_of_life_and_so_is_what_else_the_worker_hears() -> None:
+    served = Served(Scripted(*one_answer()))
+    asyncio.run(served.request())
+    served.handler.alive()
+
+    assert served.handler.signs_of_life == 3
+
+
+def test_a_request_of_which_nobody_wants_a_record_is_served() -> None:
+    served = Served(Scripted(*one_answer()))
+    served.handler._record = None
+
+    assert len(asyncio.run(served.request())) == 2
+    assert served.handler.in_flight == 0
+
+
 def one_answer(**told: int) -> list[ChunkDict]:
     return [
         {"token_ids": [5], "index": 0, WORKER_ONLY: told},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,14 @@ from hypothesis import strategies as st
 from tests.host_helpers import BATCH, SOURCE, Clock, coroutine, failing, observer, plugin
 from tests.host_helpers import clock as clock
 from tests.host_helpers import host as host
+from tests.standin_engine import StandinEngine
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.host import PluginHost
+from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.publisher import PublisherOptions
+from vswa_plugin.registry.file import FileRegistry
+from vswa_plugin.worker.app import Worker
+from vswa_plugin.worker.args import parse
 
 # -- isolation ---------------------------------------------------------------------------------------
 
@@ -119,6 +126,30 @@ def test_the_order_of_loading_never_shows(order: list[str]) -> None:
 
         assert ["d", "a", "c", "b"] == seen
         assert "m_a 1\nm_b 1\nm_c 1\nm_d 1\n" == host.metrics()
+
+
+@pytest.mark.parametrize("hook", ["vswa_kv_stored", "vswa_request_arrived", "vswa_request_finished"])
+def test_the_host_says_whether_anybody_implements_a_hook(host: PluginHost, hook: str) -> None:
+    before = host.implements(hook)
+    host.register(plugin(**{hook: lambda: None}), "x")
+    during = host.implements(hook)
+    host.close()
+
+    assert [False, True, False] == [before, during, host.implements(hook)]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "told"), [("trtllm_events", False), ("trtllm_events,dynamo_events", True)]
+)
+def test_a_publisher_names_no_blocks_for_observers_that_are_not_there(
+    tmp_path: Path, plugins: str, told: bool
+) -> None:
+    args = parse(["--model-path", str(tmp_path), "--engine", "standin"])
+    with load_host(environ={"VSWA_PLUGINS": plugins}) as host:
+        worker = Worker(args, host, StandinEngine(args.settings), FileRegistry(tmp_path))
+        publisher = worker._publisher(1, 0, PublisherOptions(), 0)
+
+        assert told is (publisher._observe_stored is not None)
 
 
 # -- metrics -----------------------------------------------------------------------------------------

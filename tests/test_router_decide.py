@@ -198,6 +198,16 @@ def test_plugins_adjust_costs_or_take_the_choice() -> None:
     assert Setting(Prefers({}, Rank(9))).decide().rank in (A, B, C)
 
 
+def test_a_prompt_that_an_earlier_choice_has_read_is_not_read_again() -> None:
+    setting = Setting()
+    setting.holds(A, sliding=range(8), whole=range(8))
+    first = setting.decide()
+    second = setting.decide([1, 2, 3], prompt=first.prompt)
+
+    assert (first.prompt.length, first.prompt.hashes) == (130, HASHES)
+    assert (second.rank, second.cached_tokens, second.prompt_len) == (A, 128, 130)
+
+
 def test_tokens_that_are_none_refuse_the_request() -> None:
     with pytest.raises(InvalidRequest, match="token ids"):
         Setting().decide([1, 2, -5] * 16)

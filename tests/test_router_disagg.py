@@ -1,117 +1,19 @@
-"""One request through a prefill and a decode worker, made of a few lines: books, errors, cancellation."""
+"""One request through a prefill and a decode worker: who is chosen, what is handed over, what is booked."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
 
+from tests.router_disagg_helpers import AGG, D1, D2, LAST, P1, P2, PROMPT, Served, computed, usage
 from tests.test_router_decide import Prefers
-from tests.test_router_forward import FakeCall, Step, run
-from vswa_plugin.dynamo_client import Refused, namespaced_sequence_hashes
+from tests.test_router_forward import FakeCall, run
 from vswa_plugin.engine import ChunkDict
-from vswa_plugin.errors import InvalidRequest, Overloaded, Unavailable
-from vswa_plugin.events import Rank, Stored
-from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.router.accuracy import Accuracy
-from vswa_plugin.router.decide import Decider
-from vswa_plugin.router.disagg import PREFILL_TRIES
-from vswa_plugin.router.forward import Forwarder, Model
-from vswa_plugin.selection import Load, NoCandidate, Weights
-
-P1, P2, D1, D2, AGG = Rank(11), Rank(12, 1), Rank(21), Rank(22, 2), Rank(31)
-LAYOUT = CacheLayout((CacheGroup(0, 32, 16), CacheGroup(1, None, 16)), "trtllm_v2", "m")
-PROMPT = list(range(160))
-HASHES = namespaced_sequence_hashes(PROMPT, 16)
-
-
-def usage(cached: int | None) -> dict[str, Any]:
-    details = {} if cached is None else {"cached_tokens": cached, "audio_tokens": 0}
-    return {"prompt_tokens": 160, "prompt_tokens_details": details}
-
-
-def computed(cached: int | None = 0, **more: Any) -> ChunkDict:
-    """The last chunk of a prefill worker."""
-    last = {"token_ids": [9], "finish_reason": "length", "completion_usage": usage(cached)}
-    return {**last, "disaggregated_params": {"secret": [1, "x"]}, **more}
-
-
-LAST: ChunkDict = {"token_ids": [7], "finish_reason": "stop", "completion_usage": usage(160)}
-
-
-class Workers:
-    """All workers; each says what ``steps`` has for it, None waits. ``heard`` is called before each."""
-
-    def __init__(self, steps: Mapping[int, list[Step]]) -> None:
-        self.steps = dict(steps)
-        self.ids = [11, 12, 21, 22, 31]
-        self.asked: list[tuple[int, dict[str, Any]]] = []
-        self.heard: Callable[[], None] = lambda: None
-
-    def instance_ids(self) -> list[int]:
-        return self.ids
-
-    async def generate(
-        self, request: dict[str, Any], worker_id: int, call: FakeCall
-    ) -> AsyncIterator[ChunkDict]:
-        self.asked.append((worker_id, request))
-        for step in self.steps[worker_id]:
-            self.heard()
-            if isinstance(step, Exception):
-                raise step
-            if step is None:
-                await call.gone()  # as a stream of Dynamo, it ends when the client goes
-                return
-            yield dict(step)
-
-
-class Served:
-    """A forwarder with one model on P1, P2 and D1, D2; all workers well unless ``steps`` says otherwise."""
-
-    def __init__(
-        self,
-        steps: Mapping[int, list[Step]] | None = None,
-        hooks: Any = None,
-        agg: bool = False,
-        **weights: Any,
-    ) -> None:
-        well: dict[int, list[Step]] = {
-            **{rank.worker_id: [computed()] for rank in (P1, P2)},
-            **{rank.worker_id: [{"token_ids": [5]}, LAST] for rank in (D1, D2, AGG)},
-        }
-        self.index = WindowIndex()
-        for rank in (P1, P2, D1, D2, AGG):
-            self.index.join(rank, LAYOUT)
-        self.accuracy = Accuracy()
-        decider = Decider(self.index, Weights(**weights), namespaced_sequence_hashes, hooks)
-        self.forwarder = Forwarder(decider, self.accuracy, lambda rank: True)
-        self.workers = Workers({**well, **(steps or {})})
-        model = self.model = self.forwarder.models["m"] = Model("m", 16)
-        model.clients = dict.fromkeys(self.workers.ids, self.workers)  # type: ignore[arg-type]
-        model.prefill.ranks, model.decode.ranks = (P1, P2), (D1, D2)
-        model.pool.ranks = (AGG,) if agg else ()
-        self.book = model.pool.book
-
-    def holds(self, rank: Rank, blocks: int) -> None:
-        """Resumable there."""
-        for group in (0, 1):
-            self.index.apply(rank, Stored(group, 0, None, tuple(HASHES[:blocks])))
-
-    def chunks(self, call: Any = None, **request: Any) -> AsyncIterator[ChunkDict]:
-        given = {"model": "m", "token_ids": PROMPT, "stop_conditions": {"max_tokens": 50, "min_tokens": 4}}
-        return self.forwarder.forward({**given, **request}, call or FakeCall())
-
-    async def all(self, call: Any = None, **request: Any) -> list[ChunkDict]:
-        return [chunk async for chunk in self.chunks(call, **request)]
-
-    def asked(self) -> list[int]:
-        return [worker_id for worker_id, _ in self.workers.asked]
-
-    def idle(self) -> bool:
-        return len(self.book) == 0 == self.forwarder.in_flight
+from vswa_plugin.errors import Unavailable
+from vswa_plugin.router.forward import Model
+from vswa_plugin.selection import Load, NoCandidate
 
 
 def test_prefill_computes_the_prompt_and_decode_gets_what_it_hands_over_as_it_is() -> None:
@@ -249,6 +151,17 @@ def test_a_crowd_with_one_prompt_is_decoded_by_all_though_one_holds_it() -> None
     run(body())
 
 
+def test_a_prompt_is_hashed_once_for_both_phases_and_all_tries() -> None:
+    async def body() -> None:
+        served = Served({11: [Unavailable("gone")]})
+        served.holds(P1, 8)
+        await served.all()
+        assert served.asked() == [11, 12, served.asked()[2]]
+        assert served.hashed == 1
+
+    run(body())
+
+
 def test_plugins_are_asked_for_each_phase() -> None:
     async def body() -> None:
         hooks = Prefers({P1: 0.0})
@@ -257,139 +170,6 @@ def test_plugins_are_asked_for_each_phase() -> None:
             ("prefill", {P1, P2}),
             ("decode", {D1, D2}),
         ]
-
-    run(body())
-
-
-def test_a_prefill_worker_that_is_lost_is_replaced_before_anything_was_streamed() -> None:
-    async def body() -> None:
-        served = Served({11: [{"token_ids": []}, Unavailable("stream ended")]})
-        served.holds(P1, 8)
-        assert (await served.all())[-1]["finish_reason"] == "stop"
-        assert served.asked()[:2] == [11, 12]
-        assert served.forwarder.stats.prefill_retries == 1
-        assert served.forwarder.stats.unavailable == 0
-        await served.all()
-        assert served.asked()[3] == 12, "it is avoided for a while"
-        assert served.idle()
-
-    run(body())
-
-
-def test_lost_prefill_workers_are_replaced_only_so_often_and_only_by_others() -> None:
-    async def body() -> None:
-        lost = Served({11: [Unavailable("gone")], 12: [Unavailable("gone too")]})
-        with pytest.raises(Unavailable, match="gone"):
-            await lost.all()
-        assert sorted(lost.asked()) == [11, 12]
-        pinned = Served({11: [Unavailable("gone")]})
-        with pytest.raises(Unavailable, match="gone"):
-            await pinned.all(routing={"prefill_worker_id": 11})
-        many = Served({number: [Unavailable("gone")] for number in range(40, 50)})
-        many.model.prefill.ranks = tuple(Rank(number) for number in range(40, 50))
-        many.workers.ids += range(40, 50)
-        many.model.clients |= dict.fromkeys(range(40, 50), many.workers)  # type: ignore[arg-type]
-        with pytest.raises(Unavailable, match="gone"):
-            await many.all()
-        assert len(set(many.asked())) == len(many.asked()) == PREFILL_TRIES
-        assert lost.idle() and pinned.idle() and many.idle()
-        assert many.forwarder.stats.unavailable == 1
-
-    run(body())
-
-
-def test_a_prefill_worker_that_is_lost_after_its_last_chunk_is_not_missed() -> None:
-    async def body() -> None:
-        broken: list[Step] = [computed(), Unavailable("gone")]
-        served = Served({11: broken, 12: broken})
-        assert (await served.all())[-1]["finish_reason"] == "stop"
-        assert len(served.asked()) == 2
-
-    run(body())
-
-
-def test_a_decode_worker_that_is_lost_is_the_frontends_to_migrate() -> None:
-    async def body() -> None:
-        served = Served({21: [{"token_ids": [5]}, Unavailable("stream ended")]})
-        with pytest.raises(Unavailable, match="stream ended"):
-            await served.all(routing={"decode_worker_id": 21})
-        assert served.forwarder.stats.unavailable == 1
-        assert served.idle()
-        await served.all(token_ids=[*PROMPT, 5])
-        assert served.asked()[3] == 22
-
-    run(body())
-
-
-@pytest.mark.parametrize("phase", [(11, 12), (21, 22)])
-@pytest.mark.parametrize("error", [InvalidRequest("too long"), Overloaded("full"), Refused(418, "no coffee")])
-def test_a_refusal_in_either_phase_passes_with_its_words(phase: tuple[int, ...], error: Exception) -> None:
-    async def body() -> None:
-        served = Served({number: [error] for number in phase})
-        with pytest.raises(type(error), match=str(error)):
-            await served.all()
-        assert len(served.asked()) == (1 if 11 in phase else 2), "nobody else is asked"
-        assert served.forwarder.stats.refused == 1
-        assert served.idle()
-
-    run(body())
-
-
-@pytest.mark.parametrize("phase", [11, 21])
-def test_a_client_that_goes_frees_the_load_of_either_phase_and_starts_no_further_one(phase: int) -> None:
-    async def body() -> None:
-        served = Served({number: [None] for number in (phase, phase + 1)})
-        call = FakeCall()
-        asked = asyncio.create_task(served.all(call))
-        while not served.asked() or served.asked()[-1] < phase:
-            await asyncio.sleep(0)
-        assert len(served.book) == 1
-        call.leave()
-        await asyncio.sleep(0)
-        assert served.idle()
-        assert await asked == []
-        assert len(served.asked()) == (1 if phase == 11 else 2)
-        assert served.forwarder.stats.cancelled == 1
-
-    run(body())
-
-
-def test_a_client_that_goes_as_the_prompt_is_computed_starts_no_decode() -> None:
-    async def body() -> None:
-        served = Served({11: [computed(), None], 12: [computed(), None]})
-        call = FakeCall()
-        asked = asyncio.create_task(served.all(call))
-        while not served.asked():
-            await asyncio.sleep(0)
-        call.leave()
-        assert await asked == []
-        assert len(served.asked()) == 1
-        assert served.idle()
-
-    run(body())
-
-
-def test_an_answer_that_a_prefill_worker_ends_itself_is_the_clients() -> None:
-    async def body() -> None:
-        for reason in ("stop", "error"):
-            last = computed(0, finish_reason=reason)
-            served = Served({11: [last], 12: [last]})
-            (chunk,) = await served.all()
-            assert (chunk["finish_reason"], chunk["token_ids"]) == (reason, [9])
-            assert "disaggregated_params" not in chunk
-            assert served.idle()
-            assert bool(served.accuracy.ranks) is (reason == "stop")
-
-    run(body())
-
-
-def test_a_prefill_worker_that_breaks_its_contract_is_named() -> None:
-    async def body() -> None:
-        nothing = {"token_ids": [9], "finish_reason": "length"}
-        with pytest.raises(Refused, match=r"prefill worker [bc]: expected disaggregated_params"):
-            await Served({11: [nothing], 12: [nothing]}).all()
-        with pytest.raises(Unavailable, match="ended without a last chunk"):
-            await Served({11: [], 12: [{"token_ids": [9]}]}).all()
 
     run(body())
 

@@ -44,6 +44,13 @@ def test_adjustments_are_summed_and_the_first_choice_wins() -> None:
     assert Setting(host_with(Answers(), Answers(rank=C), Answers(rank=A))).decide().rank == C
 
 
+def test_a_host_has_a_say_only_where_a_plugin_has() -> None:
+    without, with_one = PluginHost(), host_with(Answers())
+
+    assert without.selection_hooks() is None
+    assert with_one.selection_hooks() is with_one
+
+
 @pytest.mark.parametrize(
     "wrong",
     [Answers({A: math.nan}), Answers({Rank(9): 1.0}), Answers([1]), Answers(rank=Rank(9)), Answers(rank="A")],

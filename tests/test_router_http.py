@@ -12,10 +12,9 @@ import pytest
 
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
 from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.events import Stored
 from vswa_plugin.hashing import block_hashes
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.router.http import answers, dump, messages
+from vswa_plugin.router.http import answers, messages
 from vswa_plugin.router.http.answers import global_only
 
 
@@ -182,74 +181,6 @@ def test_health_fails_with_the_reason() -> None:
 
     assert fine == (200, {"status": "healthy", "reason": None})
     assert failed == (503, {"status": "failed", "reason": "Dynamo's runtime ended"})
-
-
-@pytest.mark.parametrize("piece", [2, 8_192])
-def test_a_dump_is_all_that_is_held_and_can_be_loaded_again(
-    piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dump, "PIECE", piece)
-
-    async def body() -> tuple[Any, Any]:
-        async with Api() as api:
-            await api.holds(
-                A, stored(sliding=[0, 1, 5], whole=range(8)) + stored(sliding=[6, 7], tier="host")
-            )
-            await api.holds(A1)
-            await api.holds(B, stored(whole=range(5)))
-            return (await api.get("/dump"))[1], api.fleet.index
-
-    dumped, index = run(body())
-    loaded = WindowIndex.load(dumped)
-
-    msgspec.convert(dumped, messages.DumpAnswer)
-    assert {rank: loaded.contents(rank) for rank in loaded.ranks} == {
-        rank: index.contents(rank) for rank in index.ranks
-    }
-    assert [group["window"] for group in dumped["ranks"][0]["groups"]] == ["32", "global"]
-    assert (dumped["ranks"][0]["epoch"], dumped["ranks"][0]["next_event_id"]) == (5, 14)
-
-
-def test_a_dump_of_some_and_of_none() -> None:
-    async def body() -> list[Any]:
-        async with Api() as api:
-            await api.all_live()
-            asked = ("worker_id=1", "worker_id=1&dp_rank=1", "model_name=other", "worker_id=x")
-            return [await api.get(f"/dump?{each}") for each in asked]
-
-    found = run(body())
-
-    assert [status for status, _ in found] == [200, 200, 200, 400]
-    assert [len(answer["ranks"]) for _, answer in found[:3]] == [2, 1, 0]
-    assert (
-        "worker_id: expected a whole number of at most 18446744073709551615, got 'x'" in found[3][1]["error"]
-    )
-
-
-def test_a_dump_that_is_too_much_at_once_says_how_to_ask_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dump, "MAX_VISITS", 20)
-
-    async def body() -> list[Any]:
-        async with Api() as api:
-            await api.all_live()
-            await api.holds(B, stored(whole=range(8)))
-            await api.holds(A, [Stored(1, 0, None, tuple(range(1, 9)))])
-            return [await api.get("/dump"), await api.get("/dump?worker_id=2")]
-
-    (refused, answer), (fine, _) = run(body())
-
-    assert (refused, fine) == (413, 200)
-    assert "?worker_id=" in answer["error"]
-
-
-def test_one_dump_at_a_time() -> None:
-    async def body() -> Any:
-        async with Api() as api:
-            await api.all_live()
-            api.server._dumping = True
-            return await api.get("/dump")
-
-    assert run(body())[0] == 503
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.router_http_helpers import PROMPT, Api, run
-from vswa_plugin.router.http.messages import MAX_HASHES, MAX_TOKENS
+from vswa_plugin.router.http.dump import MAX_VISITS
+from vswa_plugin.router.http.messages import MAX_HASHES, MAX_TOKENS, SelectQuery
 from vswa_plugin.router.http.operations import ERRORS, OPERATIONS
+from vswa_plugin.router.http.selection import NVEXT
 from vswa_plugin.router.load_messages import MAX_HASHES as MAX_SHARED
 
 TEXT = (Path(__file__).parent.parent / "docs" / "router-api.md").read_text("utf-8")
@@ -19,8 +21,17 @@ def test_every_operation_error_and_limit_is_named() -> None:
         assert f"`{operation.method} {operation.path}" in TEXT
     for status in set(ERRORS) - {500}:
         assert f"| {status} |" in TEXT
-    for limit in (MAX_TOKENS, MAX_HASHES, MAX_SHARED):
+    for limit in (MAX_TOKENS, MAX_HASHES, MAX_SHARED, MAX_VISITS):
         assert f"{limit:,}" in TEXT
+
+
+def test_every_wish_of_a_gateway_and_every_pin_is_named() -> None:
+    for name in (
+        *SelectQuery.__struct_fields__,
+        *NVEXT,
+        *(field for fields in NVEXT.values() for field in fields),
+    ):
+        assert re.search(rf'["`]{name}["`]', TEXT), name
 
 
 def test_every_metric_of_a_router_is_named() -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from tests.conftest import Run
-from tests.e2e_helpers import TextModel, eventually, long_prompt
+from tests.e2e_helpers import TextModel, beside, eventually, long_prompt
 from vswa_plugin.cluster import Cluster
 from vswa_plugin.plugin_loading import load_host
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.router.args import parse
 from vswa_plugin.router.http.selector import Selector
+from vswa_plugin.topologies import WorkerGroup
+
+#: A gateway may say who serves a request in its headers or in its body.
+PINNED_BY = ("headers", "nvext")
 
 
 class Gateway:
@@ -38,20 +43,20 @@ class Gateway:
         answer = await self.post("/query", token_ids=token_ids, model_name="gemma")
         return max(each["longest_matched"] for each in answer["instances"].values()) > len(token_ids) - 33
 
-    async def ask(self, prompt: str, **wish: Any) -> tuple[Any, int, int]:
-        """The choice, the worker that served it, the tokens that its engine reused."""
+    async def ask(self, prompt: str, by: str = "headers", **wish: Any) -> tuple[Any, dict[str, int], int]:
+        """The choice, ``by`` what it is told; who served it, by phase; the tokens that were reused."""
         token_ids = self._tokenizer.ids(prompt)
         chosen = await self.post("/select", token_ids=token_ids, model_name="gemma", **wish)
         body = {"model": "gemma", "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
-        body["nvext"] = {"extra_fields": ["worker_id"]}
+        body["nvext"] = {"extra_fields": ["worker_id"], **(chosen["nvext"] if by == "nvext" else {})}
+        headers = chosen["headers"] if by == "headers" else {}
         url = f"{self._cluster.url}/v1/completions"
-        async with self._session.post(url, json=body, headers=chosen["headers"]) as answer:
+        async with self._session.post(url, json=body, headers=headers) as answer:
             assert answer.status == 200, await answer.text()
             found = await answer.json()
         cached = found["usage"]["prompt_tokens_details"]["cached_tokens"]
         await self.post("/release", selection_id=chosen["selection_id"], cached_tokens=cached)
-        served = found["nvext"]["worker_id"]["decode_worker_id"]
-        return chosen, served, cached
+        return chosen, found["nvext"]["worker_id"], cached
 
 
 @asynccontextmanager
@@ -74,16 +79,16 @@ async def selecting(
 def test_the_worker_that_was_selected_serves_and_reuses_what_was_predicted(
     run: Run[Any], cluster: Cluster
 ) -> None:
-    async def body() -> list[tuple[Any, int, int]]:
+    async def body() -> list[tuple[Any, dict[str, int], int]]:
         async with (
             aiohttp.ClientSession() as session,
             selecting(cluster, session) as (gateway, selector),
         ):
             workers = [entry.worker_id for entry in selector.fleet.entries.values()]
             found = []
-            for number, worker_id in enumerate(workers):
-                prompt = long_prompt(f"gateway {number}", 60)
-                found.append(await gateway.ask(prompt, allowed_worker_ids=[worker_id]))
+            for worker_id, by in zip(workers, PINNED_BY, strict=True):
+                prompt = long_prompt(f"gateway {by}", 60)
+                found.append(await gateway.ask(prompt, by, allowed_worker_ids=[worker_id]))
                 await eventually(lambda text=prompt: gateway.knows(text), "its blocks are known")
                 found.append(await gateway.ask(prompt))
             assert sum(counts.exact for counts in selector.accuracy.ranks.values()) == 4
@@ -92,9 +97,53 @@ def test_the_worker_that_was_selected_serves_and_reuses_what_was_predicted(
     found = run(body())
     (first, _, _), (second, _, again), (third, _, _), (fourth, _, last) = found
 
-    assert [served for _, served, _ in found] == [chosen["worker_id"] for chosen, _, _ in found]
+    assert [served["decode_worker_id"] for _, served, _ in found] == [
+        chosen["worker_id"] for chosen, _, _ in found
+    ]
     assert first["worker_id"] == second["worker_id"] != third["worker_id"] == fourth["worker_id"]
     assert [chosen["cached_tokens"] // 32 for chosen, _, _ in found] == [
         cached // 32 for _, _, cached in found
     ]
     assert min(again, last) > 500
+
+
+def test_prefill_and_decode_ranks_that_were_selected_serve_and_reuse_what_was_predicted(
+    run: Run[Any], cluster: Cluster
+) -> None:
+    """Two workers of each kind with two ranks each: left alone, the frontend would go round all of them."""
+    options = ("--data-parallel-size", "2")
+    two_ranks = Cluster(msgspec.structs.replace(cluster.settings, worker_options=options), cluster.folder)
+    two_ranks.nats_server, two_ranks.etcd_endpoints = cluster.nats_server, cluster.etcd_endpoints
+
+    async def body() -> list[tuple[Any, dict[str, int], int]]:
+        groups = (WorkerGroup("prefill", 2), WorkerGroup("decode", 2))
+        async with (
+            aiohttp.ClientSession() as session,
+            beside(two_ranks, "selected", *groups) as apart,
+            selecting(apart, session) as (gateway, selector),
+        ):
+            entries = selector.fleet.entries.values()
+            decoders = [entry.worker_id for entry in entries if entry.mode == "decode"]
+            found = []
+            for decoder, by in zip(decoders, PINNED_BY, strict=True):
+                prompt = long_prompt(f"apart {by}", 60)
+                for _ in range(3):
+                    found.append(await gateway.ask(prompt, by, decode_worker_id=decoder, dp_rank=1))
+                    await eventually(lambda text=prompt: gateway.knows(text), "its blocks are known")
+            assert sum(counts.exact for counts in selector.accuracy.ranks.values()) == 6
+            assert not any(len(pool.book) for pool in selector.selection.pools())
+            return found
+
+    found = run(body())
+
+    for chosen, served, cached in found:
+        prefill = chosen["prefill"]
+        assert served == {
+            "decode_worker_id": chosen["worker_id"],
+            "decode_dp_rank": 1,
+            "prefill_worker_id": prefill["worker_id"],
+            "prefill_dp_rank": prefill["dp_rank"],
+        }
+        assert cached // 32 == chosen["cached_tokens"] // 32
+    assert [cached > 500 for _, _, cached in found] == [False, True, True] * 2
+    assert len({served["decode_worker_id"] for _, served, _ in found}) == 2

@@ -161,19 +161,31 @@ def test_a_worker_that_comes_is_chosen_and_one_that_goes_is_not() -> None:
     assert run(body()) == (9, 503, Load(), 1)
 
 
-def test_a_model_without_aggregated_workers_and_one_of_another_block_size() -> None:
+def test_a_worker_of_another_block_size_is_no_candidate() -> None:
+    async def body() -> int:
+        async with Api() as api:
+            api.enter(entry_of(8, block_size=32))
+            await api.all_live()
+            return (await api.post("/select", token_ids=PROMPT, allowed_worker_ids=[8]))[0]
+
+    assert run(body()) == 503
+
+
+def test_taints_are_those_of_the_registry() -> None:
     async def body() -> list[Any]:
         async with Api() as api:
-            api.enter(entry_of(7, "d", mode="prefill"), entry_of(8, block_size=32))
+            api.enter(entry_of(2, taints=("new",)))
             await api.all_live()
-            found = await api.post("/select", token_ids=PROMPT, model_name="d")
-            odd = await api.post("/select", token_ids=PROMPT, model_name="m", allowed_worker_ids=[8])
-            return [found, odd[0]]
+            found = []
+            for taints in (["new"], ["none"]):
+                wish = {"routing_constraints": {"required_taints": taints}}
+                found.append(await api.post("/select", token_ids=PROMPT, **wish))
+            return found
 
-    (status, answer), odd = run(body())
+    (status, answer), (none, refused) = run(body())
 
-    assert (status, odd) == (503, 503)
-    assert "expected a worker in mode agg for 'd'" in answer["error"]
+    assert (status, answer["worker_id"], none) == (200, 2, 503)
+    assert "required_taints" in refused["error"]
 
 
 def test_too_many_reservations_are_refused_until_some_end(monkeypatch: pytest.MonkeyPatch) -> None:

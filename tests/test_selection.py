@@ -223,7 +223,12 @@ def test_only_ranks_that_fit_are_candidates(constraints: Constraints, expected: 
         ),
         (Constraints(worker_id=1, dp_rank=1), InvalidRequest, "dp_rank: .* got .*: 1.0$"),
         (Constraints(allowed=frozenset()), NoCandidate, "allowed_worker_ids"),
-        (Constraints(required_taints=frozenset({"zz"})), NoCandidate, r"required_taints: .* \['zz'\]"),
+        (Constraints(required_taints=frozenset({"zz"})), NoCandidate, r"required_taints: .* fits zz, got"),
+        (
+            Constraints(allowed=frozenset(range(50, 10_000))),
+            NoCandidate,
+            r"fits 50, 51, 52, 53, 54, 55, 56, 57 \.\.\., got .*: 1.0, \S+, \S+$",
+        ),
     ],
 )
 def test_a_request_that_nobody_fits_is_refused_with_the_wish_that_nobody_meets(
@@ -259,8 +264,8 @@ def test_the_deprecated_weight_means_what_it_means_in_dynamo() -> None:
 def test_what_the_prefill_router_puts_on_every_request_is_not_followed() -> None:
     base = Weights()
 
-    assert overridden(base, PREFILL_ROUTER) is base
-    assert overridden(base, {**PREFILL_ROUTER, "router_temperature": 0.5}) != base
+    assert overridden(base, PREFILL_ROUTER) == base
+    assert overridden(base, {**PREFILL_ROUTER, "router_temperature": 0.5}) == Weights(router_temperature=0.5)
     assert overridden(base, {**PREFILL_ROUTER, "overlap_score_credit": 0.5}) != base
     assert overridden(base, {"overlap_score_credit": 0}) != base
 

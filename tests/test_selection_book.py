@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from vswa_plugin.errors import InvariantError
 from vswa_plugin.events import Rank
-from vswa_plugin.selection import Load, LoadBook
+from vswa_plugin.selection import Load, LoadBook, Projection
 
 RANKS = [Rank(1, 0), Rank(1, 1), Rank(2, 0)]
 SIZE = 4
@@ -29,8 +29,8 @@ def test_shared_blocks_count_once_and_stay_until_the_last_request_ends() -> None
     book.add("b", RANKS[0], [1, 2, 4], 50, 18)
 
     assert book.load(RANKS[0]) == Load(4, 68, 2)
-    assert book.projected(RANKS[0], [1, 2, 3, 5]) == (Load(4, 68, 2), 1, 3)
-    assert book.projected(RANKS[2], [1, 2]) == (Load(), 2, 0)
+    assert book.projected(RANKS[0], [1, 2, 3, 5]) == Projection(Load(4, 68, 2), 1, 3)
+    assert book.projected(RANKS[2], [1, 2]) == Projection(Load(), 2, 0)
     book.first_token("a")
     assert book.load(RANKS[0]) == Load(4, 18, 2)
     book.free("a")
@@ -45,8 +45,8 @@ def test_a_prompt_that_shares_with_nobody_counts_whole() -> None:
     book.add("b", RANKS[0], [1, 2], 40, 40, shared=False)
 
     assert book.load(RANKS[0]).blocks == 5
-    assert book.projected(RANKS[0], [1, 2, 3]) == (book.load(RANKS[0]), 0, 3)
-    assert book.projected(RANKS[0], [1, 2, 3], shared=False) == (book.load(RANKS[0]), 3, 3)
+    assert book.projected(RANKS[0], [1, 2, 3]) == Projection(book.load(RANKS[0]), 0, 3)
+    assert book.projected(RANKS[0], [1, 2, 3], shared=False) == Projection(book.load(RANKS[0]), 3, 3)
 
 
 def test_blocks_in_flight_are_those_behind_the_cached_ones_until_the_first_token() -> None:
@@ -58,7 +58,7 @@ def test_blocks_in_flight_are_those_behind_the_cached_ones_until_the_first_token
     assert book.projected(RANKS[0], [1, 2, 3, 4], 4).in_flight_blocks == 0
     assert book.projected(RANKS[0], [1, 2, 3, 4], 0).in_flight_blocks == 0
     book.first_token("a")
-    assert book.projected(RANKS[0], [1, 2, 3, 4, 5], 2) == (Load(4, 0, 1), 1, 0)
+    assert book.projected(RANKS[0], [1, 2, 3, 4, 5], 2) == Projection(Load(4, 0, 1), 1, 0)
 
 
 def test_output_takes_a_block_at_each_edge_that_it_crosses() -> None:
@@ -86,7 +86,6 @@ def test_a_worker_that_is_gone_takes_its_load_and_what_comes_late_does_nothing()
     assert len(book) == 1
     book.first_token(0)
     book.output(0, 5)
-    book.move(0, RANKS[2])
     book.free(0)
     assert book.load(RANKS[2]) == Load(2, 40, 1)
 
@@ -136,12 +135,6 @@ class BookMachine(RuleBasedStateMachine):
         self.under_way[self.one(number)]["out"] += tokens
 
     @precondition(lambda self: self.under_way)
-    @rule(number=st.integers(0, 99), rank=st.sampled_from(RANKS))
-    def move(self, number: int, rank: Rank) -> None:
-        self.book.move(self.one(number), rank)
-        self.under_way[self.one(number)]["rank"] = rank
-
-    @precondition(lambda self: self.under_way)
     @rule(number=st.integers(0, 99))
     def free(self, number: int) -> None:
         key = self.one(number)
@@ -169,7 +162,7 @@ class BookMachine(RuleBasedStateMachine):
                 new = len([name for name in hashes if name not in names])
                 computing = {name for each in mine if each["prefill"] for name in each["hashes"]}
                 in_flight = len([name for name in hashes if name in computing])
-                assert self.book.projected(rank, hashes) == (load, new, in_flight)
+                assert self.book.projected(rank, hashes) == Projection(load, new, in_flight)
 
     @invariant()
     def nothing_stays_behind(self) -> None:

@@ -15,7 +15,7 @@ import pytest
 from vswa_plugins.tensorrt_llm import options, package, request
 from vswa_plugins.trtllm_events.hashing import block_key
 
-from tests import tensorrt_llm_helpers as standin
+from tests import tensorrt_llm_package as standin
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_llm") is None,
@@ -38,12 +38,28 @@ def fields(struct: Any) -> set[str]:
 
 def test_the_methods_that_we_call_take_what_we_give(api: package.Api) -> None:
     given = {"inputs", "sampling_params", "lora_request", "streaming", "disaggregated_params"}
-    given |= {"scheduling_params", "cache_salt", "priority"}
+    given |= {"scheduling_params", "cache_salt"}
 
     assert given <= parameters(api.LLM.generate_async)
     assert {"timeout"} <= parameters(api.LLM.get_kv_cache_events)
     assert callable(api.LLM.shutdown)
-    assert callable(api.LLM._check_health)
+
+
+def test_a_dead_executor_can_be_told(api: package.Api) -> None:
+    """By one of the ways of plugins/tensorrt_llm/health.py."""
+    from tensorrt_llm.executor import GenerationExecutor
+
+    asked = getattr(api.LLM, "_check_health", None) or getattr(GenerationExecutor, "check_health", None)
+    assert callable(asked) or callable(GenerationExecutor.is_shutdown)
+
+
+def test_events_can_be_fetched_by_a_thread() -> None:
+    """By one of the ways of plugins/tensorrt_llm/polling.py: a queue that is made there, or a remote call."""
+    from tensorrt_llm.executor import GenerationExecutor
+    from tensorrt_llm.executor.proxy import GenerationExecutorProxy
+
+    remote = GenerationExecutorProxy.get_kv_events is not GenerationExecutor.get_kv_events
+    assert remote or callable(GenerationExecutor._maybe_initialize_iteration_results)
 
 
 def test_sampling_parameters_have_the_names_that_we_map_to(api: package.Api) -> None:

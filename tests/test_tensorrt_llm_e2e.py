@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import post
-from tests.tensorrt_llm_helpers import NIXL, install
+from tests.tensorrt_llm_helpers import NIXL
+from tests.tensorrt_llm_package import install
 from vswa_plugin.cluster import Cluster, ClusterSettings
 from vswa_plugin.topologies import WorkerGroup
 

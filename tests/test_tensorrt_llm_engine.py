@@ -1,9 +1,8 @@
-"""TensorRT-LLM as an engine, over a stand-in of the package: requests, chunks, errors, both phases."""
+"""TensorRT-LLM as an engine, over a stand-in of the package: life, chunks, failures, ranks."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import struct
 import threading
 from collections.abc import Iterator
@@ -12,25 +11,14 @@ from typing import Any
 
 import pytest
 import vswa_plugins.tensorrt_llm as plugin
-from vswa_plugins.tensorrt_llm import engine
+from vswa_plugins.tensorrt_llm import engine, health
 from vswa_plugins.tensorrt_llm.engine import TensorRtLlmEngine
-from vswa_plugins.tensorrt_llm.request import _GUIDED, SAMPLING
 
-from tests.tensorrt_llm_helpers import (
-    LLM,
-    NIXL,
-    OPTIONS,
-    RequestError,
-    Started,
-    asked,
-    cached_of,
-    settings_for,
-    tokens_of,
-)
-from tests.tensorrt_llm_helpers import SamplingParams as TheirSampling
+from tests.tensorrt_llm_helpers import OPTIONS, Started, asked, cached_of, settings_for, tokens_of
 from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
 from tests.tensorrt_llm_helpers import standin as standin
+from tests.tensorrt_llm_package import LLM, RequestError
 from vswa_plugin.engine import WORKER_ONLY
 from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable
 
@@ -79,6 +67,21 @@ def test_capacity_becomes_known_with_the_start(model: Path) -> None:
     built.stop()
 
     assert (256, 70) == (before, built.info.total_kv_blocks)
+
+
+@pytest.mark.parametrize("error", [AttributeError(), KeyError("maxNumBlocks"), OSError("no answer")])
+def test_a_release_that_does_not_tell_its_capacity_is_started_all_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(self: LLM) -> dict[str, int]:
+        raise error
+
+    monkeypatch.setattr(LLM, "get_kv_cache_capacity", fail)
+    built = TensorRtLlmEngine(settings_for(model))
+    built.start(lambda rank, events: None)
+    built.stop()
+
+    assert 256 == built.info.total_kv_blocks
 
 
 def test_options_that_only_the_package_knows_are_bad_are_the_users(model: Path) -> None:
@@ -180,93 +183,6 @@ def test_packed_token_ids_are_read(started: Started) -> None:
     )
 
 
-# -- what the engine is asked ----------------------------------------------------------------------
-
-
-def test_sampling_options_are_passed_on_by_their_names(started: Started) -> None:
-    options = {
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "top_k": -1,
-        "min_p": 0.1,
-        "seed": 7,
-        "repetition_penalty": 1.1,
-        "presence_penalty": 0.2,
-        "frequency_penalty": 0.3,
-        "n": 1,
-        "guided_decoding": {"choice": ["a+", "b"], "backend": None},
-    }
-    request = asked([1, 2, 3], 4, sampling_options=options, eos_token_ids=[1])
-    request["stop_conditions"]["min_tokens"] = 2
-    started.ask(request | {"priority": 0.9, "routing": {"cache_salt": "s"}})
-    given = started.llm.requests[0].arguments
-
-    expected = TheirSampling(
-        temperature=0.7,
-        top_p=0.9,
-        top_k=0,
-        min_p=0.1,
-        seed=7,
-        repetition_penalty=1.1,
-        presence_penalty=0.2,
-        frequency_penalty=0.3,
-        max_tokens=4,
-        min_tokens=2,
-        stop_token_ids=[1],
-        detokenize=False,
-        guided_decoding=given["sampling_params"].guided_decoding,
-    )
-    assert expected == given["sampling_params"]
-    assert r"(a\+|b)" == expected.guided_decoding.regex
-    assert (0.9, "s") == (given["priority"], given["cache_salt"])
-
-
-def test_without_max_tokens_the_answer_may_fill_the_context(started: Started) -> None:
-    chunks = started.ask({"token_ids": list(range(150)), "stop_conditions": {}})
-
-    assert 106 == len(tokens_of(chunks))
-
-
-def test_the_docs_list_every_option_that_is_passed_on() -> None:
-    docs = (Path(__file__).parent.parent / "docs" / "tensorrt-llm.md").read_text("utf-8")
-
-    assert [] == [name for name in (*SAMPLING, *_GUIDED) if f"`{name}`" not in docs]
-
-
-REFUSED = [
-    ({"token_ids": []}, "at least one token id"),
-    ({"token_ids": [-1]}, r"ids in \[0, 5000\), got -1"),
-    ({"token_ids": [5000]}, "got 5000 to 5000"),
-    ({"token_ids": [1] * 256}, "256 tokens: expected at most 255.*shorten the prompt"),
-    (
-        {"token_ids": [1] * 201},
-        "max_num_tokens, 200, because this worker runs without enable_chunked_prefill",
-    ),
-    ({"token_ids": [1], "multi_modal_data": {"image_url": []}}, "multi_modal_data: expected no images"),
-    ({"token_ids": [1], "sampling_options": {"n": 2}}, "sampling_options.n: expected 1, got 2"),
-    ({"token_ids": [1], "sampling_options": {"use_beam_search": True}}, "use_beam_search: expected False"),
-    ({"token_ids": [1], "sampling_options": {"top_p": "x"}}, "top_p: expected a number, got 'x'"),
-    ({"token_ids": [1], "output_options": {"prompt_logprobs": 1}}, "prompt_logprobs: expected none"),
-    ({"token_ids": [1], "routing": {"dp_rank": 1}}, r"dp_rank: expected a rank in \[0, 0\], got 1"),
-    ({"token_ids": [1], "routing": {"lora_name": "x"}}, "unknown adapter 'x'.*Known: none"),
-    (
-        {"token_ids": [1], "stop_conditions": {"max_tokens": 0}},
-        "max_tokens: expected an integer of at least 1",
-    ),
-    ({"token_ids": [1], "prefill_result": {"disaggregated_params": {}}}, "expected none in mode agg"),
-]
-
-
-@pytest.mark.parametrize(("request_", "words"), REFUSED)
-def test_a_request_that_cannot_be_served_is_refused_before_the_engine_sees_it(
-    started: Started, request_: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=words):
-        started.ask(request_)
-
-    assert [] == started.llm.requests
-
-
 # -- when something fails --------------------------------------------------------------------------
 
 
@@ -276,6 +192,18 @@ def test_what_the_engine_refuses_at_once_is_the_requests_fault(started: Started)
     with pytest.raises(InvalidRequest, match="refuses the request: guided decoding is off"):
         started.ask(asked([1]))
     assert started.engine.failure() is None
+
+
+@pytest.mark.parametrize("raised", [ValueError("from a thread"), RuntimeError("LLM is shutting down")])
+def test_what_a_dead_engine_says_to_the_next_request_is_not_the_requests_fault(
+    started: Started, raised: Exception
+) -> None:
+    started.llm.refusal = raised
+    started.llm.healthy = False
+
+    with pytest.raises(Unavailable, match="takes no requests any more"):
+        started.ask(asked([1]))
+    assert "TensorRT-LLM says that its executor is not healthy" == started.engine.failure()
 
 
 def test_a_request_that_the_engine_gives_up_can_go_to_another_worker(started: Started) -> None:
@@ -295,15 +223,21 @@ def test_any_other_error_is_the_end_of_the_engine(started: Started) -> None:
 
 
 def test_an_executor_that_is_not_healthy_is_the_end_of_the_engine(
-    started: Started, monkeypatch: pytest.MonkeyPatch
+    model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert started.engine._running is not None
-    started.llm.healthy = False
-    started.engine._running.poller._check_health()
+    monkeypatch.setattr(health, "INTERVAL_S", 0.001)
+    failed = threading.Event()
+    built = TensorRtLlmEngine(settings_for(model))
+    fail = built._fail
+    monkeypatch.setattr(built, "_fail", lambda reason: (fail(reason), failed.set()))
+    monkeypatch.setattr(LLM, "_check_health", lambda self: False)
+    built.start(lambda rank, events: None)
 
-    assert "TensorRT-LLM says that its executor is not healthy" == started.engine.failure()
+    assert failed.wait(10)
+    assert "TensorRT-LLM says that its executor is not healthy" == built.failure()
     with pytest.raises(Unavailable, match="not healthy"):
-        started.ask(asked([1]))
+        asyncio.run(anext(built.generate(asked([1]))))
+    built.stop()
 
 
 def test_closing_the_answer_aborts_the_request(started: Started) -> None:
@@ -364,137 +298,3 @@ def test_events_are_handed_over_by_rank(two_ranks: Started) -> None:
     for rank, events in two_ranks.events.items():
         assert list(range(len(events))) == [event["event_id"] for event in events]
         assert {rank} == {event["attention_dp_rank"] for event in events}
-
-
-# -- phases apart ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def prefill(standin: None, model: Path) -> Iterator[Started]:
-    made = Started(model, OPTIONS | NIXL, "prefill")
-    yield made
-    made.engine.stop()
-
-
-@pytest.fixture
-def decode(standin: None, model: Path) -> Iterator[Started]:
-    made = Started(model, OPTIONS | NIXL, "decode")
-    yield made
-    made.engine.stop()
-
-
-def handed_over(prefill: Started, prompt: list[int], **more: Any) -> dict[str, Any]:
-    """What a prefill worker tells, over the wire."""
-    (chunk,) = prefill.ask(asked(prompt, 9, **more))
-    told: dict[str, Any] = json.loads(json.dumps(chunk["disaggregated_params"]))
-    return told
-
-
-def test_a_prefill_worker_ends_with_length_and_what_a_decode_worker_needs(prefill: Started) -> None:
-    (chunk,) = prefill.ask(asked([1, 2, 3], 9))
-    given = prefill.llm.requests[0].arguments
-
-    assert "length" == chunk["finish_reason"]
-    assert "context_only" == given["disaggregated_params"].request_type
-    assert (1, False) == (given["sampling_params"].max_tokens, given["streaming"])
-    told = chunk["disaggregated_params"]
-    names = {"request_type", "first_gen_tokens", "opaque_state", "disagg_request_id", "ctx_request_id"}
-    assert names | {"_epd_metadata"} == set(told)
-    assert ("AHdoZXJl/w==", [4]) == (told["opaque_state"], told["first_gen_tokens"])
-
-
-def test_a_prefill_worker_names_the_request_as_dynamos_frontend_demands(
-    prefill: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LLM, "context_id", lambda self, params: None)
-    told = handed_over(prefill, [1, 2, 3])
-
-    assert told["disagg_request_id"] == told["ctx_request_id"]
-
-
-def test_an_answer_that_ends_with_its_first_token_is_not_handed_over(prefill: Started) -> None:
-    (chunk,) = prefill.ask(asked([1, 2, 3], 9, eos_token_ids=[4]))
-
-    assert "stop" == chunk["finish_reason"]
-    assert "disaggregated_params" not in chunk
-
-
-def test_a_decode_worker_goes_on_where_the_prefill_worker_ended(prefill: Started, decode: Started) -> None:
-    prompt = list(range(24))
-    prefill.ask(asked(prompt[:12]))
-    told = handed_over(prefill, prompt, output_options={"logprobs": 2})
-    chunks = decode.ask(asked(prompt, 3, prefill_result={"disaggregated_params": told | {"worker_id": 5}}))
-    given = decode.llm.requests[0].arguments["disaggregated_params"]
-
-    assert ("generation_only", b"\x00where\xff", [24]) == (
-        given.request_type,
-        given.opaque_state,
-        given.first_gen_tokens,
-    )
-    assert [24, 25] == list(given.first_gen_log_probs[0])
-    assert -0.5 == given.first_gen_log_probs[0][24].logprob
-    assert [24, 25, 26] == tokens_of(chunks)
-    assert {"dp_rank": 0, "transferred_tokens": 24} == chunks[0][WORKER_ONLY]
-    assert 12 == cached_of(chunks), "the prefill worker's count, not the transferred prompt"
-
-
-@pytest.mark.parametrize(("told_by_dynamo", "cached"), [(2, 2), (99, 5), (None, 0)])
-def test_the_cached_tokens_of_dynamos_own_prefill_workers_are_taken_over(
-    prefill: Started, decode: Started, told_by_dynamo: int | None, cached: int
-) -> None:
-    told = handed_over(prefill, [1, 2, 3, 4, 5, 6])
-    del told["_epd_metadata"]
-    result = {"disaggregated_params": told, "prompt_tokens_details": {"cached_tokens": told_by_dynamo}}
-
-    assert cached == cached_of(decode.ask(asked([1, 2, 3, 4, 5, 6], prefill_result=result)))
-
-
-def test_a_decode_worker_does_both_phases_of_what_nobody_has_computed(decode: Started) -> None:
-    decode.ask(asked([1, 2, 3]))
-
-    given = decode.llm.requests[0].arguments["disaggregated_params"]
-    assert "context_and_generation" == given.request_type
-
-
-@pytest.mark.parametrize(
-    ("told", "words"),
-    [
-        ({"kind": "gemma3_cpu", "version": 1}, "got the fields kind, version; run the same engine"),
-        (
-            {"request_type": "context_only", "opaque_state": "%"},
-            "expected what a TensorRT-LLM prefill worker",
-        ),
-        ({"request_type": "context_only", "first_gen_log_probs": [[{}]]}, "KeyError"),
-        ([], "expected an object, got list"),
-    ],
-)
-def test_what_no_prefill_worker_of_this_engine_sends_is_refused(
-    decode: Started, told: Any, words: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=words):
-        decode.ask(asked([1, 2, 3], prefill_result={"disaggregated_params": told}))
-
-
-def test_fields_of_a_newer_release_are_left_out(prefill: Started, decode: Started) -> None:
-    told = handed_over(prefill, [1, 2, 3]) | {"novelty": 1}
-
-    assert [4] == tokens_of(decode.ask(asked([1, 2, 3], prefill_result={"disaggregated_params": told})))
-
-
-def test_a_request_is_aborted_only_when_its_blocks_have_arrived(prefill: Started, decode: Started) -> None:
-    told = handed_over(prefill, [1, 2, 3])
-
-    async def cancelled_early() -> list[bool]:
-        decode.llm.stall = asyncio.Event()
-        request = asked([1, 2, 3], 5, prefill_result={"disaggregated_params": told})
-        reading = asyncio.ensure_future(anext(decode.engine.generate(request)))
-        while not decode.llm.requests:
-            await asyncio.sleep(0)
-        reading.cancel()
-        await asyncio.wait([reading])
-        seen = [decode.llm.requests[0].aborted]
-        decode.llm.stall.set()
-        await asyncio.gather(*decode.engine._aborting)
-        return [*seen, decode.llm.requests[0].aborted]
-
-    assert [False, True] == asyncio.run(cancelled_early())

@@ -10,7 +10,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +18,6 @@ from vswa_plugins.tensorrt_llm.lora import Adapter, Attribution
 from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, salt_id
 
 from tests.tensorrt_llm_helpers import (
-    BS,
-    LLM,
     NIXL,
     OPTIONS,
     Installer,
@@ -32,6 +29,7 @@ from tests.tensorrt_llm_helpers import (
 )
 from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
+from tests.tensorrt_llm_package import BS, LLM
 from tests.trtllm_events_helpers import LAYOUT, block
 from vswa_plugin.engine import BlocksStored
 
@@ -185,58 +183,3 @@ def test_a_request_names_its_adapter_to_the_engine_and_its_chain_is_noted(start:
 
     assert ("legal", 1, "/models/legal") == (request.lora_name, request.lora_int_id, request.lora_path)
     assert set(chain_keys(PROMPT, BS, 1)) == set(started.engine._attribution._noted)
-
-
-# -- fetching --------------------------------------------------------------------------------------
-
-
-def test_events_that_cannot_be_fetched_for_long_are_the_end_of_the_engine(
-    start: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(polling, "MAX_FAILURES", 2)
-    started = start("v2")
-    started.llm.event_error = OSError("gone")
-    poller = started.engine._running.poller
-    poller._poll()
-    poller._poll()
-
-    assert "KV events cannot be fetched: OSError: gone" == started.engine.failure()
-
-
-def test_releases_without_a_queue_before_the_first_request_are_waited_for(start: Any) -> None:
-    started = start("v2")
-    started.llm.event_error = AssertionError("KV Event IterationResult is not properly instantiated.")
-
-    assert not any(started.engine._running.poller._poll() for _ in range(polling.MAX_FAILURES + 1))
-    assert started.engine.failure() is None
-
-
-def test_releases_that_fall_asleep_after_an_empty_answer_are_woken() -> None:
-    class Results:
-        undone = 0
-
-        def mark_undone(self) -> None:
-            self.undone += 1
-
-    results = Results()
-    llm = SimpleNamespace(
-        _executor=SimpleNamespace(_iter_kv_events_result=results), get_kv_cache_events=lambda timeout: []
-    )
-    polling.EventPoller(llm, lambda rank, events: None, 1, dict, print)._poll()
-
-    assert 1 == results.undone
-
-
-def test_events_of_a_rank_that_was_not_declared_are_dropped_and_said(
-    start: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    started = start("v2")
-    started.settled()
-    before = {rank: len(events) for rank, events in started.events.items()}
-    llm = SimpleNamespace(get_kv_cache_events=lambda timeout: [{"event_id": 0, "attention_dp_rank": 3}])
-    poller = polling.EventPoller(llm, started._take, 1, dict, print)
-    poller._poll()
-    poller._poll()
-
-    assert before == {rank: len(events) for rank, events in started.events.items()}
-    assert ["rank 3"] == ["rank 3" for record in caplog.records if "rank 3" in record.getMessage()]

@@ -23,9 +23,10 @@ from tests.vllm_events_helpers import (
     stored,
     tokens_of,
 )
-from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock, GroupCreated
+from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock, EventsLost, GroupCreated
 from vswa_plugin.errors import ProtocolError
 from vswa_plugin.layout import CacheGroup
+from vswa_plugin.residency import Restart
 
 TWO = layout_of(8, None)
 
@@ -95,6 +96,31 @@ def test_clearing_removes_everything_and_counting_begins_anew(rank: Rank) -> Non
 
     rank.take(stored("a"), removed("a"))
     assert {0: set(), 1: set()} == rank.holds(["a", "ab"])
+
+
+def test_after_a_loss_no_copy_is_counted_on_and_none_is_left_behind(rank: Rank) -> None:
+    rank.take(stored("ab"), stored("ab"), stored("ab", group=1))
+    told = rank.adapter.lost(7, 9)
+    assert [EventsLost(7, 9)] == told
+    with pytest.raises(Restart, match="expected engine event id 7, got 9"):
+        rank.residency.apply(told[0])
+    assert {0: set(), 1: set()} == rank.holds(["a", "ab"])
+
+    rank.take(stored("ab"))
+    assert {0: {"a", "ab"}, 1: set()} == rank.holds(["a", "ab"])
+    # Of the two copies from before the loss one may be left: gone too early, never too late.
+    rank.take(removed("ab"))
+    assert {0: {"a"}, 1: set()} == rank.holds(["a", "ab"])
+    rank.take(removed("a"), removed("ab"), removed("a", "ab", group=1))
+    assert {0: set(), 1: set()} == rank.holds(["a", "ab"])
+
+
+def test_what_waited_for_its_names_when_events_were_lost_is_forgotten(rank: Rank) -> None:
+    rank.take(stored("abcd", listed=[1, 3]))
+    rank.adapter.lost(1, 2)
+
+    rank.take(stored("abcd", group=1))
+    assert {0: set(), 1: {"a", "ab", "abc", "abcd"}} == rank.holds(["a", "ab", "abc", "abcd"])
 
 
 def test_copies_outside_the_device_do_not_count(rank: Rank) -> None:

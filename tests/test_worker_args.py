@@ -101,9 +101,17 @@ def test_frontends_see_a_worker_unless_it_is_told_otherwise_or_works_behind_our_
         ([], {"VSWA_REGISTER": "no"}, "--register: unknown way 'no'"),
         ([], {"VSWA_ROUTER": "exakt"}, "VSWA_ROUTER: unknown router 'exakt': did you mean 'exact'?"),
         (["--taint", " "], {}, "--taint: expected a name, got nothing"),
+        (
+            ["--dyn-tool-call-parser", "herms"],
+            {},
+            "--dyn-tool-call-parser: unknown parser 'herms': did you mean",
+        ),
+        (["--dyn-reasoning-parser", "hermes"], {}, "--dyn-reasoning-parser: unknown parser 'hermes'"),
+        (["--status-port", "70000"], {}, "--status-port: expected a port from 0 to 65535, got 70000"),
+        (["--stall-timeout", "nan"], {}, "--stall-timeout: expected 0 seconds or more, got nan"),
     ],
 )
-def test_unknown_ways_to_show_itself_are_refused(
+def test_what_cannot_be_served_so_is_refused(
     model_dir: Path, argv: list[str], environ: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -114,6 +122,13 @@ def test_taints_are_told_once_each_in_their_order(model_dir: Path) -> None:
     argv = ["--model-path", str(model_dir), "--taint", "fast", "--taint", "eu", "--taint", "fast"]
 
     assert parse(argv).taints == ("fast", "eu")
+
+
+def test_parsers_are_those_of_dynamos_frontend_and_none_unless_asked_for(model_dir: Path) -> None:
+    asked = ["--dyn-tool-call-parser", "hermes", "--dyn-reasoning-parser", "qwen3"]
+    both = [parse(["--model-path", str(model_dir), *argv]) for argv in ([], asked)]
+
+    assert [(None, None), ("hermes", "qwen3")] == [(a.tool_call_parser, a.reasoning_parser) for a in both]
 
 
 def test_ranks_are_asked_for_by_number(model_dir: Path) -> None:

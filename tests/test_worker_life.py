@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import eventually, status_url
+from tests.e2e_helpers import eventually, own_namespace, status_url
 from vswa_plugin.cluster import LOOPBACK_ENV
 from vswa_plugin.embedded import start_etcd, start_nats
 from vswa_plugin.events import Batch, Source, encode
 from vswa_plugin.processes import Child, free_port, python_module
+from vswa_plugin.registry import Entry
+from vswa_plugin.registry._etcd3_client import Connection
 from vswa_plugin.registry.etcd import EtcdRegistry
+from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
 from vswa_plugin.transport import Transport, subject
 
 
-async def worker(folder: Path, model_dir: Path, brokers: dict[str, str], *options: str) -> Child:
+async def worker(
+    folder: Path, model_dir: Path, brokers: dict[str, str], *options: str, namespace: str | None = None
+) -> Child:
+    """A worker in ``namespace``, else in one of its own."""
     command = python_module("vswa_plugin.worker", "--model-path", str(model_dir), *options)
-    command += ["--endpoint", "dyn://life.backend.generate"]
+    command += ["--endpoint", f"dyn://{namespace or own_namespace('life')}.backend.generate"]
     return await Child.start("worker", command, folder, {**LOOPBACK_ENV, "DYN_LOG": "warn", **brokers})
 
 
@@ -69,7 +76,8 @@ def test_two_workers_side_by_side_have_ids_of_their_own_and_neither_supersedes_t
         folders = [tmp_path / name for name in ("one", "two")]
         for folder in folders:
             folder.mkdir()
-        children = [await worker(folder, model_dir, brokers.env) for folder in folders]
+        shared = own_namespace("shared")
+        children = [await worker(folder, model_dir, brokers.env, namespace=shared) for folder in folders]
         for child in children:
             await eventually(
                 lambda child=child: "serves 'gemma'" in child.log_path.read_text(),  # type: ignore[misc]
@@ -79,6 +87,30 @@ def test_two_workers_side_by_side_have_ids_of_their_own_and_neither_supersedes_t
         return [await child.stop() for child in children]
 
     assert run(body()) == [0, 0]
+
+
+def test_its_parsers_are_told_to_dynamos_frontends_and_to_our_routers(
+    run: Run[Any], tmp_path: Path, model_dir: Path, brokers: Brokers
+) -> None:
+    parsers = ("--dyn-tool-call-parser", "hermes", "--dyn-reasoning-parser", "qwen3")
+
+    async def body() -> tuple[Entry, list[dict[str, Any]]]:
+        child = await worker(tmp_path, model_dir, brokers.env, *parsers)
+        await eventually(lambda: "serves 'gemma'" in child.log_path.read_text(), "it serves", 30)
+        registry = EtcdRegistry(brokers.etcd_endpoints)
+        (entry,) = [each for each in await registry.entries() if each.pid == child.pid]
+        await registry.close()
+        etcd = Connection(parse_endpoints(brokers.etcd_endpoints), EtcdSecurity())
+        cards = await etcd.call(lambda client: client.list_prefix(f"v1/mdc/{entry.namespace}/"))
+        await etcd.close()
+        await child.stop()
+        return entry, [json.loads(card) for card in cards.content.values()]
+
+    entry, (card,) = run(body())
+    told = card["card_json"]["runtime_config"]
+
+    assert (entry.tool_call_parser, entry.reasoning_parser) == ("hermes", "qwen3")
+    assert (told["tool_call_parser"], told["reasoning_parser"]) == ("hermes", "qwen3")
 
 
 def test_a_worker_whose_rank_somebody_else_publishes_with_a_higher_epoch_exits_1_and_says_so(

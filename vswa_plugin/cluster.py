@@ -8,135 +8,40 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import math
 import os
 import re
+import socket
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import msgspec
-
-from vswa_plugin.dynamo import (
-    COMPONENTS,
-    ETCD_ENV,
-    LOOPBACK_ENV,
-    NATS_ENV,
-    ROUTER_COMPONENT,
-    EndpointName,
-    default_endpoint,
+from vswa_plugin.cluster_probe import Probe
+from vswa_plugin.cluster_settings import ClusterSettings as ClusterSettings
+from vswa_plugin.cluster_settings import (
+    check_settings,
+    named_registry,
+    router_address,
+    router_arguments,
+    routing_environment,
+    worker_arguments,
 )
+from vswa_plugin.dynamo import COMPONENTS, ETCD_ENV, LOOPBACK_ENV, NATS_ENV, ROUTER_COMPONENT
 from vswa_plugin.embedded import start_etcd, start_nats
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.processes import Child, free_port, is_free, python_module
-from vswa_plugin.registry import Entry
-from vswa_plugin.registry.opening import registry_from_env
-from vswa_plugin.router import args as router_args
-from vswa_plugin.router.models import slug_of
-from vswa_plugin.topologies import Routing, WorkerGroup
-from vswa_plugin.worker import args as worker_args
+from vswa_plugin.registry import Entry, Registry
+from vswa_plugin.registry.opening import open_registry, registry_from_env
+from vswa_plugin.topologies import WorkerGroup
 
 WORKER_TIMEOUT_S = 120.0
 READY_TIMEOUT_S = 30.0
 #: How long a worker may drain before it is killed; above its own --drain-timeout.
 STOP_TIMEOUT_S = 40.0
 Progress = Callable[[str], None]
-#: Read by the plugin dynamo_events: what a worker tells Dynamo's own router.
-PROJECTION_ENV = "VSWA_DYNAMO_EVENTS"
-_JOINS = re.compile(r"worker ([0-9a-f]+) joins")
 _STATUS = re.compile(r"status on (http://\S+):")
-
-
-class ClusterSettings(msgspec.Struct, frozen=True):
-    """What to start.
-
-    :param groups: the workers; see topologies.py.
-    :param http_port: port of the frontend; 0 for a free one.
-    :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, told
-        of the workers' blocks. Neither: the frontend chooses by ``router_mode``.
-    :param worker_options: added to the command line of every worker; ``router_options``: of every router.
-    :param keep: start frontend, routers and workers again when they fail, and wait for them without end.
-    """
-
-    model_path: str
-    served_model_name: str
-    groups: tuple[WorkerGroup, ...] = (WorkerGroup(),)
-    engine: str = "gemma3_cpu"
-    namespace: str = "dynamo"
-    http_host: str = "127.0.0.1"
-    http_port: int = 0
-    router_mode: str = "round-robin"
-    routing: Routing = Routing()
-    worker_options: tuple[str, ...] = ()
-    router_options: tuple[str, ...] = ()
-    keep: bool = False
-
-
-def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]:
-    """The command line of a worker of ``group``."""
-    arguments = ["--mode", group.mode, "--engine", settings.engine, "--model-path", settings.model_path]
-    arguments += ["--served-model-name", settings.served_model_name]
-    arguments += ["--endpoint", f"dyn://{default_endpoint(group.mode, settings.namespace)}"]
-    if group.engine_args:
-        arguments += ["--extra-engine-args", group.engine_args]
-    if group.override:
-        arguments += ["--override-engine-args", json.dumps(group.override)]
-    return [*arguments, *settings.worker_options]
-
-
-def router_endpoint(settings: ClusterSettings) -> EndpointName:
-    """Where all routers of the model stand, and those of no other."""
-    model = slug_of(settings.served_model_name)
-    return EndpointName(settings.namespace, ROUTER_COMPONENT, f"generate-{model}")
-
-
-def router_arguments(settings: ClusterSettings) -> list[str]:
-    """The command line of a router of ours, each of which stands for all the others."""
-    arguments = ["--endpoint", f"dyn://{router_endpoint(settings)}"]
-    arguments += ["--served-model-name", settings.served_model_name]
-    workers = _parsed(settings)[0]
-    arguments += ["--heartbeat", f"{workers.heartbeat_s:g}"]
-    if workers.registry:
-        arguments += ["--registry", workers.registry]
-    for option, names in (("--plugin", workers.plugin), ("--no-plugin", workers.no_plugin)):
-        for name in names:
-            arguments += [option, name]
-    return [*arguments, *settings.router_options]
-
-
-def routing_environment(routing: Routing) -> dict[str, str]:
-    """What tells workers which router they work behind, whatever our own environment says."""
-    told = {worker_args.ROUTER_ENV: routing.router or ""}
-    if routing.router == "stock":
-        told[PROJECTION_ENV] = os.environ.get(PROJECTION_ENV) or "boundary"
-    return told
-
-
-def check_settings(settings: ClusterSettings) -> None:
-    """Raise ConfigError for whatever can be found wrong without starting a process."""
-    hidden = settings.routing.router == "exact"
-    for workers in _parsed(settings):
-        if workers.showing.visible == hidden:
-            raise ConfigError(
-                f"--register ({workers.showing.reason}): "
-                + (
-                    "expected hidden workers behind our router, else the frontend sends requests past it"
-                    if hidden
-                    else "expected workers that the frontend can see, nothing else sends them requests"
-                )
-                + "; leave it at auto"
-            )
-    if hidden:
-        router_args.parse(router_arguments(settings))
-
-
-def _parsed(settings: ClusterSettings) -> list[worker_args.WorkerArgs]:
-    """The workers' command lines, as a worker of each group reads its own."""
-    environ = {**os.environ, **routing_environment(settings.routing)}
-    return [worker_args.parse(worker_arguments(settings, group), environ) for group in settings.groups]
 
 
 class Cluster:
@@ -151,6 +56,8 @@ class Cluster:
         self.frontend: Child | None = None
         self.workers: list[Child] = []
         self.routers: list[Child] = []
+        #: HTTP API of each router.
+        self.router_urls: list[str] = []
         self._brokers: list[Child] = []
         self._progress = progress
         self._numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
@@ -205,8 +112,7 @@ class Cluster:
                 f"{settings.http_port}, on which something listens or we may not"
             )
         port = settings.http_port or free_port()
-        # Whoever listens everywhere is asked here.
-        self.url = f"http://{settings.http_host.replace('0.0.0.0', '127.0.0.1')}:{port}"
+        self.url = _url(settings.http_host, port)
         self._progress(f"starting Dynamo's frontend on {self.url}")
         command = python_module("vswa_plugin.frontend", "--http-port", str(port))
         command += ["--http-host", settings.http_host]
@@ -217,9 +123,13 @@ class Cluster:
     async def add_router(self) -> Child:
         """Start one more router of ours."""
         name = f"router-{next(self._numbers['router'])}"
-        self._progress(f"starting {name}, which knows every window")
+        host, port = router_address(self.settings)
+        port = port or free_port()
+        url = _url(host, port)
+        self._progress(f"starting {name}, which knows every window and tells of it on {url}")
         command = python_module("vswa_plugin.router", *router_arguments(self.settings))
-        self.routers.append(await self._start_child(name, command, {}))
+        self.routers.append(await self._start_child(name, [*command, "--http-port", str(port)], {}))
+        self.router_urls.append(url)
         return self.routers[-1]
 
     async def add_worker(
@@ -251,28 +161,37 @@ class Cluster:
         return child
 
     async def _registered(self, child: Child) -> None:
-        registry = registry_from_env({**os.environ, **self.env})
+        async with self._registry() as registry:
 
-        async def joined() -> bool:
-            for broker in self._brokers:
-                broker.check()
-            try:
-                return any(entry.pid == child.pid for entry in await registry.entries())
-            except ConnectError:
-                return False  # the worker waits for it too, and says so
+            async def joined() -> bool:
+                for broker in self._brokers:
+                    broker.check()
+                return child.pid in await self._ids_by_pid(registry)
 
-        try:
             await child.until(joined, "registered", math.inf if self.settings.keep else WORKER_TIMEOUT_S)
-        finally:
-            await registry.leave()
 
     async def entries(self) -> list[Entry]:
         """The workers in the registry."""
-        registry = registry_from_env({**os.environ, **self.env})
-        try:
+        async with self._registry() as registry:
             return await registry.entries()
+
+    @asynccontextmanager
+    async def _registry(self) -> AsyncIterator[Registry]:
+        where, environ = named_registry(self.settings), {**os.environ, **self.env}
+        registry = open_registry(where, environ) if where else registry_from_env(environ)
+        try:
+            yield registry
         finally:
-            await registry.leave()
+            await registry.close()
+
+    async def _ids_by_pid(self, registry: Registry) -> dict[int, int]:
+        """Our workers in the registry; none while it is away: they wait for it too, and say so."""
+        try:
+            entries = await registry.entries()
+        except ConnectError:
+            return {}
+        here = socket.gethostname()
+        return {entry.pid: entry.worker_id for entry in entries if entry.host == here}
 
     async def wait_for_model(self) -> None:
         """Return once frontend and routers know all workers that were to be started, and a request is served.
@@ -286,14 +205,29 @@ class Cluster:
             wanted[COMPONENTS[group.mode]] += group.count
         wanted[ROUTER_COMPONENT] = len(self.routers)
 
-        async def serves() -> bool:
-            self.check()
-            known = self._routers_know() and wanted <= await self._instances()
-            return known and await self._lists() and await self._answers()
+        async with Probe(self.settings, self.url) as probe, self._registry() as registry:
 
-        self._progress("waiting until the frontend serves the model")
-        timeout_s = math.inf if self.settings.keep else READY_TIMEOUT_S
-        await self.frontend.until(serves, f"serving {self.settings.served_model_name}", timeout_s)
+            async def serves() -> bool:
+                self.check()
+                return (
+                    wanted <= await probe.instances()
+                    and await self._routers_know(probe, registry)
+                    and await probe.lists_model()
+                    and await probe.serves_model()
+                )
+
+            self._progress("waiting until the frontend serves the model")
+            timeout_s = math.inf if self.settings.keep else READY_TIMEOUT_S
+            await self.frontend.until(serves, f"serving {self.settings.served_model_name}", timeout_s)
+
+    async def _routers_know(self, probe: Probe, registry: Registry) -> bool:
+        """Whether each router of ours sends requests to all workers."""
+        if not self.routers:
+            return True
+        ids = await self._ids_by_pid(registry)
+        ours = {ids.get(worker.pid) for worker in self.workers}
+        known = [await probe.routed_workers(url) for url in self.router_urls]
+        return all(ours <= each for each in known)
 
     async def failed(self) -> None:
         """Return when nothing but brokers is left; raises what the cluster cannot go on without.
@@ -338,43 +272,6 @@ class Cluster:
         """What stands before the workers, in the order in which it is stopped."""
         return [*self.routers, *([self.frontend] if self.frontend else [])]
 
-    async def _get(self, path: str) -> dict[str, Any]:
-        """What the frontend says; nothing while it does not answer."""
-        try:
-            async with aiohttp.ClientSession() as session, session.get(f"{self.url}{path}") as answer:
-                said: dict[str, Any] = await answer.json()
-                return said
-        except (aiohttp.ClientError, OSError):
-            return {}
-
-    async def _instances(self) -> Counter[str]:
-        """Workers that the frontend knows, by Dynamo component."""
-        instances = (await self._get("/health")).get("instances", [])
-        endpoints = ("generate", router_endpoint(self.settings).endpoint)
-        ours = (i for i in instances if i["namespace"] == self.settings.namespace)
-        return Counter(i["component"] for i in ours if i["endpoint"] in endpoints)
-
-    def _routers_know(self) -> bool:
-        """Whether each router of ours says that it sends requests to all workers."""
-        workers = sum(group.count for group in self.settings.groups)
-        return all(len(set(_JOINS.findall(router.log()))) >= workers for router in self.routers)
-
-    async def _lists(self) -> bool:
-        models = (await self._get("/v1/models")).get("data", [])
-        return self.settings.served_model_name in [model["id"] for model in models]
-
-    async def _answers(self) -> bool:
-        """Whether the shortest possible request is served."""
-        body = {"model": self.settings.served_model_name, "prompt": "Hi", "max_tokens": 1}
-        try:
-            async with (
-                aiohttp.ClientSession() as session,
-                session.post(f"{self.url}/v1/completions", json=body) as answer,
-            ):
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError):
-            return False
-
 
 async def status_url(worker: Child) -> str:
     """Where a worker that was given ``--status-port 0`` serves its status, from its log."""
@@ -386,6 +283,11 @@ async def status_url(worker: Child) -> str:
 
     await worker.until(told, "telling its status port", 20)
     return found[-1]
+
+
+def _url(host: str, port: int) -> str:
+    """Whoever listens everywhere is asked here."""
+    return f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}"
 
 
 async def _all(*parts: Coroutine[Any, Any, None]) -> None:

@@ -8,13 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from vswa_plugin.engine import ChunkDict, EngineInfo, RequestDict
-from vswa_plugin.errors import ConfigError, InvalidRequest, Overloaded, Unavailable, unknown_choice
+from vswa_plugin.errors import (
+    ConfigError,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    Unavailable,
+    unknown_choice,
+)
 from vswa_plugin.hashing import block_hash
 
 logger = logging.getLogger(__name__)
@@ -31,6 +38,8 @@ LOOPBACK_ENV = {
     "DYN_EVENT_PLANE": "nats",
     "DYN_SELF_HOST_METADATA": "0",
 }
+#: Options of Dynamo's own workers.
+TOOL_CALL_PARSER, REASONING_PARSER = "--dyn-tool-call-parser", "--dyn-reasoning-parser"
 ROUTER_MODES = ("round-robin", "random", "kv", "direct")
 
 #: (request, request id, future that is done when the client has gone) -> chunks
@@ -100,6 +109,38 @@ def connect() -> Any:
     return DistributedRuntime(asyncio.get_running_loop(), discovery, request_plane)
 
 
+def check_parser(option: str, name: str | None) -> str | None:
+    """``name`` itself, where Dynamo's frontend has such a parser; raises ConfigError.
+
+    :param option: :data:`TOOL_CALL_PARSER` or :data:`REASONING_PARSER`.
+    """
+    if name is None:
+        return None
+    from dynamo._core import get_reasoning_parser_names, get_tool_parser_names
+
+    known = get_tool_parser_names() if option == TOOL_CALL_PARSER else get_reasoning_parser_names()
+    if name not in known:
+        raise ConfigError(f"{option}: {unknown_choice('parser', name, known)}")
+    return name
+
+
+class ShownModel(msgspec.Struct, frozen=True):
+    """How a worker shows its model to Dynamo's frontends.
+
+    :param model_path: directory with config and tokenizer.
+    :param mode: of the worker: agg, prefill or decode.
+    :param tool_call_parser: by which the frontend finds tool calls in the text; ``reasoning_parser``: the
+        reasoning.
+    """
+
+    name: str
+    model_path: str
+    mode: str
+    taints: tuple[str, ...] = ()
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+
+
 class WorkerEndpoint:
     """One served endpoint of this process, and the model that is registered on it."""
 
@@ -126,8 +167,8 @@ class WorkerEndpoint:
             try:
                 async for chunk in handler(request, context.id(), context.async_killed_or_stopped()):
                     yield chunk
-            except (InvalidRequest, Overloaded, Unavailable) as error:
-                raise _dynamo_error(error) from error
+            except Exception as error:
+                raise dynamo_error(error) from None  # Dynamo prints the whole chain
 
         async def serving() -> None:
             await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
@@ -135,26 +176,26 @@ class WorkerEndpoint:
         self._serving = asyncio.create_task(serving(), name="serve_endpoint")
         return self._serving
 
-    async def register(
-        self, model_path: str, served_model_name: str, info: EngineInfo, mode: str, taints: Iterable[str] = ()
-    ) -> None:
-        """Show the model to Dynamo's frontends, as a worker of ``mode``."""
+    async def register(self, model: ShownModel, info: EngineInfo) -> None:
+        """Show the model to Dynamo's frontends."""
         from dynamo.llm import ModelInput, ModelRuntimeConfig, register_model
 
-        role = _role(mode)
+        role = _role(model.mode)
         config = ModelRuntimeConfig()
         config.context_length = info.context_length
         config.total_kv_blocks = info.total_kv_blocks
         config.max_num_seqs = info.max_num_seqs
         config.max_num_batched_tokens = info.max_num_batched_tokens
         config.data_parallel_size = info.data_parallel_size
-        config.taints = set(taints)
+        config.taints = set(model.taints)
+        config.tool_call_parser = model.tool_call_parser
+        config.reasoning_parser = model.reasoning_parser
         await register_model(
             ModelInput.Tokens,
             role.model_type,
             self._endpoint,
-            model_path,
-            served_model_name,
+            model.model_path,
+            model.name,
             worker_type=role.worker_type,
             needs=role.needs,
             kv_cache_block_size=info.layout.block_size,
@@ -164,6 +205,8 @@ class WorkerEndpoint:
 
     async def withdraw(self) -> None:
         """Take endpoint, and model where it is shown, out of discovery; requests under way go on."""
+        if self._serving is not None and self._serving.done():
+            return  # the runtime has ended, and its lease with it
         from dynamo.llm import unregister_model
 
         for step in (unregister_model(self._endpoint), self._endpoint.unregister_endpoint_instance()):
@@ -198,17 +241,28 @@ def _role(mode: str) -> _Role:
     }[mode]
 
 
-def _dynamo_error(error: Exception) -> Exception:
-    """The exception by which Dynamo's frontend answers rightly: 400, 503, or another worker."""
+def dynamo_error(error: Exception) -> Exception:
+    """The exception by which Dynamo's frontend does the right thing with a request that failed.
+
+    InvalidRequest: 400 with our message. Overloaded: 503. Unavailable: the frontend goes on with it on
+    another worker, as often as its --migration-limit allows, then 503. All else: 500. The frontend keeps the
+    messages of 5xx to itself; workers log them.
+    """
     from dynamo.llm import HttpError
     from dynamo.llm.exceptions import Disconnected, InvalidArgument
 
+    message = str(error)
+    mapped: Exception
     if isinstance(error, InvalidRequest):
-        mapped: Exception = InvalidArgument(str(error))
+        mapped = InvalidArgument(message)
     elif isinstance(error, Overloaded):
-        mapped = HttpError(503, str(error))
-    else:  # the frontend migrates the request, where its --migration-limit allows
-        mapped = Disconnected(str(error))
+        mapped = HttpError(503, message)
+    elif isinstance(error, Unavailable):
+        mapped = Disconnected(message)
+    elif isinstance(error, RequestError):
+        mapped = HttpError(500, message)
+    else:  # left alone, a ValueError out of an engine's bug would be the client's fault: 400
+        mapped = HttpError(500, f"{type(error).__name__}: {message}")
     return mapped
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo import EndpointName
+from vswa_plugin.bursts import joined
+from vswa_plugin.dynamo import EndpointName, dynamo_error
 from vswa_plugin.engine import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 from vswa_plugin.hashing import sequence_hashes, sequence_hashes_of_tokens
@@ -170,7 +171,9 @@ class WorkerClient:
         return found
 
     async def generate(self, request: RequestDict, worker_id: int, call: Call) -> AsyncIterator[ChunkDict]:
-        """Chunks of one worker, as it sends them. The worker is told when the client goes.
+        """Chunks of one worker, as it sends them, those of a burst joined (bursts.py).
+
+        The worker is told when the client goes.
 
         :raises RequestError: as the worker raised it; Unreached where it could not be called.
         """
@@ -179,7 +182,7 @@ class WorkerClient:
         except Exception as error:  # Dynamo raises plain Exception
             raise _from_dynamo(error, Unreached) from error
         try:
-            async for chunk in chunks:
+            async for chunk in joined(chunks):
                 yield chunk
         except Exception as error:
             if not call.stopped():
@@ -243,20 +246,17 @@ def _http_error(message: str) -> tuple[int, str] | None:
 
 
 def _to_dynamo(error: RequestError) -> Exception:
-    """The exception by which Dynamo's frontend answers rightly: 400, 503, or once more, to another worker."""
+    """As :func:`dynamo_error`, of a front door: with the workers' own codes, and 503 where nobody serves."""
     from dynamo.llm import HttpError
-    from dynamo.llm.exceptions import CannotConnect, Disconnected, InvalidArgument
+    from dynamo.llm.exceptions import CannotConnect
 
-    message = str(error)
     mapped: Exception
-    if isinstance(error, InvalidRequest):
-        mapped = InvalidArgument(message)
-    elif isinstance(error, Refused):
-        mapped = HttpError(error.code, message)
+    if isinstance(error, Refused):
+        mapped = HttpError(error.code, str(error))
     elif isinstance(error, Unreached):
-        mapped = CannotConnect(message)
-    elif isinstance(error, Unavailable):
-        mapped = Disconnected(message)
+        mapped = CannotConnect(str(error))
+    elif isinstance(error, InvalidRequest | Unavailable):
+        mapped = dynamo_error(error)
     else:
-        mapped = HttpError(503, message)
+        mapped = HttpError(503, str(error))
     return mapped

@@ -145,8 +145,15 @@ class BlocksMoved(msgspec.Struct, frozen=True):
     dp_rank: int = 0
 
 
+#: Window in a :class:`GroupCreated` that says: there is no group of that id, though one was declared.
+NO_SUCH_GROUP = 0
+
+
 class GroupCreated(msgspec.Struct, frozen=True):
-    """The engine's own word on one group, to be compared with the layout that it declared."""
+    """The engine's own word on one group, to be compared with the layout that it declared.
+
+    :param window_size: in tokens; None: global; or NO_SUCH_GROUP.
+    """
 
     group_id: int
     window_size: int | None

@@ -10,9 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vswa_plugin import __version__, dynamo
+from vswa_plugin import dynamo
 from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
-from vswa_plugin.programs import LEVELS, run_program, set_up_logging
+from vswa_plugin.program_args import add_log_level, check_log_level, make_parser
+from vswa_plugin.programs import run_program, set_up_logging
 from vswa_plugin.registry.opening import reach_discovery
 from vswa_plugin.transport import DEFAULT_SERVER, Transport
 
@@ -29,15 +30,12 @@ Models appear as their workers register. NATS_SERVER and ETCD_ENDPOINTS say wher
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m vswa_plugin.frontend",
-        description="NVIDIA Dynamo's OpenAI-compatible HTTP frontend, as `python -m dynamo.frontend` starts "
+    made = make_parser(
+        "python -m vswa_plugin.frontend",
+        "NVIDIA Dynamo's OpenAI-compatible HTTP frontend, as `python -m dynamo.frontend` starts "
         "it, but from ai-dynamo-runtime alone.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLE,
     )
-    made.add_argument("--version", action="version", version=__version__)
     made.add_argument("--http-host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     made.add_argument("--http-port", type=int, default=8000, help="port to listen on (8000)")
     made.add_argument(
@@ -50,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--migration-limit", type=int, default=3, help="how often a request may move to another worker (3)"
     )
-    made.add_argument("--log-level", default="info", choices=LEVELS)
+    add_log_level(made)
     return made
 
 
@@ -89,7 +87,7 @@ async def _probe() -> None:
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the frontend; the exit code."""
     given = parser().parse_args(argv)
-    set_up_logging(given.log_level)
+    set_up_logging(check_log_level(given.log_level))
     if given.router_mode not in dynamo.ROUTER_MODES:
         raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, dynamo.ROUTER_MODES)}")
     settings = dynamo.FrontendSettings(

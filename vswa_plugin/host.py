@@ -1,31 +1,25 @@
-"""The plugin host: load, check, call each implementation on its own, list.
+"""The plugin host: one typed method per hook, which asks each plugin on its own and joins the answers.
 
-Hooks are called through the typed methods of :class:`PluginHost`, never through pluggy's own relay: there,
-one exception would discard the answers of all plugins and name none.
+Hooks are called through these methods, never through pluggy's own relay: there, one exception would discard
+the answers of all plugins and name none. How plugins get into the host is in plugin_set.py.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, cast
 
-import pluggy
-
-from vswa_plugin import hookspecs, plugin_checks, plugin_sources
+from vswa_plugin import plugin_checks, plugin_sources
 from vswa_plugin.commands import Command, Commands
 from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
-from vswa_plugin.plugin_calls import FAILURES_METRIC, Implementation, Isolation, Lost
+from vswa_plugin.plugin_calls import FAILURES_METRIC, Lost
+from vswa_plugin.plugin_set import PluginSet
+from vswa_plugin.plugin_set import PluginStatus as PluginStatus
 from vswa_plugin.reuse import RULES, ReuseRule
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from vswa_plugin.accuracy.ranks import RankSetup, SimulatedRank
     from vswa_plugin.accuracy.scorers import Scorer
     from vswa_plugin.engine import BlocksStored, Engine, EngineSettings, EventAdapter, RawEvent, RequestDict
@@ -41,121 +35,12 @@ logger = logging.getLogger(__name__)
 ENGINE_BUDGET_S = 2.0
 
 
-@dataclass(frozen=True)
-class PluginStatus:
-    """One line of ``vswa plugins``. ``state`` is ``loaded``, ``disabled`` or ``failed``."""
+class PluginHost(PluginSet):
+    """All plugins of one process, and the answers of all of them.
 
-    name: str
-    version: str
-    hooks: tuple[str, ...]
-    source: str
-    state: str
-    reason: str = ""
-
-
-class PluginHost:
-    """All plugins of one process.
-
-    Load first, from one thread; after that the hook methods may be called from any thread.
-
-    :param disabled: names that are not loaded, wherever they come from.
-    :param trace: log every call of every implementation with its duration.
-    :param clock: monotonic seconds.
+    Load first, from one thread; after that the hook methods may be called from any thread. Those on a hot
+    path cost a dictionary look-up where no plugin implements the hook.
     """
-
-    def __init__(
-        self,
-        *,
-        disabled: Collection[str] = (),
-        trace: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.NAME)
-        self._manager.add_hookspecs(hookspecs)
-        self._specs = _specs()
-        self._calls: dict[str, tuple[Implementation, ...]] = dict.fromkeys(self._specs, ())
-        self._statuses: list[PluginStatus] = []
-        self._disabled = frozenset(disabled)
-        self._clock = clock
-        self._isolation = Isolation(trace=trace, clock=clock)
-
-    # -- loading -----------------------------------------------------------------------------------
-
-    def register(self, plugin: object, name: str, *, version: str = "", source: str = "code") -> None:
-        """Add one plugin, a module or an object. A refused one leaves no trace; a disabled one is listed.
-
-        :raises PluginError: it breaks the contract of a hook, or its name is taken.
-        """
-        plugin_checks.check_name(name)
-        if name in self._disabled:
-            self._statuses.append(PluginStatus(name, version, (), source, "disabled", "switched off by name"))
-            return
-        self._refuse_twice(plugin, name, source)
-        try:
-            hooks = plugin_checks.check_plugin(self._manager, plugin, name, self._specs)
-        except PluginError:
-            raise
-        except Exception as error:
-            reason = plugin_sources.reason_of(error)
-            raise PluginError(f"plugin {name!r} cannot be examined: {reason}") from error
-        self._manager.register(plugin, name)
-        self._statuses.append(PluginStatus(name, version, hooks, source, "loaded"))
-        self._plan(hooks)
-
-    def load_entry_points(self, *, only: Collection[str] | None = None) -> None:
-        """Load the plugins of installed packages (entry point group ``vswa_plugin``).
-
-        One that cannot be loaded is logged and listed as failed, and costs no other.
-
-        :param only: load these and no others; None for all.
-        """
-        for entry in plugin_sources.installed():
-            if entry.name in self._disabled:
-                self._list(entry, "disabled", "switched off by name")
-            elif only is not None and entry.name not in only:
-                self._list(entry, "disabled", "not named in VSWA_PLUGINS")
-            else:
-                self._load_entry_point(entry)
-
-    def load_local(self, where: str) -> None:
-        """Load one plugin from a ``.py`` file or a dotted module name.
-
-        :raises PluginError: it cannot be imported, or breaks the contract: the user named it.
-        """
-        name = plugin_sources.local_name(where)
-        if name in self._disabled:
-            self._statuses.append(PluginStatus(name, "", (), where, "disabled", "switched off by name"))
-            return
-        module = plugin_sources.load_local(where)
-        try:
-            self.register(module, name, version=str(getattr(module, "__version__", "")), source=where)
-        except PluginError:
-            plugin_sources.forget_local(module)
-            raise
-
-    def plugins(self) -> list[PluginStatus]:
-        """All plugins that were found, also the disabled and failed ones, by name."""
-        return sorted(self._statuses, key=lambda status: (status.name, status.source))
-
-    def failures(self) -> dict[tuple[str, str], int]:
-        """(plugin, hook) -> calls that failed."""
-        return self._isolation.failures()
-
-    def close(self) -> None:
-        """Forget all plugins; later calls find none. May be called twice."""
-        for name, plugin in self._manager.list_name_plugin():
-            self._manager.unregister(name=name)
-            plugin_sources.forget_local(plugin)
-        self._calls = dict.fromkeys(self._specs, ())
-        self._statuses.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # -- one method per hook -----------------------------------------------------------------------
 
     def engine(self, settings: EngineSettings) -> Engine:
         """The engine that ``settings.engine`` names: ``vswa_engine``.
@@ -193,14 +78,10 @@ class PluginHost:
 
         :raises PluginError: no plugin reads this format; names those that failed.
         """
-        lost: list[Lost] = []
         arguments = {"event_format": event_format, "layout": layout}
-        for implementation in self._calls["vswa_event_adapter"]:
-            answer = self._isolation.call(implementation, arguments, plugin_checks.check_adapter)
-            if isinstance(answer, Lost):
-                lost.append(answer)
-            elif answer is not None:
-                return cast("EventAdapter", answer)
+        adapter, lost = self._ask_first("vswa_event_adapter", arguments, plugin_checks.check_adapter)
+        if adapter is not None:
+            return cast("EventAdapter", adapter)
         raise PluginError(
             f"no plugin reads KV events of the format {event_format!r}{self._why_not(lost)}; "
             f"see `vswa plugins`"
@@ -230,6 +111,10 @@ class PluginHost:
             owners.update(dict.fromkeys(added, implementation.plugin))
         return rules
 
+    def selection_hooks(self) -> PluginHost | None:
+        """This host, where a plugin has a say in the choice of workers; None: nobody need be asked."""
+        return self if self.implements("vswa_score") or self.implements("vswa_select_worker") else None
+
     def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> dict[Rank, float]:
         """Blocks to add to the cost of some candidates: ``vswa_score``. Never raises."""
         totals: dict[Rank, float] = {}
@@ -247,11 +132,7 @@ class PluginHost:
             return None
         check = partial(plugin_checks.check_rank, ranks={each.rank for each in candidates})
         arguments = {"request": request, "candidates": candidates}
-        for implementation in self._calls["vswa_select_worker"]:
-            answer = self._isolation.call(implementation, arguments, check)
-            if answer is not None and not isinstance(answer, Lost):
-                return cast("Rank", answer)
-        return None
+        return cast("Rank | None", self._ask_first("vswa_select_worker", arguments, check)[0])
 
     def accuracy_scorers(self, layout: CacheLayout, rules: Mapping[str, ReuseRule]) -> list[Scorer]:
         """New scorers for one trace, those of all plugins: ``vswa_accuracy_scorers``."""
@@ -269,18 +150,14 @@ class PluginHost:
         :raises ConfigError: from a plugin, unchanged.
         :raises PluginError: no plugin simulates this reuse rule; names those that failed.
         """
-        lost: list[Lost] = []
-        for implementation in self._calls["vswa_simulated_rank"]:
-            answer = self._isolation.call(
-                implementation,
-                {"setup": setup},
-                plugin_checks.check_simulated_rank,
-                through=(ConfigError,),
-            )
-            if isinstance(answer, Lost):
-                lost.append(answer)
-            elif answer is not None:
-                return cast("SimulatedRank", answer)
+        rank, lost = self._ask_first(
+            "vswa_simulated_rank",
+            {"setup": setup},
+            plugin_checks.check_simulated_rank,
+            through=(ConfigError,),
+        )
+        if rank is not None:
+            return cast("SimulatedRank", rank)
         rule = setup.layout.rule
         raise PluginError(
             f"no plugin simulates ranks with the reuse rule {rule!r}{self._why_not(lost)}; see `vswa plugins`"
@@ -288,27 +165,28 @@ class PluginHost:
 
     def kv_batch(self, source: Source, batch: Batch) -> None:
         """Show one numbered batch to all observers: ``vswa_kv_batch``. Never raises."""
-        self._ask_all("vswa_kv_batch", {"source": source, "batch": batch}, plugin_checks.check_answer)
+        if self._calls["vswa_kv_batch"]:
+            self._show("vswa_kv_batch", {"source": source, "batch": batch})
 
     def kv_stored(self, source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
         """Show announced blocks with their tokens to all observers: ``vswa_kv_stored``. Never raises."""
-        arguments = {"source": source, "stored": stored, "nodes": nodes}
-        self._ask_all("vswa_kv_stored", arguments, plugin_checks.check_answer)
+        if self._calls["vswa_kv_stored"]:
+            self._show("vswa_kv_stored", {"source": source, "stored": stored, "nodes": nodes})
 
     def engine_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
         """Show an engine's own events to all observers: ``vswa_engine_events``. Never raises."""
         if self._calls["vswa_engine_events"]:
-            arguments = {"dp_rank": dp_rank, "events": events}
-            self._ask_all("vswa_engine_events", arguments, plugin_checks.check_answer)
+            self._show("vswa_engine_events", {"dp_rank": dp_rank, "events": events})
 
     def request_arrived(self, request_id: str, request: RequestDict) -> None:
         """Show one request to all observers: ``vswa_request_arrived``. Never raises."""
-        arguments = {"request_id": request_id, "request": request}
-        self._ask_all("vswa_request_arrived", arguments, plugin_checks.check_answer)
+        if self._calls["vswa_request_arrived"]:
+            self._show("vswa_request_arrived", {"request_id": request_id, "request": request})
 
     def request_finished(self, record: RequestRecord) -> None:
         """Show one finished request to all observers: ``vswa_request_finished``. Never raises."""
-        self._ask_all("vswa_request_finished", {"record": record}, plugin_checks.check_answer)
+        if self._calls["vswa_request_finished"]:
+            self._show("vswa_request_finished", {"record": record})
 
     def metrics(self) -> str:
         """Prometheus text of all plugins, and the host's own failure counters: ``vswa_metrics``."""
@@ -344,52 +222,26 @@ class PluginHost:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _refuse_twice(self, plugin: object, name: str, source: str) -> None:
-        for status in self._statuses:
-            if status.name == name and status.state == "loaded":
-                raise PluginError(
-                    f"two plugins are named {name!r}: one from {status.source}, one from {source}; "
-                    f"rename or uninstall one of them"
-                )
-        if (other := self._manager.get_name(plugin)) is not None:
-            raise PluginError(f"plugin {name!r} is loaded already, under the name {other!r}")
+    def _show(self, hook: str, arguments: Mapping[str, object]) -> None:
+        for each in self._calls[hook]:
+            self._isolation.call(each, arguments, plugin_checks.check_answer)
 
-    def _load_entry_point(self, entry: EntryPoint) -> None:
-        try:
-            plugin = entry.load()
-        except plugin_sources.IMPORT_FAILURES as error:
-            self._list(
-                entry, "failed", f"cannot import {entry.value}: {plugin_sources.reason_of(error)}", error
-            )
-            return
-        try:
-            source = _source_of(entry)
-            self.register(plugin, entry.name, version=plugin_sources.version_of(entry), source=source)
-        except PluginError as error:
-            self._list(entry, "failed", str(error), error)
-
-    def _list(self, entry: EntryPoint, state: str, reason: str, error: BaseException | None = None) -> None:
-        source = _source_of(entry)
-        version = plugin_sources.version_of(entry)
-        self._statuses.append(PluginStatus(entry.name, version, (), source, state, reason))
-        if error is not None:
-            # The traceback is for the plugin's author; everybody else gets one line per start.
-            details = error if logger.isEnabledFor(logging.DEBUG) else None
-            logger.warning(
-                "plugin %r from %s is not loaded, the others are: %s",
-                entry.name,
-                source,
-                reason,
-                exc_info=details,
-            )
-
-    def _plan(self, hooks: Iterable[str]) -> None:
-        """Fix the order of calls: by tier and name, whatever the order of loading was."""
-        for hook in hooks:
-            impls = sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=_rank)
-            self._calls[hook] = tuple(
-                Implementation(impl.plugin_name, hook, impl.function, tuple(impl.argnames)) for impl in impls
-            )
+    def _ask_first(
+        self,
+        hook: str,
+        arguments: Mapping[str, object],
+        check: Callable[[object], None],
+        through: tuple[type[Exception], ...] = (),
+    ) -> tuple[Any, list[Lost]]:
+        """The first answer, or None; and the plugins that failed before it."""
+        lost: list[Lost] = []
+        for implementation in self._calls[hook]:
+            answer = self._isolation.call(implementation, arguments, check, through=through)
+            if isinstance(answer, Lost):
+                lost.append(answer)
+            elif answer is not None:
+                return answer, lost
+        return None, lost
 
     def _ask_all(
         self, hook: str, arguments: Mapping[str, object], check: Callable[[object], None]
@@ -413,17 +265,3 @@ class PluginHost:
             if status.state != "loaded"
         ]
         return f" ({'; '.join(reasons)})" if reasons else ""
-
-
-def _specs() -> dict[str, tuple[str, ...]]:
-    mark = hookspecs.NAME + "_spec"
-    specs = {name: value for name, value in vars(hookspecs).items() if hasattr(value, mark)}
-    return {name: tuple(inspect.signature(value).parameters) for name, value in specs.items()}
-
-
-def _source_of(entry: EntryPoint) -> str:
-    return f"{plugin_sources.package_of(entry)} ({entry.value})"
-
-
-def _rank(impl: pluggy.HookImpl) -> tuple[int, str]:
-    return (0 if impl.tryfirst else 2 if impl.trylast else 1, impl.plugin_name)

@@ -12,9 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vswa_plugin import __version__, dynamo
-from vswa_plugin.cluster import Cluster, ClusterSettings, Progress, check_settings
+from vswa_plugin import dynamo
+from vswa_plugin.cluster import Cluster, Progress
+from vswa_plugin.cluster_settings import ClusterSettings, check_settings
 from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.program_args import make_parser
 from vswa_plugin.programs import run_program, set_up_logging
 from vswa_plugin.topologies import (
     TOPOLOGIES,
@@ -62,14 +64,11 @@ exit codes: 0 after a signal, 1 when a broker failed, 2 for what you can correct
 
 def parser() -> argparse.ArgumentParser:
     shown = (f"  {name:<16}{each.about}" for name, each in TOPOLOGIES.items())
-    made = argparse.ArgumentParser(
-        prog="python -m vswa_plugin.launch",
-        description="Start frontend, routers and workers of one topology, and keep them alive.",
-        epilog=_EPILOG.replace("{topologies}", "\n".join(shown)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    made = make_parser(
+        "python -m vswa_plugin.launch",
+        "Start frontend, routers and workers of one topology, and keep them alive.",
+        _EPILOG.replace("{topologies}", "\n".join(shown)),
     )
-    made.add_argument("--version", action="version", version=__version__)
     made.add_argument("topology", metavar="|".join(TOPOLOGIES), help="what is started, see below")
     environ = os.environ.get
     made.add_argument("--model-path", default=environ("MODEL_PATH"), help="default: MODEL_PATH")
@@ -189,8 +188,9 @@ async def keep_serving(cluster: Cluster, progress: Progress) -> int:
 def how_to_use(cluster: Cluster) -> str:
     """What to type next."""
     name = cluster.settings.served_model_name
+    apis = f" Routers: {' '.join(cluster.router_urls)} (docs/router-api.md)." if cluster.router_urls else ""
     return f"""
-Serving {name!r} on {cluster.url}; logs are in {cluster.folder}. Try:
+Serving {name!r} on {cluster.url}; logs are in {cluster.folder}.{apis} Try:
 
   curl -s {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "{name}", "max_tokens": 20, "messages": [{{"role": "user", "content": "Hello"}}]}}'

@@ -20,6 +20,8 @@ from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 
 logger = logging.getLogger(__name__)
 
+#: Between two looks at whether a child is ready.
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.01, 0.25
 #: Exit code of our programs for what the user must correct: starting them again would change nothing.
 USER_ERROR = 2
 #: How each of our programs, and argparse, begins its last message.
@@ -201,12 +203,15 @@ class Child:
 
     async def until(self, ready: Callable[[], Awaitable[bool]], what: str, timeout_s: float) -> None:
         """Return once ``ready`` says so; raises ChildDied or, after ``timeout_s``, ConnectError."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        pause = FIRST_PAUSE_S
         while not await ready():
             self.check()
-            if asyncio.get_running_loop().time() > deadline:
+            if loop.time() > deadline:
                 raise ConnectError(f"{self.name}: not {what} after {timeout_s:g} s; see {self.log_path}")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause)
+            pause = min(1.3 * pause, MOST_PAUSE_S)
 
 
 def _ended(code: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from vswa_plugin.engine import (
+    NO_SUCH_GROUP,
     BlocksMoved,
     BlocksRemoved,
     BlocksStored,
@@ -148,19 +149,21 @@ class Residency:
 
     def _created(self, event: GroupCreated) -> None:
         declared = {group.group_id: group for group in self.layout.groups}
-        known = declared.get(event.group_id)
-        if known is not None and known.window_size == event.window_size:
+        known = declared.pop(event.group_id, None)
+        absent = event.window_size == NO_SUCH_GROUP
+        if (absent and known is None) or (known is not None and known.window_size == event.window_size):
             return
-        block_size = self.layout.block_size
-        declared[event.group_id] = CacheGroup(event.group_id, event.window_size, block_size)
+        if not absent:
+            block_size = self.layout.block_size
+            declared[event.group_id] = CacheGroup(event.group_id, event.window_size, block_size)
         groups = tuple(declared[group_id] for group_id in sorted(declared))
         self.layout = CacheLayout(
             groups, self.layout.rule, self.layout.model, self.layout.hash_scheme
         ).check()
-        self._tiers.setdefault(event.group_id, {})
-        self.clear()
+        self._tiers = {group.group_id: {} for group in groups}
         expected = f"window {known.window_size}" if known else "no such group"
+        created = "has not created it" if absent else f"created it with window {event.window_size}"
         raise Restart(
-            f"cache group {event.group_id}: expected {expected}, the engine created it with window "
-            f"{event.window_size}; the engine's word is taken"
+            f"cache group {event.group_id}: expected {expected}, the engine {created}; the engine's word is "
+            "taken"
         )

@@ -7,13 +7,12 @@ this engine does not have, are refused. A misspelt key is refused too, with the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.option_sections import Section
 
 SECTION = "gemma3_cpu"
 #: The section that all engines of this project read; of it, ``reuse_rule`` means something here.
@@ -154,26 +153,28 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
     :raises ConfigError: an unknown key, or a value that cannot be used; names the key, where it stands, and
         what was expected.
     """
-    top = _Section(data, "", source)
+    top = Section(data, source)
     kv = top.section("kv_cache_config")
     own = top.section(SECTION)
-    top.check(_USED_TOP, _IGNORED_TOP.split(), _ONLY_TOP)
-    kv.check(_USED_KV, _IGNORED_KV.split(), _ONLY_KV)
-    own.check(_USED_OWN, (), {})
+    _check(top, _USED_TOP, _IGNORED_TOP.split(), _ONLY_TOP)
+    _check(kv, _USED_KV, _IGNORED_KV.split(), _ONLY_KV)
+    _check(own, _USED_OWN)
     options = EngineOptions(
         max_batch_size=top.integer("max_batch_size", 8),
         max_num_tokens=top.integer("max_num_tokens", 1024),
-        max_seq_len=top.optional_integer("max_seq_len"),
-        max_attention_window=kv.integers("max_attention_window"),
+        max_seq_len=top.integer("max_seq_len", None),
+        max_attention_window=kv.positive_integers(
+            "max_attention_window", "(tokens), one per layer, repeating"
+        ),
         tokens_per_block=kv.integer("tokens_per_block", 32),
-        max_tokens=kv.optional_integer("max_tokens"),
+        max_tokens=kv.integer("max_tokens", None),
         enable_block_reuse=kv.boolean("enable_block_reuse", True),
         event_buffer_max_size=kv.integer("event_buffer_max_size", 100_000, low=0),
         kv_blocks=_pool_sizes(own.section("kv_blocks")),
         kv_memory_mb=own.integer("kv_memory_mb", 1024),
         max_queue_size=own.integer("max_queue_size", 64),
         max_chunk_tokens=own.integer("max_chunk_tokens", 512),
-        threads=own.optional_integer("threads"),
+        threads=own.integer("threads", None),
         debug_step_delay_s=own.seconds("debug_step_delay_s", 0.0),
         enable_partial_reuse=kv.boolean("enable_partial_reuse", True),
         host_cache_size=kv.integer("host_cache_size", 0, low=0),
@@ -193,18 +194,26 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
     return options
 
 
-def _reuse_rule(kv: _Section, own: _Section, any_engine: _Section) -> str:
+def _check(
+    section: Section,
+    used: Collection[str],
+    ignored: Collection[str] = (),
+    only: Mapping[str, tuple[Any, ...]] = {},
+) -> None:
+    """Refuse unknown keys, and values that this engine has nothing for."""
+    reads = f"gemma3_cpu reads {', '.join(sorted(used))}"
+    section.check({*used, *ignored, *only}, otherwise=reads, with_path=False)
+    for key, values in only.items():
+        section.only(key, values, "gemma3_cpu has nothing else")
+
+
+def _reuse_rule(kv: Section, own: Section, any_engine: Section) -> str:
     """What the option for any engine says, else the own one, else what the choice of a manager means."""
-    section = any_engine if any_engine.data.get("reuse_rule") is not None else own
-    named = section.data.get("reuse_rule")
-    if named is None:
-        return "trtllm_v1" if kv.data.get("use_kv_cache_manager_v2") is False else RULES[0]
-    if named not in RULES:
-        raise section.error("reuse_rule", f"one of {', '.join(RULES)}", named)
-    return str(named)
+    by_manager = "trtllm_v1" if kv.data.get("use_kv_cache_manager_v2") is False else RULES[0]
+    return any_engine.choice("reuse_rule", RULES, own.choice("reuse_rule", RULES, by_manager))
 
 
-def _pool_sizes(section: _Section, low: int = 1) -> dict[int | None, int]:
+def _pool_sizes(section: Section, low: int = 1) -> dict[int | None, int]:
     """``kv_blocks``, ``host_blocks``: window in tokens, or ``global``, to blocks."""
     sizes: dict[int | None, int] = {}
     for key in section.data:
@@ -215,97 +224,3 @@ def _pool_sizes(section: _Section, low: int = 1) -> dict[int | None, int]:
             )
         sizes[None if text == "global" else int(text)] = section.integer(key, 0, low)
     return sizes
-
-
-class _Section:
-    """One mapping of the options with the words for its errors."""
-
-    def __init__(self, data: Any, path: str, source: str) -> None:
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{path or 'options'}: expected a mapping, got {data!r} (in {source})")
-        self.data = data
-        self._path = path
-        self._source = source
-
-    def name(self, key: object) -> str:
-        """Dotted path of ``key``."""
-        return f"{self._path}.{key}" if self._path else str(key)
-
-    def error(self, key: object, expected: str, got: object, advice: str = "") -> ConfigError:
-        tail = f"; {advice}" if advice else ""
-        return ConfigError(f"{self.name(key)}: expected {expected}, got {got!r}{tail} (in {self._source})")
-
-    def section(self, key: str) -> _Section:
-        value = self.data.get(key)
-        return _Section({} if value is None else value, self.name(key), self._source)
-
-    def given(self, keys: Iterable[str]) -> list[str]:
-        """Dotted names of those of ``keys`` that are there."""
-        return [self.name(key) for key in keys if key in self.data]
-
-    def check(self, used: Iterable[str], ignored: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse unknown keys, and values that this engine has nothing for."""
-        known = {*used, *ignored, *only}
-        for key, value in self.data.items():
-            if key not in known:
-                raise ConfigError(self._unknown(key, known, used))
-            if key in only and value is not None and not _is_one_of(value, only[key]):
-                expected = " or ".join(repr(choice) for choice in only[key]) or "no value"
-                raise self.error(key, expected, value, "gemma3_cpu has nothing else")
-
-    def _unknown(self, key: object, known: Iterable[str], used: Iterable[str]) -> str:
-        near = get_close_matches(str(key), sorted(known), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"gemma3_cpu reads {', '.join(sorted(used))}"
-        return f"unknown option {self.name(key)!r} in {self._source}: {hint}"
-
-    def integer(self, key: Any, default: int, low: int = 1, high: int | None = None) -> int:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < low or (high is not None and value > high):
-            bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
-            raise self.error(key, f"an integer {bounds}", value)
-        return int(value)
-
-    def text(self, key: str, default: str) -> str:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str) or not value:
-            raise self.error(key, "a string", value)
-        return value
-
-    def optional_integer(self, key: str) -> int | None:
-        return None if self.data.get(key) is None else self.integer(key, 0)
-
-    def integers(self, key: str) -> tuple[int, ...] | None:
-        value = self.data.get(key)
-        if value is None:
-            return None
-        whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if not whole or not value or min(value) < 1:
-            raise self.error(key, "a list of positive integers (tokens), one per layer, repeating", value)
-        return tuple(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false", value)
-        return value
-
-    def seconds(self, key: str, default: float, *, above_zero: bool = False) -> float:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not numeric or not math.isfinite(value) or value < 0 or (above_zero and not value):
-            raise self.error(key, f"seconds {'above' if above_zero else 'of at least'} 0", value)
-        return float(value)
-
-
-def _is_one_of(value: object, choices: tuple[object, ...]) -> bool:
-    """Membership that tells True from 1."""
-    return any(type(value) is type(choice) and value == choice for choice in choices)

@@ -1,7 +1,7 @@
 """TensorRT-LLM's ``LLM`` with the shape of a worker's engine.
 
 The model runs in processes of TensorRT-LLM's own. Requests are awaited on the worker's event loop; KV events
-are fetched in a thread, see :mod:`.polling`.
+are fetched in a thread, see :mod:`.polling`, and another one watches that it lives, see :mod:`.health`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vswa_plugin.layout import CacheLayout
 
 from . import handover, package
 from .answer import Answer
+from .health import HealthWatch, problem
 from .lora import Adapter, Attribution
 from .model_shape import load_shape
 from .options import parse_options
@@ -50,6 +51,7 @@ class _Running(NamedTuple):
     api: Api
     llm: Any
     poller: EventPoller
+    health: HealthWatch
 
 
 class TensorRtLlmEngine:
@@ -120,13 +122,17 @@ class TensorRtLlmEngine:
             llm = api.LLM(model=self._model_path, **self._llm_args)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"TensorRT-LLM does not take these options: {error}") from error
-        with contextlib.suppress(AttributeError, KeyError, NotImplementedError):
+        try:
             blocks = int(llm.get_kv_cache_capacity()["maxNumBlocks"])
             self.info = msgspec.structs.replace(self.info, total_kv_blocks=blocks)
+        except Exception as error:  # not in every release; a remote call in others
+            logger.info("the cache's size stays a guess: %s: %s", type(error).__name__, error)
         ranks = self.info.data_parallel_size
         poller = EventPoller(llm, on_events, ranks, self._attribution.annotate, self._fail)
-        self._running = _Running(api, llm, poller)
+        health = HealthWatch(llm, poller.overdue, self._fail)
         poller.start()
+        health.start()
+        self._running = _Running(api, llm, poller, health)
 
     def stop(self) -> None:
         """End all requests and TensorRT-LLM's processes; those that do not end in time are left behind."""
@@ -223,7 +229,8 @@ class TensorRtLlmEngine:
         """``DisaggregatedParams`` where phases run apart, and what a prefill worker has reused."""
         if self._mode == "prefill":
             number = package.disagg_request_id(api)
-            return api.DisaggregatedParams(request_type="context_only", disagg_request_id=number), None
+            numbered = {} if number is None else {"disagg_request_id": number}
+            return api.DisaggregatedParams(request_type="context_only", **numbered), None
         if request.handover is not None:
             params, cached = handover.unpack(api, request.handover)
             # The engine counts the whole transferred prompt as cached: of no use to anybody.
@@ -234,14 +241,21 @@ class TensorRtLlmEngine:
         return None, None
 
     def _submit(self, running: _Running, arguments: dict[str, Any]) -> Any:
-        """TensorRT-LLM checks a request before it takes it: what it says then is the request's fault."""
+        """TensorRT-LLM checks a request before it takes it: what it says then is the request's fault.
+
+        :raises InvalidRequest: it says so, and lives.
+        :raises Unavailable: it takes none any more.
+        """
         streaming = self._mode != "prefill"
         try:
             return running.llm.generate_async(streaming=streaming, **arguments)
-        except (TypeError, ValueError, NotImplementedError, running.api.RequestError) as error:
-            raise InvalidRequest(f"TensorRT-LLM refuses the request: {error}") from error
         except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
+            refused = (TypeError, ValueError, NotImplementedError, running.api.RequestError)
+            # An error from the background, of any type, is raised by whatever request comes next.
+            wrong = problem(running.llm)
+            if isinstance(error, refused) and wrong is None:
+                raise InvalidRequest(f"TensorRT-LLM refuses the request: {error}") from error
+            self._fail(wrong or f"{type(error).__name__}: {error}")
             raise Unavailable(f"TensorRT-LLM takes no requests any more: {error}") from error
 
     async def _states(self, api: Api, result: Any) -> AsyncGenerator[Any, None]:
@@ -279,6 +293,7 @@ class TensorRtLlmEngine:
 
 
 def _end(running: _Running) -> None:
+    running.health.stop()
     running.poller.stop()
     try:
         running.llm.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import enum
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,15 +34,10 @@ def pack(params: Any, cached_tokens: int) -> dict[str, Any]:
     packed: dict[str, Any] = {}
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
-        if value is None or field.name in _LEFT_OUT:
+        # Fields that the constructor does not take are the object's own business.
+        if value is None or field.name in _LEFT_OUT or not field.init:
             continue
-        if isinstance(value, (bytes, bytearray)):
-            value = base64.b64encode(value).decode()
-        elif isinstance(value, int):
-            value = int(value)  # enumerations
-        elif field.name == "first_gen_log_probs":
-            value = [_listed(position) for position in value]
-        packed[field.name] = value
+        packed[field.name] = _listed(value) if field.name == "first_gen_log_probs" else _plain(value)
     if "disagg_request_id" in packed:
         # Dynamo's frontend passes nothing on without it; the engine prefers the other where both are there.
         packed.setdefault("ctx_request_id", packed["disagg_request_id"])
@@ -59,7 +55,7 @@ def unpack(api: Api, packed: Mapping[str, Any]) -> tuple[Any, int | None]:
             "prefill_result.disaggregated_params: expected those of a TensorRT-LLM prefill worker, got the "
             f"fields {', '.join(sorted(map(str, packed)))}; run the same engine on prefill and decode workers"
         )
-    known = {field.name for field in dataclasses.fields(api.DisaggregatedParams)}
+    known = {field.name for field in dataclasses.fields(api.DisaggregatedParams) if field.init}
     values = {key: value for key, value in packed.items() if key in known and key not in _NOT_THEIRS}
     metadata = packed.get(_METADATA)
     cached = metadata.get("cached_tokens") if isinstance(metadata, Mapping) else None
@@ -67,12 +63,7 @@ def unpack(api: Api, packed: Mapping[str, Any]) -> tuple[Any, int | None]:
         if isinstance(values.get("opaque_state"), str):
             values["opaque_state"] = base64.b64decode(values["opaque_state"], validate=True)
         if values.get("first_gen_log_probs"):
-            values["first_gen_log_probs"] = [
-                {item["token_id"]: api.Logprob(item["logprob"], item.get("rank")) for item in position}
-                if isinstance(position, list)
-                else position
-                for position in values["first_gen_log_probs"]
-            ]
+            values["first_gen_log_probs"] = [_unlisted(api, at) for at in values["first_gen_log_probs"]]
         params = api.DisaggregatedParams(**{**values, "request_type": "generation_only"})
     except (TypeError, ValueError, KeyError, AttributeError, binascii.Error) as error:
         raise InvalidRequest(
@@ -85,9 +76,28 @@ def unpack(api: Api, packed: Mapping[str, Any]) -> tuple[Any, int | None]:
     return params, cached if isinstance(cached, int) else None
 
 
-def _listed(position: Any) -> Any:
-    if not isinstance(position, Mapping):
-        return position
-    return [
-        {"token_id": token, "logprob": each.logprob, "rank": each.rank} for token, each in position.items()
-    ]
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """Log probabilities: positions, or beams of them, each a number or those of the likeliest tokens."""
+    if isinstance(value, Mapping):
+        return [
+            {"token_id": token, "logprob": each.logprob, "rank": each.rank} for token, each in value.items()
+        ]
+    return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _unlisted(api: Api, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if all(isinstance(item, Mapping) for item in value):
+        return {item["token_id"]: api.Logprob(item["logprob"], item.get("rank")) for item in value}
+    return [_unlisted(api, each) for each in value]

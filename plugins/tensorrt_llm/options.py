@@ -7,13 +7,13 @@ them. A section ``vswa`` is ours and is taken out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.option_sections import Section
 
 SECTION = "vswa"
 #: The embedded engine's section of a file that serves both.
@@ -21,164 +21,51 @@ _OTHER_SECTION = "gemma3_cpu"
 
 EVENT_BUFFER = 100_000
 
-_TOP = frozenset(
-    [
-        "allreduce_strategy",
-        "attention_dp_config",
-        "attn_backend",
-        "autotuner_enabled",
-        "backend",
-        "batch_wait_max_tokens_ratio",
-        "batch_wait_timeout_iters",
-        "batch_wait_timeout_ms",
-        "batched_logits_processor",
-        "cache_transceiver_config",
-        "checkpoint_format",
-        "checkpoint_loader",
-        "context_parallel_size",
-        "cp_config",
-        "cuda_graph_config",
-        "decoding_config",
-        "disable_flashinfer_sampling",
-        "disable_overlap_scheduler",
-        "dtype",
-        "dwdp_config",
-        "enable_attention_dp",
-        "enable_autotuner",
-        "enable_chunked_prefill",
-        "enable_early_first_token_response",
-        "enable_energy_metrics",
-        "enable_iter_perf_stats",
-        "enable_iter_req_stats",
-        "enable_layerwise_nvtx_marker",
-        "enable_lm_head_tp_in_adp",
-        "enable_lora",
-        "enable_min_latency",
-        "enable_resource_governor",
-        "enable_speculative_beam_history_d2h",
-        "enable_trtllm_sampler",
-        "encode_only",
-        "encoder_max_batch_size",
-        "encoder_max_num_tokens",
-        "env_overrides",
-        "extended_runtime_perf_knob_config",
-        "fail_fast_on_attention_window_too_large",
-        "force_dynamic_quantization",
-        "garbage_collection_gen0_threshold",
-        "gather_generation_logits",
-        "gms_config",
-        "gpus_per_node",
-        "guided_decoding_backend",
-        "iter_stats_max_iterations",
-        "kv_cache_config",
-        "kv_connector_config",
-        "layer_wise_benchmarks_config",
-        "load_format",
-        "lora_config",
-        "max_batch_size",
-        "max_beam_width",
-        "max_input_len",
-        "max_num_tokens",
-        "max_seq_len",
-        "max_stats_len",
-        "mm_encoder_only",
-        "model_kwargs",
-        "moe_backend",
-        "moe_cluster_parallel_size",
-        "moe_config",
-        "moe_expert_parallel_size",
-        "moe_tensor_parallel_size",
-        "mx_config",
-        "num_postprocess_workers",
-        "nvfp4_gemm_config",
-        "orchestrator_type",
-        "otlp_traces_endpoint",
-        "peft_cache_config",
-        "perf_metrics_max_requests",
-        "pipeline_parallel_size",
-        "postprocess_tokenizer_dir",
-        "pp_partition",
-        "print_iter_log",
-        "prometheus_metrics_config",
-        "quant_config",
-        "ray_placement_config",
-        "ray_worker_extension_cls",
-        "reasoning_parser",
-        "reorder_policy_config",
-        "request_stats_max_iterations",
-        "return_perf_metrics",
-        "revision",
-        "sampler_force_async_worker",
-        "sampler_type",
-        "scheduler_config",
-        "skip_tokenizer_init",
-        "sparse_attention_config",
-        "speculative_config",
-        "stream_interval",
-        "tensor_parallel_size",
-        "tokenizer",
-        "tokenizer_mode",
-        "tokenizer_revision",
-        "torch_compile_config",
-        "trust_remote_code",
-        "use_cuda_graph",
-        "use_cute_dsl_bf16_bmm",
-        "use_cute_dsl_bf16_gemm",
-        "use_cute_dsl_blockscaling_bmm",
-        "use_cute_dsl_blockscaling_mm",
-        "video_pruning_rate",
-    ]
-)
-_KV = frozenset(
-    [
-        "attention_dp_events_gather_period_ms",
-        "avg_seq_len",
-        "block_reuse_config",
-        "block_reuse_policy",
-        "copy_on_partial_reuse",
-        "cross_kv_cache_fraction",
-        "disk_cache_path",
-        "disk_cache_size",
-        "disk_prefetch_num_reqs",
-        "dtype",
-        "enable_block_reuse",
-        "enable_kv_pool_rebalance",
-        "enable_partial_reuse",
-        "enable_swa_scratch_reuse",
-        "event_buffer_max_size",
-        "free_gpu_memory_fraction",
-        "host_cache_size",
-        "iteration_stats_interval",
-        "kv_cache_event_hash_algo",
-        "kv_events_config",
-        "mamba_ssm_cache_dtype",
-        "mamba_ssm_philox_rounds",
-        "mamba_ssm_stochastic_rounding",
-        "mamba_state_cache_interval",
-        "max_attention_window",
-        "max_gpu_total_bytes",
-        "max_tokens",
-        "max_util_for_resume",
-        "onboard_blocks",
-        "pool_ratio",
-        "secondary_offload_min_priority",
-        "sink_token_length",
-        "tokens_per_block",
-        "use_kv_cache_manager_v2",
-        "use_uvm",
-    ]
-)
-_TRANSCEIVER = frozenset(
-    [
-        "backend",
-        "kv_transfer_poll_interval_ms",
-        "kv_transfer_sender_future_timeout_ms",
-        "kv_transfer_timeout_ms",
-        "max_tokens_in_buffer",
-        "transceiver_runtime",
-    ]
-)
-_NEWER = " For an option of a newer TensorRT-LLM set vswa.allow_unknown to true"
+#: Options that TensorRT-LLM has.
+_TOP_NAMES = """
+    allreduce_strategy attention_dp_config attn_backend autotuner_enabled backend batch_wait_max_tokens_ratio
+    batch_wait_timeout_iters batch_wait_timeout_ms batched_logits_processor cache_transceiver_config
+    checkpoint_format checkpoint_loader context_parallel_size cp_config cuda_graph_config decoding_config
+    disable_flashinfer_sampling disable_mm_encoder disable_overlap_scheduler dtype dwdp_config
+    enable_attention_dp enable_autotuner enable_chunked_prefill enable_early_first_token_response
+    enable_energy_metrics enable_iter_perf_stats enable_iter_req_stats enable_layerwise_nvtx_marker
+    enable_lm_head_tp_in_adp enable_lora enable_low_latency_host_dispatch enable_min_latency
+    enable_resource_governor enable_speculative_beam_history_d2h enable_trtllm_sampler encode_only
+    encoder_max_batch_size encoder_max_num_items encoder_max_num_tokens env_overrides
+    extended_runtime_perf_knob_config fail_fast_on_attention_window_too_large force_dynamic_quantization
+    garbage_collection_gen0_threshold gather_generation_logits gms_config gpus_per_node
+    guided_decoding_backend iter_stats_max_iterations kv_cache_config kv_connector_config
+    layer_wise_benchmarks_config load_format lora_config max_batch_size max_beam_width max_input_len
+    max_num_tokens max_seq_len max_stats_len mm_encoder_only model_kwargs moe_backend
+    moe_cluster_parallel_size moe_config moe_expert_parallel_size moe_tensor_parallel_size multimodal_config
+    mx_config num_postprocess_workers num_serve_frontends nvfp4_gemm_config orchestrator_type
+    otlp_traces_endpoint peft_cache_config perf_metrics_max_requests pipeline_parallel_size
+    post_processor_hook postprocess_tokenizer_dir pp_partition print_iter_log prometheus_metrics_config
+    quant_config ray_placement_config ray_worker_extension_cls reasoning_parser reorder_policy_config
+    request_stats_max_iterations return_perf_metrics revision sampler_force_async_worker sampler_type
+    scheduler_config skip_tokenizer_init sparse_attention_config speculative_config stream_interval
+    telemetry_config tensor_parallel_size tokenizer tokenizer_mode tokenizer_revision torch_compile_config
+    trust_remote_code use_cuda_graph use_cute_dsl_bf16_bmm use_cute_dsl_bf16_gemm
+    use_cute_dsl_blockscaling_bmm use_cute_dsl_blockscaling_mm video_pruning_rate
+"""
+_KV_NAMES = """
+    attention_dp_events_gather_period_ms avg_seq_len block_reuse_config block_reuse_policy
+    copy_on_partial_reuse cross_kv_cache_fraction disk_cache_path disk_cache_size disk_prefetch_num_reqs dtype
+    enable_block_reuse enable_kv_pool_rebalance enable_partial_reuse enable_swa_scratch_reuse
+    event_buffer_max_size free_gpu_memory_fraction host_cache_size iteration_stats_interval
+    kv_cache_event_hash_algo kv_events_config mamba_ssm_cache_dtype mamba_ssm_philox_rounds
+    mamba_ssm_stochastic_rounding mamba_state_cache_interval max_attention_window max_gpu_total_bytes
+    max_tokens max_util_for_resume onboard_blocks pool_ratio secondary_offload_min_priority sink_token_length
+    tokens_per_block use_kv_cache_manager_v2 use_uvm
+"""
+_TRANSCEIVER_NAMES = """
+    backend kv_cache_bounce_size_mb kv_transfer_poll_interval_ms kv_transfer_sender_future_timeout_ms
+    kv_transfer_timeout_ms max_tokens_in_buffer transceiver_runtime
+"""
+_TOP = frozenset(_TOP_NAMES.split())
+_KV = frozenset(_KV_NAMES.split())
+_TRANSCEIVER = frozenset(_TRANSCEIVER_NAMES.split())
+_NEWER = "For an option of a newer TensorRT-LLM set vswa.allow_unknown to true"
 _OWN = frozenset({"allow_unknown", "lora_adapters", "reuse_rule"})
 _BACKENDS = ("DEFAULT", "MOONCAKE", "MPI", "NIXL", "UCX")
 RUNTIMES = ("auto", "CPP", "PYTHON")
@@ -222,18 +109,18 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
     :raises ConfigError: an unknown key, or a value that cannot be used; names the key, where it stands, and
         what was expected.
     """
-    top = _Section(data, "", source)
+    top = Section(data, source)
     kv, own = top.section("kv_cache_config"), top.section(SECTION)
     transceiver = top.section("cache_transceiver_config")
     if not own.boolean("allow_unknown", False):
-        top.check(_TOP | {SECTION, _OTHER_SECTION})
-        kv.check(_KV)
-        transceiver.check(_TRANSCEIVER)
-    own.check(_OWN, "")
+        top.check(_TOP | {SECTION, _OTHER_SECTION}, advice=_NEWER)
+        kv.check(_KV, advice=_NEWER)
+        transceiver.check(_TRANSCEIVER, advice=_NEWER)
+    own.check(_OWN)
     _refuse(top, kv)
     args = {k: v for k, v in data.items() if k not in (SECTION, _OTHER_SECTION)}
     changes = _turn_on(args, top, kv, mode)
-    backend = transceiver.choice("backend", _BACKENDS)
+    backend = transceiver.choice("backend", _BACKENDS, None, any_case=True)
     if mode != "agg" and backend is None:
         raise ConfigError(
             f"cache_transceiver_config.backend: expected one of {', '.join(_BACKENDS)} in mode {mode}, so "
@@ -244,29 +131,33 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
     return TrtllmOptions(
         llm_args=args,
         source=source,
-        max_attention_window=kv.integers("max_attention_window"),
-        max_seq_len=top.optional_integer("max_seq_len"),
+        max_attention_window=kv.positive_integers(
+            "max_attention_window", "(tokens), one per layer, repeating"
+        ),
+        max_seq_len=top.integer("max_seq_len", None),
         tokens_per_block=kv.integer("tokens_per_block", 32),
-        max_tokens=kv.optional_integer("max_tokens"),
+        max_tokens=kv.integer("max_tokens", None),
         max_batch_size=top.integer("max_batch_size", 2048),
         max_num_tokens=top.integer("max_num_tokens", 8192),
         chunked_prefill=top.boolean("enable_chunked_prefill", False),
         attention_dp_ranks=ranks,
         manager_v2=_manager(kv),
         transceiver_backend=backend,
-        transceiver_runtime=transceiver.choice("transceiver_runtime", RUNTIMES),
-        reuse_rule=own.text("reuse_rule"),
+        transceiver_runtime=transceiver.choice("transceiver_runtime", RUNTIMES, None, any_case=True),
+        reuse_rule=own.text("reuse_rule", None),
         lora_adapters=_lora_adapters(top, kv, own),
         changes=tuple(changes),
     )
 
 
-def _refuse(top: _Section, kv: _Section) -> None:
+def _refuse(top: Section, kv: Section) -> None:
     """What cannot work with per-window events, or not at all."""
     if top.data.get("backend") not in (None, "pytorch"):
         raise top.error("backend", "'pytorch', the backend that gives KV events", top.data["backend"])
     if top.integer("max_beam_width", 1) != 1:
         raise top.error("max_beam_width", "1", top.data["max_beam_width"], "sliding windows need it")
+    if (orchestrator := top.data.get("orchestrator_type")) == "ray":
+        raise top.error("orchestrator_type", "another one", orchestrator, "Ray's executor gives no KV events")
     if kv.integer("sink_token_length", 0, low=0):
         raise kv.error("sink_token_length", "0: no reuse rule knows sinks", kv.data["sink_token_length"])
     streaming = kv.section("kv_events_config").data
@@ -278,7 +169,7 @@ def _refuse(top: _Section, kv: _Section) -> None:
         )
 
 
-def _turn_on(args: dict[str, Any], top: _Section, kv: _Section, mode: str) -> list[str]:
+def _turn_on(args: dict[str, Any], top: Section, kv: Section, mode: str) -> list[str]:
     changes: list[str] = []
     kv_args = args["kv_cache_config"] = dict(kv.data)
     if not kv.integer("event_buffer_max_size", 0, low=0):
@@ -295,12 +186,12 @@ def _turn_on(args: dict[str, Any], top: _Section, kv: _Section, mode: str) -> li
     return changes
 
 
-def _manager(kv: _Section) -> bool | None:
+def _manager(kv: Section) -> bool | None:
     value = kv.data.get("use_kv_cache_manager_v2")
     return None if value == "auto" or value is None else kv.boolean("use_kv_cache_manager_v2", False)
 
 
-def _lora_adapters(top: _Section, kv: _Section, own: _Section) -> dict[str, str]:
+def _lora_adapters(top: Section, kv: Section, own: Section) -> dict[str, str]:
     adapters = own.section("lora_adapters").data
     if not all(isinstance(item, str) and item for pair in adapters.items() for item in pair):
         raise own.error("lora_adapters", "names and directories, e.g. {legal: /models/legal}", dict(adapters))
@@ -314,79 +205,3 @@ def _lora_adapters(top: _Section, kv: _Section, own: _Section) -> dict[str, str]
             algorithm,
         )
     return dict(adapters)
-
-
-class _Section:
-    """One mapping of the options with the words for its errors."""
-
-    def __init__(self, data: Any, path: str, source: str) -> None:
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{path or 'options'}: expected a mapping, got {data!r} (in {source})")
-        self.data = data
-        self.source = source
-        self._path = path
-
-    def name(self, key: object) -> str:
-        """Dotted path of ``key``."""
-        return f"{self._path}.{key}" if self._path else str(key)
-
-    def error(self, key: object, expected: str, got: object, advice: str = "") -> ConfigError:
-        tail = f"; {advice}" if advice else ""
-        return ConfigError(f"{self.name(key)}: expected {expected}, got {got!r}{tail} (in {self.source})")
-
-    def section(self, key: str) -> _Section:
-        value = self.data.get(key)
-        return _Section({} if value is None else value, self.name(key), self.source)
-
-    def check(self, known: Iterable[str], advice: str = _NEWER) -> None:
-        """Refuse unknown keys."""
-        names = sorted(known)
-        for key in self.data:
-            if key not in names:
-                near = get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {self.name(near[0])!r}?" if near else f"known: {', '.join(names)}."
-                raise ConfigError(f"unknown option {self.name(key)!r} in {self.source}: {hint}{advice}")
-
-    def integer(self, key: str, default: int, low: int = 1) -> int:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise self.error(key, f"an integer of at least {low}", value)
-        return value
-
-    def optional_integer(self, key: str) -> int | None:
-        return None if self.data.get(key) is None else self.integer(key, 0)
-
-    def integers(self, key: str) -> tuple[int, ...] | None:
-        value = self.data.get(key)
-        if value is None:
-            return None
-        whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if not whole or not value or min(value) < 1:
-            raise self.error(key, "a list of positive integers (tokens), one per layer, repeating", value)
-        return tuple(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false", value)
-        return value
-
-    def text(self, key: str) -> str | None:
-        value = self.data.get(key)
-        if value is not None and (not isinstance(value, str) or not value):
-            raise self.error(key, "a string", value)
-        return value
-
-    def choice(self, key: str, known: Iterable[str]) -> str | None:
-        """One of ``known``, whatever its case."""
-        given = self.text(key)
-        if given is None:
-            return None
-        for name in known:
-            if given.casefold() == name.casefold():
-                return name
-        raise self.error(key, f"one of {', '.join(known)}", given)

@@ -30,7 +30,7 @@ _NO_CANDIDATE = 1 << 20
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)(?:rc(\d+))?")
 #: TensorRT-LLM splits the machine's number in two from 1.3.0rc22 on.
 _PROCESS_IDS = 64
-_MACHINES = 1021
+_MACHINES, _MACHINES_AND_PROCESSES = 1021, 256 * _PROCESS_IDS
 
 
 class Version(NamedTuple):
@@ -67,7 +67,8 @@ class Api(NamedTuple):
     LoRARequest: Any
     Logprob: Any
     RequestError: type[Exception]
-    get_global_disagg_request_id: Callable[..., int]
+    #: None in releases that number requests on the prefill worker only.
+    get_global_disagg_request_id: Callable[..., int] | None
 
 
 def require_installed() -> Version | None:
@@ -102,7 +103,7 @@ def load() -> Api:
             LoRARequest=_name("executor.request", "LoRARequest"),
             Logprob=_name("executor.result", "Logprob"),
             RequestError=_name("executor.utils", "RequestError"),
-            get_global_disagg_request_id=_name("llmapi.disagg_utils", "get_global_disagg_request_id"),
+            get_global_disagg_request_id=_name_if_any("llmapi.disagg_utils", "get_global_disagg_request_id"),
         )
     except (ImportError, AttributeError, OSError) as error:
         raise ConfigError(
@@ -111,14 +112,23 @@ def load() -> Api:
         ) from error
 
 
-def disagg_request_id(api: Api) -> int:
-    """A number for one request over both its phases, unlike those of other workers."""
+def disagg_request_id(api: Api) -> int | None:
+    """A number for one request over both its phases, unlike those of other workers; None: no such thing."""
     make = api.get_global_disagg_request_id
-    machine = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % _MACHINES
+    if make is None:
+        return None
+    worker = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode())
     if "process_id" in inspect.signature(make).parameters:
-        return make(*divmod(machine, _PROCESS_IDS))
-    return make(machine)
+        return make(*divmod(worker % _MACHINES_AND_PROCESSES, _PROCESS_IDS))
+    return make(worker % _MACHINES)
 
 
 def _name(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{MODULE}.{module}"), name)
+
+
+def _name_if_any(module: str, name: str) -> Any:
+    try:
+        return _name(module, name)
+    except (ImportError, AttributeError):
+        return None

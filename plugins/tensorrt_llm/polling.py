@@ -1,4 +1,10 @@
-"""The engine's KV events, fetched in a thread of their own. One consumer only: draining is destructive."""
+"""The engine's KV events, fetched in a thread of their own. One consumer only: draining is destructive.
+
+Two ways lead to them. Newer releases ask the engine's process by remote call, which waits for good if that
+process is gone. Older ones (the 1.1 and 1.2 lines) keep a queue in ours, made by whoever comes first, and of
+a kind that only a coroutine can read if that is the event loop's thread: so it is made here, before any
+request.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +20,10 @@ logger = logging.getLogger(__name__)
 
 #: Pause after an empty answer, and how it grows while nothing comes.
 MIN_PAUSE_S, MAX_PAUSE_S, GROWTH = 0.005, 0.020, 1.5
-#: Between two looks at the engine's health.
-HEALTH_INTERVAL_S = 1.0
+#: An answer that takes longer will not come: it is one iteration of the engine at most.
+MAX_WAIT_S = 120.0
+#: How long the last fetch may take at the end.
+JOIN_S = 5.0
 #: Failures in a row after which the events, and with them the engine, are given up.
 MAX_FAILURES = 50
 
@@ -45,31 +53,45 @@ class EventPoller:
         self.events = 0
         self._unplaced = 0
         self._failures = 0
+        self._asked_at: float | None = None
+        self._ready = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv events", daemon=True)
 
     def start(self) -> None:
+        """Returns when requests may come."""
         self._thread.start()
+        self._ready.wait()
 
     def stop(self) -> None:
-        """Fetch what is there once more and end. Called once."""
+        """Fetch what is there once more and end; a fetch that does not end is left behind. Called once."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(JOIN_S)
+        if self._thread.is_alive():
+            logger.warning("the last KV events have not come within %.0f s", JOIN_S)
+
+    def overdue(self) -> str | None:
+        """Why no more events will come, if an answer is waited for in vain; None else. Any thread."""
+        asked_at = self._asked_at
+        if asked_at is None or time.monotonic() - asked_at < MAX_WAIT_S:
+            return None
+        return f"TensorRT-LLM has not answered for {MAX_WAIT_S:.0f} s when asked for KV events"
 
     def _run(self) -> None:
         try:
+            try:
+                _make_queue(self._llm)
+            finally:
+                self._ready.set()
             self._poll_until_stopped()
         except Exception as error:
             logger.exception("the thread that fetches KV events has ended")
             self._fail(f"the thread that fetches KV events has ended: {type(error).__name__}: {error}")
 
     def _poll_until_stopped(self) -> None:
-        pause, next_health = MIN_PAUSE_S, time.monotonic() + HEALTH_INTERVAL_S
+        pause = MIN_PAUSE_S
         while not self._stopping.is_set():
             pause = MIN_PAUSE_S if self._poll() else min(pause * GROWTH, MAX_PAUSE_S)
-            if time.monotonic() >= next_health:
-                next_health = time.monotonic() + HEALTH_INTERVAL_S
-                self._check_health()
             self._stopping.wait(pause)
         self._poll()
 
@@ -77,13 +99,16 @@ class EventPoller:
         """Hand over what is there; whether there was anything."""
         try:
             _wake(self._llm)
+            self._asked_at = time.monotonic()
             # A timeout above 0 is spent in steps of 100 ms where a release waits in the engine's process.
             events = self._llm.get_kv_cache_events(timeout=0)
         except AssertionError:
-            return False  # releases of the 1.2 line have no queue before their first request
+            return False  # a release whose queue could not be made here has none before its first request
         except Exception as error:
             self._failed(error)
             return False
+        finally:
+            self._asked_at = None
         self._failures = 0
         by_rank: dict[int, list[dict[str, Any]]] = {}
         for event in events:
@@ -113,14 +138,17 @@ class EventPoller:
             )
         self._unplaced += count
 
-    def _check_health(self) -> None:
-        check = getattr(self._llm, "_check_health", None)
-        if check is not None and not self._stopping.is_set() and not check():
-            self._fail("TensorRT-LLM says that its executor is not healthy")
+
+def _make_queue(llm: Any) -> None:
+    """Where events wait in our process: a queue that a thread can read, because no loop runs in this one."""
+    executor = getattr(llm, "_executor", None)
+    make = getattr(executor, "_maybe_initialize_iteration_results", None)
+    if make is not None and getattr(executor, "_iter_kv_events_result", None) is None:
+        make()
 
 
 def _wake(llm: Any) -> None:
-    """Releases of the 1.2 line stop giving out events after an empty answer, until the next request."""
+    """Releases with a queue stop giving out events after an empty answer, until the next request."""
     results = getattr(getattr(llm, "_executor", None), "_iter_kv_events_result", None)
     if results is not None and hasattr(results, "mark_undone"):
         results.mark_undone()

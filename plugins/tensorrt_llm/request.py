@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from vswa_plugin.engine import RequestDict
 from vswa_plugin.errors import InvalidRequest
+from vswa_plugin.request_fields import Fields, dp_rank, is_number, outside, prefill_result, token_ids
 
 #: Dynamo's sampling option -> TensorRT-LLM's; both mean the same.
 SAMPLING = {
@@ -30,7 +30,7 @@ SAMPLING = {
 #: Options with the only values that are served: one answer per request, no beams.
 ONLY = {"n": (1,), "best_of": (1,), "use_beam_search": (False,), "length_penalty": (1, 1.0)}
 
-_REFUSED = {
+_NOT_SERVED = {
     "multi_modal_data": "no images or audio: this worker serves text",
     "prompt_embeds": "no prompt embeddings: send token ids",
 }
@@ -77,188 +77,102 @@ def parse_request(request: RequestDict, limits: Limits) -> TrtllmRequest:
 
     :raises InvalidRequest: says what was expected and what came.
     """
-    for name, expected in _REFUSED.items():
-        if request.get(name):
-            raise InvalidRequest(f"{name}: expected {expected}")
-    handover, prefill_cached = _handover(request, limits)
-    prompt = _prompt(request.get("token_ids"), limits, computed_here=handover is None)
-    routing = _mapping(request, "routing")
-    options = _mapping(request, "sampling_options")
+    fields = Fields(request)
+    fields.refuse(_NOT_SERVED)
+    handover, prefill_cached = _handover(fields, limits)
+    prompt = _prompt(fields, limits, computed_here=handover is None)
+    routing, options = fields.object("routing"), fields.object("sampling_options")
     priority = request.get("priority")
-    if priority is not None and not _is_number(priority):
-        raise InvalidRequest(f"priority: expected a number in [0, 1], got {priority!r}")
+    if priority is not None and not is_number(priority):
+        raise fields.error("priority", "a number in [0, 1]", repr(priority))
     return TrtllmRequest(
         prompt=prompt,
         sampling={
             # Dynamo's frontend turns tokens into text.
             "detokenize": False,
-            **_stopping(request, limits.context_length - len(prompt), limits.mode),
+            **_stopping(fields, limits.context_length - len(prompt), limits.mode),
             **_sampling(options),
-            **_logprobs(_mapping(request, "output_options")),
+            **_logprobs(fields.object("output_options")),
         },
-        guided=_guided(options.get("guided_decoding")),
-        cache_salt=_cache_salt(request),
-        lora_name=_text(routing, "lora_name"),
-        dp_rank=_dp_rank(routing, limits),
+        guided=_guided(options.object("guided_decoding")),
+        cache_salt=_cache_salt(fields),
+        lora_name=routing.text("lora_name"),
+        dp_rank=dp_rank(routing, limits.ranks, f"this worker has {limits.ranks} attention-DP ranks"),
         priority=priority,
         handover=handover,
         prefill_cached_tokens=prefill_cached,
     )
 
 
-def _prompt(value: Any, limits: Limits, *, computed_here: bool) -> list[int]:
-    if isinstance(value, (bytes, bytearray)):
-        # Dynamo may pack token ids as little-endian 32-bit integers.
-        if len(value) % 4:
-            raise InvalidRequest(f"token_ids: expected 4 bytes per token, got {len(value)} bytes")
-        value = np.frombuffer(value, dtype="<i4")
-    if value is None or not len(value):
-        raise InvalidRequest("token_ids: expected at least one token id, got none")
-    tokens = np.asarray(value)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise InvalidRequest("token_ids: expected a list of integers, got something else")
-    if len(tokens) >= limits.context_length:
+def _prompt(request: Fields, limits: Limits, *, computed_here: bool) -> list[int]:
+    prompt = token_ids(request, limits.context_length)
+    if computed_here and limits.max_prompt is not None and len(prompt) > limits.max_prompt:
         raise InvalidRequest(
-            f"prompt of {len(tokens)} tokens: expected at most {limits.context_length - 1}, so that one "
-            f"token of the answer fits the context of {limits.context_length} tokens; shorten the prompt"
-        )
-    if computed_here and limits.max_prompt is not None and len(tokens) > limits.max_prompt:
-        raise InvalidRequest(
-            f"prompt of {len(tokens)} tokens: expected at most max_num_tokens, {limits.max_prompt}, because "
+            f"prompt of {len(prompt)} tokens: expected at most max_num_tokens, {limits.max_prompt}, because "
             "this worker runs without enable_chunked_prefill; shorten the prompt"
         )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (limits.vocab_size is not None and high >= limits.vocab_size):
-        raise InvalidRequest(f"token_ids: expected ids in [0, {limits.vocab_size}), got {low} to {high}")
-    return [int(token) for token in tokens]
+    if found := outside(prompt, limits.vocab_size):
+        raise request.error("token_ids", f"ids in [0, {limits.vocab_size or 1 << 32})", found)
+    return prompt
 
 
-def _stopping(request: RequestDict, room: int, mode: str) -> dict[str, Any]:
-    stop = _mapping(request, "stop_conditions")
-    own = {*_ids(stop, "stop_token_ids"), *_ids(stop, "stop_token_ids_hidden")}
-    visible = set(_ids(stop, "stop_token_ids_visible"))
-    max_tokens = _count(stop, "max_tokens", room, low=1)
+def _stopping(request: Fields, room: int, mode: str) -> dict[str, Any]:
+    stop = request.object("stop_conditions")
+    own = {*stop.ids("stop_token_ids"), *stop.ids("stop_token_ids_hidden")}
+    visible = stop.ids("stop_token_ids_visible")
+    max_tokens = stop.integer("max_tokens", room, low=1)
     asked: dict[str, Any] = {"max_tokens": 1 if mode == "prefill" else min(max_tokens, room)}
-    if min_tokens := _count(stop, "min_tokens", 0, low=0):
+    if min_tokens := stop.integer("min_tokens", 0, low=0):
         asked["min_tokens"] = min_tokens
-    if stop.get("ignore_eos") or visible:
+    if stop.data.get("ignore_eos") or visible:
         # The engine drops a token that it stops at; one that is to be seen is stopped at by the frontend.
         asked["ignore_eos"] = True
-    elif ids := own | set(_ids(request, "eos_token_ids")):
+    elif ids := own.union(request.ids("eos_token_ids")):
         asked["stop_token_ids"] = sorted(ids)
     return asked
 
 
-def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+def _sampling(options: Fields) -> dict[str, Any]:
     for name, allowed in ONLY.items():
-        value = options.get(name)
+        value = options.data.get(name)
         if value is not None and value not in allowed:
-            raise InvalidRequest(f"sampling_options.{name}: expected {allowed[0]!r}, got {value!r}")
+            raise options.error(name, repr(allowed[0]), repr(value))
     asked: dict[str, Any] = {}
     for name, theirs in SAMPLING.items():
-        value = options.get(name)
+        value = options.data.get(name)
         if value is None:
             continue
-        if not _is_number(value) and not isinstance(value, bool):
-            raise InvalidRequest(f"sampling_options.{name}: expected a number, got {value!r}")
+        if not is_number(value) and not isinstance(value, bool):
+            raise options.error(name, "a number", repr(value))
         # Dynamo says -1 for "all", TensorRT-LLM 0.
         asked[theirs] = max(value, 0) if name == "top_k" else value
     return asked
 
 
-def _logprobs(output: Mapping[str, Any]) -> dict[str, Any]:
-    if output.get("prompt_logprobs") is not None:
-        raise InvalidRequest("output_options.prompt_logprobs: expected none; not served by this worker")
-    if output.get("logprobs") is None:
-        return {}
+def _logprobs(output: Fields) -> dict[str, Any]:
+    if output.data.get("prompt_logprobs") is not None:
+        raise output.error("prompt_logprobs", "none; not served by this worker")
+    asked = output.integer("logprobs", None, low=0)
     # 0 asks for the drawn token's own, which is one.
-    return {"logprobs": max(1, _count(output, "logprobs", 0, low=0))}
+    return {} if asked is None else {"logprobs": max(1, asked)}
 
 
-def _guided(value: Any) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise InvalidRequest(f"guided_decoding: expected an object, got {type(value).__name__}")
-    asked = {key: value[key] for key in _GUIDED if value.get(key) not in (None, False)}
-    choice = [text for text in value.get("choice") or () if text is not None]
+def _guided(given: Fields) -> dict[str, Any] | None:
+    asked = {key: given.data[key] for key in _GUIDED if given.data.get(key) not in (None, False)}
+    choice = [text for text in given.data.get("choice") or () if text is not None]
     if choice and "regex" not in asked:
         asked["regex"] = f"({'|'.join(re.escape(str(text)) for text in choice)})"
     return asked or None
 
 
-def _handover(request: RequestDict, limits: Limits) -> tuple[Mapping[str, Any] | None, int | None]:
-    result = _mapping(request, "prefill_result")
-    params = result.get("disaggregated_params")
-    if params is None:
+def _handover(request: Fields, limits: Limits) -> tuple[Mapping[str, Any] | None, int | None]:
+    result = prefill_result(request, limits.mode)
+    if result.data.get("disaggregated_params") is None:
         return None, None
-    if limits.mode != "decode":
-        raise InvalidRequest(
-            f"prefill_result: expected none in mode {limits.mode}; only a worker with --mode decode goes on "
-            "where a prefill worker ended"
-        )
-    if not isinstance(params, Mapping):
-        raise InvalidRequest(
-            f"prefill_result.disaggregated_params: expected an object, got {type(params).__name__}"
-        )
-    details = _mapping(result, "prompt_tokens_details")
-    cached = details.get("cached_tokens")
-    return params, cached if isinstance(cached, int) else None
+    cached = result.object("prompt_tokens_details").data.get("cached_tokens")
+    return result.object("disaggregated_params").data, cached if isinstance(cached, int) else None
 
 
-def _dp_rank(routing: Mapping[str, Any], limits: Limits) -> int | None:
-    rank = routing.get("dp_rank")
-    if rank is None:
-        return None
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < limits.ranks:
-        raise InvalidRequest(
-            f"routing.dp_rank: expected a rank in [0, {limits.ranks - 1}], got {rank!r}; this worker has "
-            f"{limits.ranks} attention-DP ranks"
-        )
-    return rank
-
-
-def _cache_salt(request: RequestDict) -> str | None:
-    extra = _mapping(request, "extra_args")
-    for owner in (_mapping(request, "routing"), _mapping(extra, "nvext")):
-        if salt := _text(owner, "cache_salt"):
-            return salt
-    return None
-
-
-def _ids(data: Mapping[str, Any], name: str) -> list[int]:
-    value = data.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)) or not all(isinstance(token, int) for token in value):
-        raise InvalidRequest(f"{name}: expected a list of token ids")
-    return list(value)
-
-
-def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = data.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise InvalidRequest(f"{name}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def _text(data: Mapping[str, Any], name: str) -> str | None:
-    value = data.get(name)
-    if value is not None and not isinstance(value, str):
-        raise InvalidRequest(f"{name}: expected a string, got {type(value).__name__}")
-    return value or None
-
-
-def _count(data: Mapping[str, Any], name: str, default: int, *, low: int) -> int:
-    value = data.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise InvalidRequest(f"{name}: expected an integer of at least {low}, got {value!r}")
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _cache_salt(request: Fields) -> str | None:
+    nvext = request.object("extra_args").object("nvext")
+    return request.object("routing").text("cache_salt") or nvext.text("cache_salt")

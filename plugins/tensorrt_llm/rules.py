@@ -23,6 +23,8 @@ V1_LOOKS_PAST_HOLES = Version(1, 3, 0, 20)
 GEMMA_DEFAULTS_TO_V2 = Version(1, 3, 0, 29)
 #: From here on V2 takes the windows from the model where no max_attention_window is given.
 DERIVES_WINDOWS = Version(1, 4, 0, 0)
+#: Before this line V2 surely refuses to start with an event buffer (it can give events since spring 2026).
+V2_GIVES_EVENTS = Version(1, 3, 0, 0)
 
 _PREFER_V2 = ("Gemma3ForCausalLM", "Gemma4", "GptOss")
 #: Environment variables that make of the transceiver DEFAULT another one than NIXL.
@@ -51,6 +53,11 @@ def decide(
     :raises ConfigError: an unknown rule, or a manager that cannot hand over blocks as configured.
     """
     v2, reasons = _manager(options, version, architecture)
+    if options.manager_v2 and version is not None and version < V2_GIVES_EVENTS:
+        raise ConfigError(
+            f"kv_cache_config.use_kv_cache_manager_v2: expected false or 'auto' with TensorRT-LLM {version}, "
+            f"whose manager V2 gives no KV events, got true (in {options.source})"
+        )
     blocked = _transceiver_needs_v1(options, version, env)
     if v2 and blocked:
         if options.manager_v2:

@@ -7,9 +7,9 @@ from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.layout import CacheLayout
 
 from .adapter import LORA_SERVED, TrtllmEventAdapter
-from .hashing import chain_keys, salt_id
+from .hashing import HASH_ALGO, block_key, chain_keys, salt_id
 
-__all__ = ["LORA_SERVED", "TrtllmEventAdapter", "chain_keys", "salt_id"]
+__all__ = ["HASH_ALGO", "LORA_SERVED", "TrtllmEventAdapter", "block_key", "chain_keys", "salt_id"]
 
 
 @hookimpl

@@ -9,8 +9,10 @@ prediction too low, never too high.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from vswa_plugin.engine import (
+    NO_SUCH_GROUP,
     BlocksMoved,
     BlocksRemoved,
     BlocksStored,
@@ -47,6 +49,7 @@ class TrtllmEventAdapter:
 
     def __init__(self, layout: CacheLayout) -> None:
         self._groups = Groups(layout)
+        self._declared = dict(self._groups.windows)
         self._block_size = layout.block_size
         self._rule = layout.rule
         self._ranks: dict[int, _Rank] = {}
@@ -73,7 +76,9 @@ class TrtllmEventAdapter:
         dp_rank = 0
         if raw.get("attention_dp_rank") is not None:
             dp_rank = fields.integer(raw, "attention_dp_rank", "an event")
-        return self._ranks.setdefault(dp_rank, _Rank(dp_rank))
+        if dp_rank not in self._ranks:
+            self._ranks[dp_rank] = _Rank(dp_rank, self._declared)
+        return self._ranks[dp_rank]
 
     def _read(self, raw: RawEvent, rank: _Rank, where: str) -> list[EngineEvent]:
         data = fields.mapping(raw, "data", where)
@@ -81,16 +86,33 @@ class TrtllmEventAdapter:
         readers = {"stored": self._stored, "removed": self._removed, "updated": self._updated}
         if kind != "created" and kind not in readers:
             raise ProtocolError(f"{where}: {unknown_choice('event type', kind, ('created', *readers))}")
-        before = dict(self._groups.windows)
-        group_id = self._groups.group_of(raw, where, created=kind == "created")
-        told: list[EngineEvent] = [
-            GroupCreated(known, now, rank.dp_rank)
-            for known, now in self._groups.windows.items()
-            if (known == group_id and kind == "created") or before.get(known, now) != now
-        ]
-        if kind in readers:
+        created = kind == "created"
+        if created:
+            rank.created += 1
+        elif rank.only_created:
+            rank.only_created = False
+            if rank.created:
+                self._groups.close()
+        group_id = self._groups.group_of(raw, where, created=created)
+        told = self._corrected(rank, group_id if created else None)
+        if not created:
             self._check_manager(raw)
             told += readers[kind](raw, group_id, rank, where)
+        return told
+
+    def _corrected(self, rank: _Rank, group_id: int | None) -> list[EngineEvent]:
+        """What the host does not know of the groups, and that group's window in any case."""
+        told: list[EngineEvent] = []
+        windows = self._groups.windows
+        for known, window in windows.items():
+            if rank.only_created and window is not None and window % self._block_size:
+                continue  # no real window: the global one, clamped by memory, which is clear in the end
+            if known == group_id or rank.said.get(known, NO_SUCH_GROUP) != window:
+                told.append(GroupCreated(known, window, rank.dp_rank))
+            rank.said[known] = window
+        for absent in rank.said.keys() - windows.keys():
+            del rank.said[absent]
+            told.append(GroupCreated(absent, NO_SUCH_GROUP, rank.dp_rank))
         return told
 
     def _stored(self, raw: RawEvent, group_id: int, rank: _Rank, where: str) -> list[EngineEvent]:
@@ -162,11 +184,16 @@ class TrtllmEventAdapter:
 class _Rank:
     """What is remembered of one attention-DP rank."""
 
-    def __init__(self, dp_rank: int) -> None:
+    def __init__(self, dp_rank: int, declared: Mapping[int, int | None]) -> None:
         self.dp_rank = dp_rank
+        #: Windows by group as the host knows them.
+        self.said = dict(declared)
         #: A loss that is not told yet.
         self.lost: EventsLost | None = None
         self.chains = Chains()
+        self.created = 0
+        #: Nothing else has come yet, and nothing is missing.
+        self.only_created = True
         self._next_id = 0
         self._partial: dict[int, set[EngineHash]] = {}
         # By block, not by group: a sliding group may store a block whose parent only the global one holds.
@@ -176,6 +203,7 @@ class _Rank:
         expected, self._next_id = self._next_id, event_id + 1
         if event_id == expected:
             return
+        self.only_created = False
         if self.lost is None:
             self.lost = EventsLost(expected, event_id, self.dp_rank)
         # Removals of these may be among the lost: without this they would pile up. A removal of one that

@@ -1,7 +1,8 @@
 """Which cache group an event is of: by its layer group id (manager V2), or by its window (manager V1). Pure.
 
-The engine's windows count, not those that were declared: memory can make them smaller, look-ahead larger.
-They come with ``created`` events, and with every other event where those are lost.
+The engine's windows count, not those that were declared: memory can make them smaller, look-ahead larger, and
+windows that become equal share one pool. They come with ``created`` events, one per pool and all before any
+block, and with every other event where those are lost.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Groups:
         self._block_size = layout.block_size
         #: As events gave them; the global group's is a number here.
         self._told: dict[int, int] = {}
+        self._closed = False
 
     def group_of(self, raw: Mapping[str, Any], where: str, *, created: bool) -> int:
         """Group id of an event; :attr:`windows` learns from it.
@@ -47,15 +49,24 @@ class Groups:
         self.windows.setdefault(group_id, None)
         return group_id
 
+    def close(self) -> None:
+        """All ``created`` events have come: declared groups without one do not exist."""
+        if self._told and not self._closed:
+            self._closed = True
+            self.windows = {group_id: w for group_id, w in self.windows.items() if group_id in self._told}
+            self._settle()
+
     def _settle(self) -> None:
         """Only the widest group is global, and only where no real window is as wide.
 
-        One that was declared to slide is not the widest before all others are known.
+        One that was declared to slide is not the widest before all others are known. Once they are, the
+        widest is where the global layers are, whatever memory has made of their window.
         """
         widest = max(self._told.values())
         all_known = self.windows.keys() <= self._told.keys()
         for group_id, window in self._told.items():
-            is_global = window == widest and self._is_global(window)
+            joined = self._closed and None in self._declared
+            is_global = window == widest and (joined or self._is_global(window))
             waits = group_id in self._sliding and not all_known
             self.windows[group_id] = None if is_global and not waits else window
 

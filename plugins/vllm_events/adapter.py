@@ -9,6 +9,8 @@
   blocks, but each loses its own.
 * Blocks whose tokens do not say all that they hold (multimodal, prompt embeddings) and copies outside the
   device are left out. That makes a prediction too low, never too high.
+* vLLM's events carry no numbers: whoever receives its batches, which do, sees that some were lost, and says
+  so with :meth:`VllmEventAdapter.lost`. Counted on, a lost removal would leave a copy that nobody removes.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from vswa_plugin.engine import (
     EngineBlock,
     EngineEvent,
     EngineHash,
+    EventsLost,
     GroupCreated,
 )
 from vswa_plugin.errors import ProtocolError
@@ -83,6 +86,18 @@ class VllmEventAdapter:
             return told + self._remove(group_id, fields.hashes(event))
         listed = self._listed(group_id, event)
         return told + self._corrected(group_id, event) + self._store(group_id, event, listed)
+
+    def lost(self, expected_id: int, got_id: int) -> list[EngineEvent]:
+        """Batches are missing before the next event: nothing is counted any more, nothing known as held.
+
+        A block that is stored again counts one copy from then on, though older ones may be left: it is taken
+        for gone too early rather than too late.
+
+        :param expected_id: number of the first missing batch.
+        :param got_id: number of the next one.
+        """
+        self._clear()
+        return [EventsLost(expected_id, got_id)]
 
     def _group_id(self, event: Stored | Removed) -> int:
         group_id = event.group_idx

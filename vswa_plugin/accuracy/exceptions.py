@@ -15,7 +15,8 @@ PARTIAL_MATCH = "partial match"
 #: A repeated prompt of whole blocks of which the engine did not match the last: promised more than reused.
 LAST_BLOCK = "last block"
 EXCEPTIONS = (PARTIAL_MATCH, LAST_BLOCK)
-#: The cache changed between the request's arrival and the engine's match. In recordings of workers only.
+#: The cache changed between the request's arrival and the engine's match, or before, and its events came
+#: later. In recordings of workers only.
 LAG = "lag"
 
 

@@ -8,16 +8,14 @@ oracle                the cost, with what the caches themselves say at that mome
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from vswa_plugin.accuracy.scorers import Prompt, Scorer
-from vswa_plugin.dynamo import namespaced_block_hash
-from vswa_plugin.engine import BlocksStored, EventAdapter, RawEvent
+from vswa_plugin.accuracy.views import View
+from vswa_plugin.engine import EventAdapter, RawEvent
 from vswa_plugin.events import Rank
 from vswa_plugin.layout import CacheLayout
-from vswa_plugin.nodes import Node, NodeTable
-from vswa_plugin.residency import Residency
 from vswa_plugin.selection import Candidate, LoadBook, Scored, Weights, booked_prefill, choose, scored
 
 RANDOM, ROUND_ROBIN, ORACLE = "random", "round robin", "oracle"
@@ -84,30 +82,28 @@ class Unaware:
         """Of no interest."""
 
 
-class View:
-    """What a router has been told of one rank: engine events through adapter and residency to a scorer."""
+class Believes(Protocol):
+    """What is expected of one rank."""
 
-    def __init__(self, layout: CacheLayout, adapter: EventAdapter, scorer: Scorer) -> None:
-        self._adapter = adapter
+    def feed(self, raw: RawEvent) -> object:
+        """What the rank's engine has told."""
+
+    def predict(self, prompt: Prompt) -> int:
+        """Tokens of the prompt that the rank would reuse."""
+
+
+class Seen:
+    """What a router makes of the events of one rank."""
+
+    def __init__(self, layout: CacheLayout, new_adapter: Callable[[], EventAdapter], scorer: Scorer) -> None:
         self._scorer = scorer
-        self._residency = Residency(layout, NodeTable(namespaced_block_hash))
-        scorer.begin(layout)
+        self._view = View(layout, new_adapter, [scorer])
 
-    def feed(self, events: Sequence[RawEvent]) -> None:
-        for raw in events:
-            for told in self._adapter.feed(raw):
-                changes = self._residency.apply(told)
-                if isinstance(told, BlocksStored):
-                    self._scorer.learn(told, self._names_of(told))
-                for change in changes:
-                    self._scorer.apply(change)
+    def feed(self, raw: RawEvent) -> None:
+        self._view.feed(raw)
 
     def predict(self, prompt: Prompt) -> int:
         return self._scorer.predict(prompt)
-
-    def _names_of(self, stored: BlocksStored) -> list[Node]:
-        nodes = [self._residency.nodes.get(block.hash) for block in stored.blocks]
-        return [node for node in nodes if node is not None]
 
 
 class ByCost:
@@ -119,7 +115,7 @@ class ByCost:
     def __init__(
         self,
         ranks: int,
-        views: Sequence[View] | None,
+        views: Sequence[Believes] | None,
         block_size: int,
         rng: random.Random,
         weights: Weights | None = None,
@@ -155,7 +151,8 @@ class ByCost:
 
     def told(self, rank: int, events: Sequence[RawEvent]) -> None:
         if self._views is not None:
-            self._views[rank].feed(events)
+            for raw in events:
+                self._views[rank].feed(raw)
 
     def first_token(self, key: int) -> None:
         self._book.first_token(key)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from vswa_plugin.accuracy.exceptions import LAG, exception_of
+from vswa_plugin.accuracy.exceptions import LAG
 from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_of
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, Prompt, Scorer, built_in_scorers
 from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
-from vswa_plugin.batches import Numbering
+from vswa_plugin.accuracy.views import View
+from vswa_plugin.accuracy.waiting import Arrivals, Waiting
 from vswa_plugin.dynamo import namespaced_block_hash
-from vswa_plugin.engine import BlocksStored, EventAdapter
-from vswa_plugin.errors import ConfigError, VswaError
-from vswa_plugin.events import Event, Layout, Unknown, decode, encode, layout_event
+from vswa_plugin.engine import EventAdapter
+from vswa_plugin.errors import ConfigError, ProtocolError, VswaError
 from vswa_plugin.hashing import sequence_hashes, sequence_hashes_of_tokens
-from vswa_plugin.index import Explanation
 from vswa_plugin.layout import CacheLayout
-from vswa_plugin.nodes import Node, NodeTable
-from vswa_plugin.residency import Residency, Restart
 from vswa_plugin.reuse import RULES, ReuseRule, rule_named
 
 if TYPE_CHECKING:
@@ -60,6 +57,11 @@ def replay(
                     run.skip(record)
                 case TraceEvent():
                     run.feed(record)
+        except ProtocolError as error:
+            raise ConfigError(
+                f"{trace.path}, line {line}: {error}. The header says that events are of the format "
+                f"{trace.header.format!r}: is it another engine's trace?"
+            ) from error
         except VswaError as error:
             raise ConfigError(f"{trace.path}, line {line}: {error}") from error
     return run.report(trace)
@@ -82,18 +84,16 @@ def replay_with(
     return replay(trace, host.event_adapter, rule=rule, rules=rules, scorers=scorers, progress=progress)
 
 
-class _Waiting(NamedTuple):
-    """A request whose result is not known yet.
+class _Late(NamedTuple):
+    """A request that was predicted wrongly, and of whose time events may still come.
 
-    :ivar explanation: of our own prediction; None: as of now.
-    :ivar later: our own predictions after it: events of the trace until then, and tokens.
+    :ivar place: among the outcomes.
     """
 
-    line: int
-    prompt: Prompt
-    predicted: dict[str, int]
-    explanation: Explanation | None
-    later: list[tuple[int, int]]
+    place: int
+    waiting: Waiting
+    actual: int
+    seen: int
 
 
 class _Replay:
@@ -114,86 +114,88 @@ class _Replay:
         names = [each.name for each in self._scorers]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected each scorer once, got {', '.join(names)}")
-        self._new_adapter = new_adapter
-        self._adapter = new_adapter()
-        self._residency = Residency(layout, NodeTable(namespaced_block_hash))
-        ticks = itertools.count(1)
-        self._numbering = Numbering(lambda: next(ticks))
-        self._outcomes: list[Outcome] = []
-        self._waiting: dict[int, _Waiting] = {}
+        self._view = View(layout, new_adapter, self._scorers)
+        self._outcomes: list[Outcome | None] = []
+        self._waiting: dict[int, Waiting] = {}
+        self._late: list[_Late] = []
+        self._arrivals = Arrivals()
         self._events = 0
-        self._restarts = 0
-        self._changed = False
-        self._begin()
 
     def feed(self, record: TraceEvent) -> None:
         """One engine event, to all scorers."""
         self._events += 1
-        self._feed(record)
-        for each in self._waiting.values():
-            each.later.append((self._events, self._exact.predict(each.prompt)))
+        told = self._view.feed(record.event)
+        self._arrivals.follow(self._events, told)
+        for waiting in (*self._waiting.values(), *(late.waiting for late in self._late)):
+            waiting.follow(self._events, told, self._exact)
+        self._settle([late for late in self._late if self._over(late)])
 
     def skip(self, hole: TraceHole) -> None:
         """Where events are missing nothing is known of the cache any more."""
         if hole.events:
-            self._adapter = self._new_adapter()
-            self._residency.clear()
-            self._changed = True
-            self._begin()
-
-    def _feed(self, record: TraceEvent) -> None:
-        for told in self._adapter.feed(record.event):
-            if told.dp_rank != 0:
-                raise ConfigError(f"expected events of one rank, 0, got one of dp_rank {told.dp_rank}")
-            try:
-                changes = self._residency.apply(told)
-            except Restart:
-                self._begin()
-                continue
-            if isinstance(told, BlocksStored):
-                nodes = self._names_of(told)
-                for scorer in self._scorers:
-                    scorer.learn(told, nodes)
-            self._changed = self._changed or bool(changes)
-            for event in self._over_the_wire(changes):
-                for scorer in self._scorers:
-                    scorer.apply(event)
+            self._settle(self._late)
+            self._view.lose()
 
     def arrive(self, line: int, request: TraceRequest) -> None:
         """One request, predicted by all scorers."""
-        prompt = Prompt(request.token_ids, self._hashes(request, self._residency.layout.block_size))
+        prompt = Prompt(request.token_ids, _hashes(request, self._size))
         predicted = {scorer.name: scorer.predict(prompt) for scorer in self._scorers}
+        waiting = Waiting(line, prompt, predicted, self._exact.explain(prompt))
+        self._arrivals.arrive(self._events, prompt)
         if request.cached_tokens is not None:
-            self._settle(_Waiting(line, prompt, predicted, None, []), request.cached_tokens, 0)
+            self._judge(self._result(waiting, request.cached_tokens, self._events))
             return
         assert request.id is not None, "or it says what was reused"
         if request.id in self._waiting:
             raise ConfigError(f"expected a request with an id of its own, got {request.id} again")
-        explanation = self._exact.explain(prompt)
-        self._waiting[request.id] = _Waiting(line, prompt, predicted, explanation, [])
+        self._waiting[request.id] = waiting
 
     def end(self, result: TraceResult) -> None:
         """What came of a request."""
         waiting = self._waiting.pop(result.id, None)
         if waiting is None:
             raise ConfigError(f"expected the result of a request before it, got id {result.id}")
-        self._settle(waiting, result.cached_tokens, self._events if result.seen is None else result.seen)
+        late = self._result(
+            waiting, result.cached_tokens, self._events if result.seen is None else result.seen
+        )
+        right = waiting.predicted[EXACT] // self._size == late.actual // self._size
+        if right or self._over(late):
+            self._judge(late)
+        else:
+            self._late.append(late)
 
-    def _settle(self, waiting: _Waiting, actual: int, seen: int) -> None:
-        layout, prompt_len = self._residency.layout, len(waiting.prompt.token_ids)
-        if actual > prompt_len:
-            raise ConfigError(f"expected cached_tokens of at most the prompt's {prompt_len}, got {actual}")
-        size, exception = layout.block_size, None
-        if waiting.predicted[EXACT] // size != actual // size:
-            explanation = waiting.explanation or self._exact.explain(waiting.prompt)
-            exception = exception_of(self._rule, layout, explanation, prompt_len, actual)
-            later = (tokens for events, tokens in waiting.later if events <= seen)
-            if exception is None and any(tokens // size == actual // size for tokens in later):
-                exception = LAG
-        self._outcomes.append(Outcome(waiting.line, prompt_len, actual, waiting.predicted, exception))
+    @property
+    def _size(self) -> int:
+        return self._view.layout.block_size
+
+    def _result(self, waiting: Waiting, actual: int, seen: int) -> _Late:
+        length = len(waiting.prompt.token_ids)
+        if actual > length:
+            raise ConfigError(f"expected cached_tokens of at most the prompt's {length}, got {actual}")
+        self._outcomes.append(None)
+        return _Late(len(self._outcomes) - 1, waiting, actual, seen)
+
+    def _over(self, late: _Late) -> bool:
+        """Whether no event to come can be from before its match."""
+        return self._arrivals.end(late.seen) < math.inf
+
+    def _settle(self, known: Sequence[_Late]) -> None:
+        for late in list(known):
+            self._late.remove(late)
+            self._judge(late)
+
+    def _judge(self, late: _Late) -> None:
+        place, waiting, actual, seen = late
+        exception = None
+        if waiting.predicted[EXACT] // self._size != actual // self._size:
+            end = self._arrivals.end(seen)
+            exception = waiting.explained(self._rule, self._view.layout, actual, seen, end)
+        length = len(waiting.prompt.token_ids)
+        self._outcomes[place] = Outcome(waiting.line, length, actual, waiting.predicted, exception)
 
     def report(self, trace: Trace) -> Report:
-        layout, outcomes = self._residency.layout, self._outcomes
+        self._settle(self._late)
+        layout, outcomes = self._view.layout, [each for each in self._outcomes if each is not None]
         return Report(
             trace=trace.name,
             format=trace.header.format,
@@ -205,8 +207,8 @@ class _Replay:
             requests=len(outcomes),
             prompt_tokens=sum(each.prompt_len for each in outcomes),
             cached_tokens=sum(each.actual for each in outcomes),
-            restarts=self._restarts,
-            unattributed=self._residency.unattributed,
+            restarts=self._view.restarts,
+            unattributed=self._view.unattributed,
             exceptions=exceptions_in(outcomes),
             scores=scores_of(outcomes, [each.name for each in self._scorers], layout.block_size),
             outcomes=tuple(outcomes),
@@ -214,38 +216,13 @@ class _Replay:
             unfinished=len(self._waiting),
         )
 
-    def _begin(self) -> None:
-        """As a publisher does: a new epoch, whose first event is the layout."""
-        self._restarts += self._changed  # a layout that is corrected before any block costs nothing
-        self._changed = False
-        self._numbering.new_epoch()
-        for event in self._over_the_wire([layout_event(self._residency.layout)]):
-            assert isinstance(event, Layout)
-            for scorer in self._scorers:
-                scorer.begin(CacheLayout(event.groups, event.rule, event.model, event.hash_scheme))
 
-    def _over_the_wire(self, changes: Sequence[Event]) -> Iterator[Event]:
-        """As a router gets them."""
-        for event in decode(encode(self._numbering.batch(changes))).events:
-            assert not isinstance(event, Unknown), "both sides have one version"
-            yield event
-
-    def _names_of(self, stored: BlocksStored) -> list[Node]:
-        """Of its leading blocks; the others could not be named."""
-        nodes: list[Node] = []
-        for block in stored.blocks:
-            node = self._residency.nodes.get(block.hash)
-            if node is None:
-                break
-            nodes.append(node)
-        return nodes
-
-    def _hashes(self, request: TraceRequest, block_size: int) -> Sequence[int]:
-        tokens = request.token_ids
-        if request.cache_salt is None and request.lora_name is None:
-            return sequence_hashes_of_tokens(tokens, block_size)
-        whole = range(0, len(tokens) - len(tokens) % block_size, block_size)
-        return sequence_hashes(
-            namespaced_block_hash(tokens[at : at + block_size], request.cache_salt, request.lora_name)
-            for at in whole
-        )
+def _hashes(request: TraceRequest, block_size: int) -> Sequence[int]:
+    tokens = request.token_ids
+    if request.cache_salt is None and request.lora_name is None:
+        return sequence_hashes_of_tokens(tokens, block_size)
+    whole = range(0, len(tokens) - len(tokens) % block_size, block_size)
+    return sequence_hashes(
+        namespaced_block_hash(tokens[at : at + block_size], request.cache_salt, request.lora_name)
+        for at in whole
+    )

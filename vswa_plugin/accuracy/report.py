@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vswa_plugin.accuracy import showing
 from vswa_plugin.accuracy.exceptions import EXCEPTIONS
 from vswa_plugin.accuracy.scorers import EXACT
 from vswa_plugin.errors import ConfigError
@@ -67,7 +67,7 @@ class Report(msgspec.Struct, frozen=True):
     :param exceptions: requests that hashes cannot predict, by kind; not exact, and not counted as mistakes.
     :param restarts: engine events lost, or a layout corrected: nothing was known to be resident any more.
     :param unattributed: stored blocks that could not be named, so that less was promised.
-    :param lagged: requests that were predicted right a little later, before the engine's first token.
+    :param lagged: requests that were predicted right later, by events from before the engine's match.
     :param unfinished: requests whose results are not in the trace; they count nowhere.
     """
 
@@ -113,9 +113,13 @@ class Report(msgspec.Struct, frozen=True):
 
     def reasons(self) -> list[str]:
         """Sentences on why not every request could be predicted; empty where all were."""
-        said = [f"{count} requests: {REASONS[kind]}" for kind, count in self.exceptions.items() if count]
+        said = [] if self.requests else ["no requests: there was nothing to predict, and nothing is shown"]
+        said += [f"{count} requests: {REASONS[kind]}" for kind, count in self.exceptions.items() if count]
         if self.lagged:
-            said.append(f"{self.lagged} requests: the cache changed between arrival and the engine's match")
+            said.append(
+                f"{self.lagged} requests: the cache changed between arrival and the engine's match, or the "
+                "events of a change came after the arrival"
+            )
         if self.unfinished:
             said.append(f"{self.unfinished} requests have no result and are left out")
         if self.restarts:
@@ -247,15 +251,9 @@ def row(score: Score) -> tuple[str, ...]:
 
 def table(report: Report, *, terminal: bool = True) -> Table:
     """All scorers of one report."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, title_justify="left")
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True)
+    shown = showing.table(HEADINGS, terminal=terminal)
     for score in report.scores:
-        shown.add_row(*map(Text, row(score)))
+        showing.add_row(shown, row(score))
     return shown
 
 
@@ -285,31 +283,44 @@ more or fewer whole blocks were promised than reused; error: mean, in tokens per
 promised, and computed again.</p>"""
 
 
+#: Part of a bar -> its colour.
+_PARTS = {"promised what was reused": "#4a7fb5", "promised more": "#e0a458", "promised less": "#ccd2d8"}
+
+
 def plot(reports: Sequence[Report], path: Path) -> None:
-    """Bars of the exact share, one panel per trace.
+    """Bars of what became of the promises, one panel per trace.
 
     :raises ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        figures = import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib: pip install 'vswa-plugin[plot]', or use --html, which needs nothing"
-        ) from error
-    figure = figures.Figure(figsize=(8, 0.6 + sum(0.5 + 0.32 * len(report.scores) for report in reports)))
-    panels = figure.subplots(len(reports), 1, squeeze=False, sharex=True)
-    for panel, report in zip(panels[:, 0], reports, strict=True):
-        scores = list(reversed(report.scores))
-        shares = [100 * score.exact_share for score in scores]
-        colours = ["#4a7fb5" if score.scorer == EXACT else "#b9c4ce" for score in scores]
-        bars = panel.barh([score.scorer for score in scores], shares, color=colours)
-        panel.bar_label(bars, labels=[f"{share:.1f} %" for share in shares], padding=3, fontsize=8)
-        panel.set_xlim(0, 112)
-        panel.set_title(title(report), fontsize=9, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("requests predicted exactly, in whole blocks (%)")
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot: cannot write {path}: {error}") from error
+    across = 1 if len(reports) < 3 else 2
+    down = -(-len(reports) // across)
+    most = max(len(report.scores) for report in reports)
+    figure = showing.figure(3 + 4.2 * across, 0.9 + down * (0.5 + 0.27 * most))
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey="row")
+    for panel, report in zip(panels.flat, reports, strict=False):
+        _draw(panel, report)
+    for panel in panels.flat[len(reports) :]:
+        panel.set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("requests (%), compared in whole blocks", fontsize=8)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), ncols=3, fontsize=8, frameon=False, loc="lower center"
+    )
+    showing.save(figure, path, below=0.25 / figure.get_figheight())
+
+
+def _draw(panel: Any, report: Report) -> None:
+    scores = list(reversed(report.scores))
+    names, left = [score.scorer for score in scores], [0.0] * len(scores)
+    for attribute, (part, colour) in zip(("exact_blocks", "over", "under"), _PARTS.items(), strict=True):
+        shares = [100 * getattr(score, attribute) / max(1, score.requests) for score in scores]
+        panel.barh(names, shares, left=left, color=colour, label=part)
+        left = [before + share for before, share in zip(left, shares, strict=True)]
+    for place, score in enumerate(scores):
+        weight = "bold" if score.scorer == EXACT else "normal"
+        panel.text(101.5, place, f"{score.exact_share:.1%}", va="center", fontsize=8, fontweight=weight)
+    panel.set_xlim(0, 118)
+    panel.set_xticks(range(0, 101, 20))
+    panel.tick_params(labelsize=8)
+    panel.set_title(title(report), fontsize=9, loc="left")
+    panel.spines[["top", "right"]].set_visible(False)

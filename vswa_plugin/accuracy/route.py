@@ -27,7 +27,7 @@ class Totals(msgspec.Struct):
     """Sums over one run, in tokens unless said otherwise.
 
     :param refused: requests that are larger than a rank's cache; they count nowhere else.
-    :param new_tokens: whole blocks and tails that no request before had: nobody could have reused them.
+    :param new_tokens: computed behind all whole blocks that a request before had.
     :param promised: for the chosen ranks; None: the policy promises nothing.
     :param kept: of the promises, what was reused.
     :param true_promises: promises that were right, in whole blocks, when they were made.
@@ -173,7 +173,8 @@ class Simulation:
         cached, prompt_len = sequence.cached_tokens, len(job.request.prompt)
         totals.requests += 1
         totals.prompt_tokens += prompt_len
-        totals.new_tokens += job.new_tokens
+        # A part of some block may have been reused that nobody had whole.
+        totals.new_tokens += min(job.new_tokens, prompt_len - cached)
         totals.cached_tokens += cached
         if (promised := job.routed.promised) is not None:
             totals.kept += min(promised, cached)

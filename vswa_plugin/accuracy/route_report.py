@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from vswa_plugin.accuracy import showing
 from vswa_plugin.accuracy.policies import ORACLE
-from vswa_plugin.accuracy.route_sweep import Plan, Run
+from vswa_plugin.accuracy.route_sweep import Measures, Plan, Run
 from vswa_plugin.accuracy.scorers import EXACT
-from vswa_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 BASELINE = "global only"
 #: Smaller differences are called none: of computed tokens, and of the time to first token.
 CLEAR_TOKENS, CLEAR_TTFT = 0.01, 0.05
+#: Share of promises or choices from which on the rest is not worth a word.
+_MOSTLY = 0.97
 
 
 class Report(NamedTuple):
@@ -31,9 +34,10 @@ class Report(NamedTuple):
     runs: list[Run]
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One policy in one cell, averaged over the seeds; fields as in :class:`Run`.
+class Row(Measures, frozen=True, kw_only=True):
+    """One policy in one cell, averaged over the seeds.
 
+    :param computed: prompt tokens that were not reused.
     :param regret: prompt tokens computed beyond the oracle's, as a share of the oracle's. Below 0: fewer,
         by luck of a later request.
     """
@@ -42,32 +46,39 @@ class Row(msgspec.Struct, frozen=True):
     blocks: int
     policy: str
     computed: float
-    hit_rate: float
-    recomputed: float
-    kept: float | None
-    true_promises: float | None
-    kept_promises: float | None
-    agreed: float | None
-    ttft_p50_s: float
-    ttft_p90_s: float
-    ttft_p99_s: float
-    imbalance: float
-    utilisation: float
     regret: float | None
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """Exact against global only in one cell, per seed: relative change, below 0 where exact is better."""
+    """Exact against global only in one cell, per seed: relative change, below 0 where exact is better.
+
+    :param true_promises: share of global only's promises that were true when they were made.
+    :param agreed: share of its choices that the same cost makes with the truth.
+    :param oracle: computed tokens of the oracle against global only's, per seed.
+    """
 
     preset: str
     blocks: int
     computed: tuple[float, ...]
     ttft_p90: tuple[float, ...]
+    true_promises: float = 0.0
+    agreed: float = 0.0
+    oracle: tuple[float, ...] = ()
 
     @property
     def helps(self) -> bool:
-        """Clearly and with every seed, in one of the two, and clearly worse in none."""
+        """Told from chance, in one of the two, and worse in none."""
         return "fewer" in (verdicts := self.verdicts) and "more" not in verdicts
+
+    @property
+    def hurts(self) -> bool:
+        """Worse in one of the two, told from chance."""
+        return "more" in self.verdicts
+
+    @property
+    def even(self) -> bool:
+        """No difference worth a word on average."""
+        return abs(fmean(self.computed)) <= CLEAR_TOKENS and abs(fmean(self.ttft_p90)) <= CLEAR_TTFT
 
     @property
     def verdicts(self) -> tuple[str, str]:
@@ -81,17 +92,45 @@ class Comparison(msgspec.Struct, frozen=True):
             f"{self.preset}, {self.blocks} blocks: computed tokens {tokens}, time to first token p90 {ttft}"
         )
 
+    def cause(self) -> str:
+        """Why truth about the caches made no difference, as far as the runs show it."""
+        if self.true_promises >= _MOSTLY:
+            return f"global only is right too, in {self.true_promises:.1%} of its promises"
+        if self.agreed >= _MOSTLY:
+            return f"its wrong promises seldom change a choice: {self.agreed:.1%} are as with the truth"
+        told = f"{self.agreed:.1%} of global only's choices are as with the truth"
+        if len(self.oracle) > 1 and _verdict(self.oracle, CLEAR_TOKENS) != "fewer":
+            return f"{told}, and truth gains nothing sure: the oracle's computed tokens {_span(self.oracle)}"
+        return told
+
 
 def _verdict(changes: Sequence[float], clear: float) -> str:
-    if all(change < -clear for change in changes):
+    """Beyond ``clear`` on average, and not by chance."""
+    least, most = interval(changes)
+    if fmean(changes) < -clear and most < 0:
         return "fewer"
-    return "more" if all(change > clear for change in changes) else "same"
+    return "more" if fmean(changes) > clear and least > 0 else "same"
+
+
+def interval(changes: Sequence[float]) -> tuple[float, float]:
+    """Where the mean of many seeds lies with 95 % confidence, by Student's t; one seed says nothing."""
+    if len(changes) < 2:
+        return -math.inf, math.inf
+    mean, degrees = fmean(changes), len(changes) - 1
+    quantile = _T_975[degrees - 1] if degrees <= len(_T_975) else 1.96 + 2.4 / degrees
+    half = quantile * stdev(changes) / math.sqrt(len(changes))
+    return mean - half, mean + half
+
+
+#: Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
+_T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
 def _span(changes: Sequence[float]) -> str:
     if len(changes) == 1:
         return f"{changes[0]:+.1%}"
-    return f"{fmean(changes):+.1%} ({min(changes):+.1%} to {max(changes):+.1%})"
+    least, most = interval(changes)
+    return f"{fmean(changes):+.1%} ({least:+.1%} to {most:+.1%})"
 
 
 def _change(ours: float, theirs: float) -> float:
@@ -133,31 +172,35 @@ def _row(preset: str, blocks: int, policy: str, runs: Sequence[Run], oracle: Seq
         blocks=blocks,
         policy=policy,
         computed=mean(lambda run: 1 - run.hit_rate),
-        hit_rate=mean(lambda run: run.hit_rate),
-        recomputed=mean(lambda run: run.recomputed),
-        kept=mean(lambda run: run.kept),
-        true_promises=mean(lambda run: run.true_promises),
-        kept_promises=mean(lambda run: run.kept_promises),
-        agreed=mean(lambda run: run.agreed),
-        ttft_p50_s=mean(lambda run: run.ttft_p50_s),
-        ttft_p90_s=mean(lambda run: run.ttft_p90_s),
-        ttft_p99_s=mean(lambda run: run.ttft_p99_s),
-        imbalance=mean(lambda run: run.imbalance),
-        utilisation=mean(lambda run: run.utilisation),
         regret=regret,
+        **{name: mean(attrgetter(name)) for name in Measures.__struct_fields__},
     )
 
 
 def comparisons(runs: Sequence[Run], policy: str = EXACT, baseline: str = BASELINE) -> list[Comparison]:
     """Of the cells in which both were run."""
-    found = []
-    for (preset, blocks), cell in _cells(runs).items():
-        if policy in cell and baseline in cell:
-            pairs = list(zip(cell[policy], cell[baseline], strict=True))
-            computed = tuple(_change(ours.computed_tokens, theirs.computed_tokens) for ours, theirs in pairs)
-            ttft = tuple(_change(ours.ttft_p90_s, theirs.ttft_p90_s) for ours, theirs in pairs)
-            found.append(Comparison(preset, blocks, computed, ttft))
-    return found
+    return [
+        _comparison(where, cell[policy], cell[baseline], cell.get(ORACLE, ()))
+        for where, cell in _cells(runs).items()
+        if policy in cell and baseline in cell
+    ]
+
+
+def _comparison(
+    where: _Cell, ours: Sequence[Run], theirs: Sequence[Run], oracle: Sequence[Run]
+) -> Comparison:
+    def changes(runs: Sequence[Run], name: str) -> tuple[float, ...]:
+        pairs = zip(runs, theirs if runs else (), strict=True)
+        return tuple(_change(getattr(run, name), getattr(other, name)) for run, other in pairs)
+
+    return Comparison(
+        *where,
+        computed=changes(ours, "computed_tokens"),
+        ttft_p90=changes(ours, "ttft_p90_s"),
+        true_promises=fmean(run.true_promises or 0.0 for run in theirs),
+        agreed=fmean(run.agreed or 0.0 for run in theirs),
+        oracle=changes(oracle, "computed_tokens"),
+    )
 
 
 def as_data(reports: Sequence[Report]) -> dict[str, Any]:
@@ -171,7 +214,8 @@ def as_data(reports: Sequence[Report]) -> dict[str, Any]:
                 "refused": max(run.refused for run in report.runs),
                 "rows": msgspec.to_builtins(rows(report.runs)),
                 "exact_against_global_only": [
-                    {**msgspec.to_builtins(each), "helps": each.helps} for each in comparisons(report.runs)
+                    {**msgspec.to_builtins(each), "helps": each.helps, "hurts": each.hurts}
+                    for each in comparisons(report.runs)
                 ],
             }
             for report in reports
@@ -200,20 +244,41 @@ def summary(report: Report) -> str:
 
 
 def conclusions(report: Report) -> list[str]:
-    """Where exactness helped and where it did not; empty unless both sides were run."""
+    """Where exactness helped and where it did not, and why; empty unless both sides were run."""
     compared = comparisons(report.runs)
-    one = " (one seed: differences of a few percent may be chance, try --seeds 3)"
-    chance = one if len(_seeds(report.runs)) == 1 else " with every seed"
-    helped = [each for each in compared if each.helps]
-    not_helped = [each for each in compared if not each.helps]
-    said = []
-    if helped:
-        said.append(f"Exact was clearly better than global only{chance}:")
-        said += [f"  {each.sentence()}" for each in helped]
-    if not_helped:
-        said.append("Exactness did not help here, compared with global only:")
-        said += [f"  {each.sentence()}" for each in not_helped]
+    seeds = len(_seeds(report.runs))
+    if seeds == 1:
+        chance = "One seed cannot tell a difference of some percent from chance; try --seeds 10."
+    else:
+        chance = (
+            f"In brackets: where the mean of many seeds lies (95 % confidence, {seeds} seeds). Of cells "
+            "without any difference up to one in ten is called better or worse, by chance."
+        )
+    said = [chance] if compared else []
+    for title, holds, tell in _FOUND:
+        if cells := [each for each in compared if holds(each)]:
+            said += [title, *(f"  {tell(each)}" for each in cells)]
     return said
+
+
+def _with_cause(compared: Comparison) -> str:
+    return f"{compared.sentence()}; {compared.cause()}"
+
+
+_FOUND: tuple[tuple[str, Callable[[Comparison], bool], Callable[[Comparison], str]], ...] = (
+    ("Exact was better than global only:", lambda each: each.helps, Comparison.sentence),
+    ("Exact was worse than global only:", lambda each: each.hurts, Comparison.sentence),
+    (
+        "Exactness did not help here, compared with global only:",
+        lambda each: each.even and not (each.helps or each.hurts),
+        _with_cause,
+    ),
+    (
+        "Not told from chance, exact against global only:",
+        lambda each: not (each.even or each.helps or each.hurts),
+        _with_cause,
+    ),
+)
 
 
 HEADINGS = (
@@ -256,18 +321,12 @@ def _share(value: float | None) -> str:
 
 def tables(report: Report, *, terminal: bool = True) -> list[tuple[str, Table]]:
     """Title and table of each cell."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     shown: dict[str, Table] = {}
     for row in rows(report.runs):
         title = f"{row.preset}, {row.blocks} blocks"
         if title not in shown:
-            table = shown[title] = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
-            for heading in HEADINGS:
-                table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True)
-        shown[title].add_row(*map(Text, cells_of(row)))
+            shown[title] = showing.table(HEADINGS, terminal=terminal)
+        showing.add_row(shown[title], cells_of(row))
     return list(shown.items())
 
 
@@ -276,12 +335,8 @@ def plot(reports: Sequence[Report], path: Path) -> None:
 
     :raises ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        figures = import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'vswa-plugin[plot]'") from error
     presets = list(dict.fromkeys(run.case.preset for report in reports for run in report.runs))
-    figure = figures.Figure(figsize=(1 + 3.6 * len(presets), 0.5 + 2.8 * len(reports)))
+    figure = showing.figure(1 + 3.6 * len(presets), 0.5 + 2.8 * len(reports))
     panels = figure.subplots(len(reports), len(presets), squeeze=False, sharex="col")
     for line, report in enumerate(reports):
         for panel, preset in zip(panels[line], presets, strict=True):
@@ -291,11 +346,7 @@ def plot(reports: Sequence[Report], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("blocks per rank", fontsize=8)
     panels[0, 0].legend(fontsize=6)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot: cannot write {path}: {error}") from error
+    showing.save(figure, path)
 
 
 def _draw(panel: Any, found: Sequence[Row]) -> None:

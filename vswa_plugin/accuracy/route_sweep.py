@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vswa_plugin.accuracy.costs import CostModel
-from vswa_plugin.accuracy.policies import ORACLE, RANDOM, ROUND_ROBIN, ByCost, Policy, Unaware, View
+from vswa_plugin.accuracy.policies import ORACLE, RANDOM, ROUND_ROBIN, ByCost, Policy, Seen, Unaware
 from vswa_plugin.accuracy.ranks import PRESETS, RankSetup, SimulatedRank, rank_setup
 from vswa_plugin.accuracy.route import Simulation, Totals
 from vswa_plugin.accuracy.scorers import Scorer, built_in_scorers
@@ -76,12 +77,13 @@ class Case(msgspec.Struct, frozen=True):
     seed: int
 
 
-class Run(msgspec.Struct, frozen=True):
-    """What came of one run. Shares are 0 to 1, of prompt tokens unless said otherwise.
+class Measures(msgspec.Struct, frozen=True, kw_only=True):
+    """What is measured of a run. Shares are 0 to 1, of prompt tokens unless said otherwise.
 
     :param hit_rate: reused.
     :param recomputed: computed though some rank had computed them before.
-    :param kept: of the promised tokens, those that were reused. None from here on: it promises nothing.
+    :param kept: of the promised tokens, those that were reused. None from here to ``agreed``: it promises
+        nothing.
     :param true_promises: of the promises, those right in whole blocks when they were made.
     :param kept_promises: the same when the prompt's turn came.
     :param agreed: of the choices, those that are cheapest by what the caches held.
@@ -89,11 +91,6 @@ class Run(msgspec.Struct, frozen=True):
     :param utilisation: prefill seconds over all seconds.
     """
 
-    case: Case
-    requests: int
-    refused: int
-    prompt_tokens: int
-    computed_tokens: int
     hit_rate: float
     recomputed: float
     kept: float | None
@@ -107,9 +104,21 @@ class Run(msgspec.Struct, frozen=True):
     utilisation: float
 
 
+class Run(Measures, frozen=True, kw_only=True):
+    """What came of one run; tokens are of prompts."""
+
+    case: Case
+    requests: int
+    refused: int
+    prompt_tokens: int
+    computed_tokens: int
+
+
 def run_of(case: Case, totals: Totals) -> Run:
     """:raises ConfigError: nothing was served, so there is nothing to compare."""
     count = totals.requests
+    if not count and not totals.refused:
+        raise ConfigError("the workload has no requests: expected one on each line of the file")
     if not count:
         raise ConfigError(
             f"no request of the workload fits {case.blocks} blocks of {case.preset}; raise --blocks"
@@ -191,9 +200,9 @@ class Bench:
         size, views = self.plan.block_size, None
         if case.policy != ORACLE:
             views = [
-                View(
+                Seen(
                     setup.layout,
-                    self._host.event_adapter(rank.event_format, setup.layout),
+                    partial(self._host.event_adapter, rank.event_format, setup.layout),
                     self._scorer(case.policy, setup),
                 )
                 for rank in ranks

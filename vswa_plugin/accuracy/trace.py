@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gzip
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from vswa_plugin.accuracy import jsonl
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.layout import CacheGroup, CacheLayout
 
@@ -129,7 +129,7 @@ class Trace:
                 "with --rule, or with `rule` in the header"
             )
         block_size = header.block_size or header.tokens_per_block
-        windows = _windows(header)
+        windows = _windows(self.path, header)
         if block_size is None or not windows:
             raise ConfigError(
                 f"{self.path}, line 1: expected block_size (or tokens_per_block) and groups, a list of "
@@ -165,9 +165,16 @@ def open_trace(path: Path | str) -> Trace:
         with path.open("rb") as raw:
             number, first = next(_records(path, raw), (1, None))
     except OSError as error:
-        raise ConfigError(f"expected an engine trace at {path}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"expected an engine trace at {path}: {error.strerror or error}. The plugin recorder writes one: "
+            "start a worker with VSWA_RECORD=DIRECTORY"
+        ) from error
     if not isinstance(first, TraceHeader):
-        raise ConfigError(f'{path}, line {number}: expected {{"type": "header", "format": ...}} first')
+        got = "an empty file" if first is None else f"a record of the type {_type(first)}"
+        raise ConfigError(
+            f'{path}, line {number}: expected {{"type": "header", "format": "trtllm" or "vllm", ...}} first, '
+            f"got {got}; docs/accuracy.md defines the format"
+        )
     return Trace(path, first)
 
 
@@ -235,35 +242,30 @@ class TraceWriter:
 
 
 _decoder = msgspec.json.Decoder(TraceHeader | TraceEvent | TraceRequest | TraceResult | TraceHole)
-_GZIP = b"\x1f\x8b"
 #: A third larger than with the highest, in a fifth of the time.
 _LEVEL = 3
 
 
+def _type(record: TraceRecord) -> str:
+    return str(record.__struct_config__.tag)
+
+
+_EXPECTED = "a JSON object of the type header, event or request, or result or hole"
+
+
 def _records(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, TraceHeader | TraceRecord]]:
-    zipped = raw.read(2) == _GZIP
-    raw.seek(0)
-    lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw
-    number = 0
-    try:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _decoder.decode(line)
-    except msgspec.MsgspecError as error:
-        raise ConfigError(
-            f"{path}, line {number}: expected a JSON object of the type header, event or request, or result "
-            f"or hole: {error}"
-        ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{path}, after line {number}: the file is cut off or damaged: {error}") from error
+    return jsonl.read(path, raw, _decoder, _EXPECTED)
 
 
-def _windows(header: TraceHeader) -> list[int | None]:
+def _windows(path: Path, header: TraceHeader) -> list[int | None]:
     """Windows in tokens by group id; None is global attention. Empty: the header does not say."""
     windows: list[int | None] = []
     for group in header.groups:
         if (group.kind == "swa") != (group.window is not None):
-            raise ConfigError(f"trace header, groups: expected a window for swa and none for full: {group}")
+            shown = msgspec.json.encode(group).decode()
+            raise ConfigError(
+                f"{path}, line 1, groups: expected a window for swa and none for full, got {shown}"
+            )
         windows += [group.window] * group.count
     if not windows and (header.max_attention_window or "swa" not in header.layers):
         windows = [header.max_attention_window if k == "swa" else None for k in dict.fromkeys(header.layers)]

@@ -16,6 +16,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 
+from vswa_plugin.accuracy import jsonl
 from vswa_plugin.errors import ConfigError
 
 #: Token ids of made-up prompts and answers are below this.
@@ -153,19 +154,24 @@ class _Line(msgspec.Struct):
     hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...]
 
 
+_decoder = msgspec.json.Decoder(_Line)
+_EXPECTED = (
+    "a request in Mooncake's format, a JSON object with timestamp, input_length, output_length and hash_ids"
+)
+
+
 def mooncake(path: Path, count: int | None = None) -> Iterator[Arrival]:
     """The first ``count`` requests of a trace in Mooncake's format, at the times that it gives.
 
     Each of ``hash_ids`` becomes 512 tokens of its own.
 
+    :param path: JSON Lines, plain or gzip.
     :raises ConfigError: a line that is no such request, with its number.
     """
-    decoder = msgspec.json.Decoder(_Line)
-    number, before = 0, 0.0
+    before = 0.0
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(islice(lines, count), 1):
-                each = decoder.decode(line)
+        with path.open("rb") as raw:
+            for number, each in islice(jsonl.read(path, raw, _decoder, _EXPECTED), count):
                 blocks = -(-each.input_length // MOONCAKE_BLOCK)
                 if len(each.hash_ids) != blocks or each.timestamp < before:
                     raise ConfigError(
@@ -177,11 +183,6 @@ def mooncake(path: Path, count: int | None = None) -> Iterator[Arrival]:
                 yield Arrival(each.timestamp / 1e3, _of_mooncake(each))
     except OSError as error:
         raise ConfigError(f"expected a workload at {path}: {error.strerror or error}") from error
-    except msgspec.MsgspecError as error:
-        raise ConfigError(
-            f"{path}, line {number}: expected a JSON object with timestamp, input_length, output_length "
-            f"and hash_ids: {error}"
-        ) from error
 
 
 def _of_mooncake(line: _Line) -> Request:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,6 +11,7 @@ import msgspec
 from vswa_plugin.accuracy.replay import replay_with
 from vswa_plugin.accuracy.report import Report, as_data, page, plot, summary, table, title
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL
+from vswa_plugin.accuracy.showing import check_plot, console, progress
 from vswa_plugin.accuracy.trace import Trace, open_trace
 from vswa_plugin.commands.accuracy_route import configure_route, run_route
 from vswa_plugin.errors import ConfigError
@@ -29,6 +28,16 @@ examples:
 A trace is what an engine's cache did: its KV events and, for each request, how much of the prompt it reused.
 """
 
+_REPLAY_EXAMPLES = """\
+examples:
+  vswa accuracy replay engine.jsonl.gz                     what each scorer promises, and what is kept
+  vswa accuracy replay a.jsonl b.jsonl --html report.html --plot report.png
+  vswa accuracy replay engine.jsonl.gz --json | jq .reports[0].exact_share
+
+Exit code 1: below --min-exact, or nothing to predict; 2: something to correct. A worker records a trace with
+VSWA_RECORD=DIRECTORY; docs/accuracy.md defines the format, for recorders of your own.
+"""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -39,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "replay",
             help="predict every request of recorded engine traces, and compare",
             description="Feeds an engine's own events through the real event path and predicts each request "
-            "from what came before it.",
+            "from what came before it, by this project's rule and by what others do.",
+            epilog=_REPLAY_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
     )
@@ -82,6 +93,8 @@ def _run_replay(args: argparse.Namespace) -> int:
         raise ConfigError(f"--min-exact: expected a share from 0 to 1, got {args.min_exact}")
     if args.ttl < 1:
         raise ConfigError(f"--ttl: expected at least one request, got {args.ttl}")
+    if args.plot:
+        check_plot(Path(args.plot))
     traces = [open_trace(path) for path in args.traces]
     with load_host(args.plugin, args.no_plugin) as host:
         reports = [_replay(trace, args, host) for trace in traces]
@@ -97,36 +110,25 @@ def _run_replay(args: argparse.Namespace) -> int:
 
 
 def _replay(trace: Trace, args: argparse.Namespace, host: PluginHost) -> Report:
-    with _progress(trace) as progress:
-        return replay_with(host, trace, rule=args.rule, ttl=args.ttl, progress=progress)
-
-
-@contextmanager
-def _progress(trace: Trace) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's standard error, which goes when it is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress() as bar:
         task = bar.add_task(trace.name, total=trace.path.stat().st_size)
-        yield lambda read: bar.update(task, completed=read)
+
+        def advance(read: int) -> None:
+            bar.update(task, completed=read)
+
+        return replay_with(host, trace, rule=args.rule, ttl=args.ttl, progress=advance)
 
 
 def _show(reports: list[Report]) -> None:
-    from rich.console import Console
-
-    # A pipe has no width, and whoever greps wants whole lines.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    out = console()
     for number, report in enumerate(reports):
         if number:
-            console.print()
-        console.print(title(report), style="bold")
-        console.print(summary(report))
-        console.print(table(report, terminal=console.is_terminal))
+            out.print()
+        out.print(title(report), style="bold")
+        out.print(summary(report))
+        out.print(table(report, terminal=out.is_terminal))
         for reason in report.reasons():
-            console.print(reason)
+            out.print(reason)
 
 
 def _write(path: Path, text: str) -> None:
@@ -137,11 +139,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _verdict(reports: list[Report], min_exact: float | None) -> int:
-    """1 where a trace falls short, and says which."""
-    short = [report for report in reports if min_exact is not None and report.exact_share < min_exact]
+    """1 where a trace falls short, and says which. One without requests shows nothing, and does too."""
+    if min_exact is None:
+        return 0
+    short = [report for report in reports if not report.requests or report.exact_share < min_exact]
     for report in short:
+        exact = f"{report.exact_share:.2%} of" if report.requests else "no"
         sys.stderr.write(
-            f"{report.trace}: {report.exact_share:.2%} of requests are exact in whole blocks, expected at "
-            f"least {min_exact:.2%}\n"
+            f"{report.trace}: {exact} requests are exact in whole blocks, expected at least {min_exact:.2%}\n"
         )
     return 1 if short else 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from vswa_plugin.accuracy.policies import ORACLE
 from vswa_plugin.accuracy.ranks import PRESETS
 from vswa_plugin.accuracy.route_report import Report, as_data, conclusions, plot, summary, tables
 from vswa_plugin.accuracy.route_sweep import DEFAULT_POLICIES, Bench, Case, Plan, Run, cases
+from vswa_plugin.accuracy.showing import check_plot, console, progress
 from vswa_plugin.accuracy.workloads import WORKLOADS
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host import PluginHost
@@ -28,11 +27,15 @@ examples:
   vswa accuracy route forks                                  1,000 requests, 4 ranks, three sizes of memory
   vswa accuracy route chat forks --model gpt-oss --blocks 512,4096
   vswa accuracy route mooncake.jsonl --requests 500          a file in Mooncake's format
-  vswa accuracy route forks --seeds 3 --json > route.json
+  vswa accuracy route forks --seeds 10 --json > route.json
 
 Nothing is computed: caches and their events are simulated, times come from a cost model whose numbers are
-options. What matters are differences between policies, not seconds. A difference is worth believing if it
-comes with every seed.
+options. What matters are differences between policies, not seconds. A difference of some percent is worth
+believing only if it comes with many seeds: --seeds 10.
+
+The cost model: prefill = fixed + per token * computed tokens + per pair * pairs of a computed token and one
+before it; then a time per output token. The defaults are calibrated on NVIDIA's published times of Llama 3.3
+70B in fp8 on two H100 (docs/accuracy.md). For another engine: measure the first token of two prompt lengths.
 """
 
 _DESCRIPTION = """\
@@ -86,6 +89,7 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
         "--load",
         type=float,
         default=plan.load,
+        metavar="L",
         help="seconds of prefill that arrive per second and rank, were nothing cached (default: %(default)s)",
     )
     for name, unit, help_ in _COST_OPTIONS:
@@ -99,18 +103,23 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
             metavar=unit,
             help=f"{help_} (default: {default:g})",
         )
-    add("--seed", type=int, default=0, help="of requests, times and ties (default: 0)")
+    add(
+        "--seed", type=int, default=0, help="of requests and times (not of a file's) and of ties (default: 0)"
+    )
     add("--seeds", type=int, default=1, metavar="N", help="run each with N seeds from --seed on (default: 1)")
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per CPU)")
-    add("--json", action="store_true", help="one JSON object, with every run")
+    add("--json", action="store_true", help="one JSON object: averages, and comparisons by seed")
     add("--plot", metavar="FILE", help="also draw it: .png, .svg or .pdf; needs matplotlib")
 
 
 def run_route(args: argparse.Namespace) -> int:
     wanted = [(_plan(args, workload), case) for workload in args.workloads for case in _cases(args)]
     plugins = (tuple(args.plugin), tuple(args.no_plugin))
-    with _progress(len(wanted)) as advance:
-        runs = _run_all(wanted, plugins, args.jobs, advance)
+    if args.plot:
+        check_plot(Path(args.plot))
+    with progress(counted=True) as bar:
+        task = bar.add_task("runs", total=len(wanted))
+        runs = _run_all(wanted, plugins, args.jobs, lambda: bar.advance(task))
     reports: dict[str, Report] = {}
     for (plan, _), run in zip(wanted, runs, strict=True):
         reports.setdefault(plan.workload, Report(plan, [])).runs.append(run)
@@ -202,32 +211,16 @@ def _run_one(plan: Plan, case: Case) -> Run:
 # -- showing -----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's standard error, which goes when it is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=total)
-        yield lambda: bar.advance(task)
-
-
 def _show(reports: Sequence[Report]) -> None:
-    from rich.console import Console
-
-    # A pipe has no width, and whoever greps wants whole lines.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    out = console()
     for number, report in enumerate(reports):
         if number:
-            console.print()
-        console.print(summary(report), style="bold")
-        for title, table in tables(report, terminal=console.is_terminal):
-            console.print()
-            console.print(title)
-            console.print(table)
-        console.print()
+            out.print()
+        out.print(summary(report), style="bold")
+        for title, table in tables(report, terminal=out.is_terminal):
+            out.print()
+            out.print(title)
+            out.print(table)
+        out.print()
         for line in conclusions(report):
-            console.print(line)
+            out.print(line)

@@ -76,6 +76,13 @@ class WindowIndex:
     def ranks(self) -> Iterable[Rank]:
         return self._of_rank.keys()
 
+    def parts(self, model: str | None = None) -> Sequence[Part]:
+        """Ranks that are scored together, each set with its layout and tables: to look at, not to change.
+
+        :param model: only of this model; None: all.
+        """
+        return list(self._parts.values()) if model is None else self._of_model.get(model, ())
+
     def join(self, rank: Rank, layout: CacheLayout) -> None:
         """A rank that holds nothing yet. Under the layout that it has already: nothing changes.
 
@@ -145,7 +152,7 @@ class WindowIndex:
         :param prompt_len: tokens of the prompt.
         :param model: only ranks that serve it; None: all.
         """
-        parts = self._candidates(model)
+        parts = self.parts(model)
         if len(parts) == 1:
             return parts[0].score(sequence_hashes, prompt_len)
         scores: dict[Rank, int] = {}
@@ -157,7 +164,7 @@ class WindowIndex:
         """The same from the prompt itself, plain text; only ranks whose hash scheme is ours."""
         scores: dict[Rank, int] = {}
         hashes: dict[int, Hashes] = {}
-        for part in self._candidates(model):
+        for part in self.parts(model):
             size = part.block_size
             if part.layout.hash_scheme != HASH_SCHEME:
                 continue
@@ -176,14 +183,21 @@ class WindowIndex:
         if not any(member.slow):  # a router asks for every rank and request
             return {DEVICE: cached_tokens // part.block_size}
         boundary, prompt_len = _resumed(part.block_size, len(sequence_hashes), cached_tokens)
-        slowest = [DEVICE] * boundary
-        for index, group in enumerate(part.layout.groups):
-            slow = member.slow[index]
-            if slow:
-                for block in range(part.rule.first_needed(group, boundary, prompt_len), boundary):
-                    tier = slow.get(sequence_hashes[block], DEVICE)
-                    slowest[block] = max(slowest[block], tier, key=TIERS.index)
-        return dict(Counter(slowest[: cached_tokens // part.block_size]))
+        slowest: dict[int, str] = {}
+        for group, slow in zip(part.layout.groups, member.slow, strict=True):
+            first = part.rule.first_needed(group, boundary, prompt_len)
+            needed = sequence_hashes[first:boundary]
+            if slow.keys().isdisjoint(needed):  # at the speed of C: a router asks for long prompts too
+                continue
+            for block, tier in enumerate(map(slow.get, needed), first):
+                if tier is not None:
+                    known = slowest.setdefault(block, tier)
+                    if known != tier:
+                        slowest[block] = max(known, tier, key=TIERS.index)
+        whole = cached_tokens // part.block_size
+        counts = Counter(tier for block, tier in slowest.items() if block < whole)
+        counts[DEVICE] = whole - counts.total()
+        return {tier: count for tier, count in counts.items() if count}
 
     def explain(
         self, sequence_hashes: Sequence[int], prompt_len: int, model: str | None = None
@@ -191,7 +205,7 @@ class WindowIndex:
         """Why each rank scores what it scores."""
         return [
             explanation
-            for part in self._candidates(model)
+            for part in self.parts(model)
             for explanation in explain_part(part, sequence_hashes, prompt_len)
         ]
 
@@ -284,9 +298,6 @@ class WindowIndex:
             return sequence_hashes(block_hashes(token_ids, block_size))
         hashes: Hashes = self._kernel.sequence_hashes(token_ids, block_size, True)
         return hashes
-
-    def _candidates(self, model: str | None) -> Sequence[Part]:
-        return list(self._parts.values()) if model is None else self._of_model.get(model, ())
 
     def _part(self, layout: CacheLayout) -> Part:
         part = self._parts.get(layout)

@@ -62,7 +62,7 @@ class Router:
             index=index,
         )
         self.accuracy = Accuracy()
-        self.decider = Decider(index, args.weights, namespaced_sequence_hashes, host)
+        self.decider = Decider(index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
         self.forwarder = Forwarder(self.decider, self.accuracy, self._live)
         self.status = Status()
         counted = Counted(

@@ -9,15 +9,13 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin import __version__
-from vswa_plugin.dynamo import NATS_ENV, EndpointName
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.dynamo import EndpointName
+from vswa_plugin.errors import ConfigError
 from vswa_plugin.plugin_loading import add_plugin_arguments
-from vswa_plugin.programs import LEVELS
-from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
+from vswa_plugin.program_args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
 from vswa_plugin.router.http.options import HttpArgs, add_http_arguments, http_args
 from vswa_plugin.selection import Weights
-from vswa_plugin.transport import DEFAULT_SERVER, check_name
+from vswa_plugin.transport import check_name
 
 _EXAMPLE = """\
 example, with nats-server and etcd running. The frontend must not see the workers themselves, so they get a
@@ -37,12 +35,7 @@ PrefillRouter overrides on its own is ignored.
 Priorities and policy classes are ignored too: this router has no queue.
 
 environment:
-  NATS_SERVER      where workers publish their batches   (default nats://127.0.0.1:4222)
-  NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD | NATS_AUTH_TOKEN | NATS_AUTH_NKEY | NATS_AUTH_CREDENTIALS_FILE
-  NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
-{registry}  DYN_ROUTER_*     defaults of the cost options below, by Dynamo's names
-  DYN_LOG          level of Dynamo's own log
-  VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
+{environment}  DYN_ROUTER_*     defaults of the cost options above, by Dynamo's names
 
 exit codes: 0 after SIGTERM, 1 when broker or runtime failed, 2 for what you can correct.
 """
@@ -89,7 +82,7 @@ _WORDS = {
 }
 
 
-class RouterArgs(msgspec.Struct, frozen=True):
+class RouterArgs(RunArgs, frozen=True, kw_only=True):
     """A checked command line.
 
     :param served_model_name: the only model that is shown; None: all.
@@ -100,27 +93,17 @@ class RouterArgs(msgspec.Struct, frozen=True):
     served_model_name: str | None
     namespace: str | None
     weights: Weights
-    nats_server: str
-    registry: str | None
-    heartbeat_s: float
     stale_grace_s: float
-    drain_timeout_s: float
     http: HttpArgs
-    log_level: str
-    plugin: list[str]
-    no_plugin: list[str]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m vswa_plugin.router",
-        description="Show the workers' models to Dynamo's frontend and send each request to the worker that "
+    made = make_parser(
+        "python -m vswa_plugin.router",
+        "Show the workers' models to Dynamo's frontend and send each request to the worker that "
         "reuses most of its prompt, by what every attention window really holds, and has least to do.",
-        epilog=_EXAMPLE.replace("{registry}", ENVIRONMENT),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
     )
-    made.add_argument("--version", action="version", version=__version__)
     run = made.add_argument_group("how it runs")
     run.add_argument(
         "--endpoint",
@@ -132,26 +115,13 @@ def parser() -> argparse.ArgumentParser:
         "--namespace", help="Dynamo namespace of the workers, or `all` (default: that of --endpoint)"
     )
     run.add_argument(
-        "--registry", metavar="etcd|file:DIR", help=f"where workers announce themselves ({REGISTRY_ENV})"
-    )
-    run.add_argument(
-        "--heartbeat", type=float, default=1.0, metavar="SECONDS", help="as the workers were told (1)"
-    )
-    run.add_argument(
         "--stale-grace",
         type=float,
         default=10.0,
         metavar="SECONDS",
         help="how long a worker whose events are missing is scored as last seen (10)",
     )
-    run.add_argument(
-        "--drain-timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long SIGTERM waits for requests under way (30)",
-    )
-    run.add_argument("--log-level", default="info", help="debug, info (default), warning or error")
+    add_run_arguments(run)
     add_http_arguments(made.add_argument_group("HTTP API (docs/router-api.md)"))
     _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
     add_plugin_arguments(made)
@@ -178,30 +148,21 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     """Read and check the command line; raises ConfigError, or SystemExit from argparse."""
     environ = os.environ if environ is None else environ
     given = parser().parse_args(argv)
-    if given.log_level not in LEVELS:
-        raise ConfigError(f"--log-level: {unknown_choice('level', given.log_level, LEVELS)}")
-    if given.heartbeat <= 0 or given.stale_grace < 0 or given.drain_timeout < 0:
-        raise ConfigError(
-            "--heartbeat: expected more than 0 seconds, --stale-grace and --drain-timeout: 0 or more"
-        )
+    run = run_args(given, environ)
+    if not given.stale_grace >= 0:
+        raise ConfigError(f"--stale-grace: expected 0 seconds or more, got {given.stale_grace:g}")
     endpoint = EndpointName.parse(given.endpoint)
     namespace = given.namespace or endpoint.namespace
     if namespace != "all":
         check_name("--namespace", namespace)
     return RouterArgs(
+        **msgspec.structs.asdict(run),
         endpoint=endpoint,
         served_model_name=given.served_model_name,
         namespace=None if namespace == "all" else namespace,
         weights=_weights(given, environ),
-        nats_server=environ.get(NATS_ENV, DEFAULT_SERVER),
-        registry=given.registry,
-        heartbeat_s=given.heartbeat,
         stale_grace_s=given.stale_grace,
-        drain_timeout_s=given.drain_timeout,
         http=http_args(given),
-        log_level=given.log_level,
-        plugin=given.plugin,
-        no_plugin=given.no_plugin,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from vswa_plugin.engine import RequestDict
 from vswa_plugin.errors import InvalidRequest
 from vswa_plugin.events import Rank
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.request_fields import Fields, unchecked_token_ids
 from vswa_plugin.selection import (
     Candidate,
     Constraints,
@@ -55,6 +55,7 @@ class Decision(msgspec.Struct, frozen=True):
 
     :param key: of the request in the load book.
     :param cached_tokens: promised for the chosen rank.
+    :param prompt: what was read of the request; the next choice for it need not read it again.
     :param busy: whether other requests were active there.
     :param in_flight: whether they were computing more of its prompt, which it may or may not find cached.
     """
@@ -63,9 +64,13 @@ class Decision(msgspec.Struct, frozen=True):
     rank: Rank
     cost: float
     cached_tokens: int
-    prompt_len: int
+    prompt: Prompt
     busy: bool
     in_flight: bool
+
+    @property
+    def prompt_len(self) -> int:
+        return self.prompt.length
 
 
 class Pool(msgspec.Struct):
@@ -133,6 +138,7 @@ class Decider:
         *,
         reachable: Collection[int] | None = None,
         avoided: Mapping[int, float] = MappingProxyType({}),
+        prompt: Prompt | None = None,
         own_id: int | None = None,
         request_id: str = "",
         metadata: Mapping[str, str] | None = None,
@@ -141,18 +147,21 @@ class Decider:
 
         :param reachable: workers that can be called right now; None: all of the pool.
         :param avoided: workers that are chosen only where there is no other, and until when.
+        :param prompt: of the request, where it is known already: from the choice of its other phase.
         :param own_id: a pin to this id is not one: it is how the frontend addresses the router.
         :raises NoCandidate: nobody may serve it now.
         :raises InvalidRequest: what it says about routing cannot be read, or pins it to nobody.
         """
         began = time.perf_counter()
-        routing = request.get("routing") or {}
+        fields = Fields(request)
+        routing = fields.object("routing")
         weights = of_phase(overridden(self._weights, request.get("router_config_override")), pool.phase)
-        constraints = constraints_of(routing, own_id, pool.phase)
+        constraints = constraints_of(routing.data, own_id, pool.phase)
         ranks = eligible(_among(pool.ranks, reachable), constraints, pool.taints)
         if avoided:
             ranks = _preferred(ranks, avoided)
-        prompt = self._prompt(request, routing, pool.block_size)
+        if prompt is None:
+            prompt = self._prompt(fields, routing, pool.block_size)
         found = self._scored(pool, ranks, prompt, weights, constraints)
         told = RoutedRequest(
             request_id,
@@ -160,7 +169,7 @@ class Decider:
             prompt.length,
             pool.block_size,
             prompt.hashes,
-            routing.get("lora_name"),
+            routing.text("lora_name"),
             metadata or {},
             pool.phase,
         )
@@ -170,12 +179,10 @@ class Decider:
         self.stats.seconds += time.perf_counter() - began
         return decision
 
-    def _prompt(self, request: RequestDict, routing: Mapping[str, Any], block_size: int) -> Prompt:
-        token_ids = request.get("token_ids") or ()
-        if isinstance(token_ids, bytes):  # DYN_TOKEN_IDS_AS_BYTES
-            token_ids = array("I", token_ids)
-        scorable = not (request.get("mm_routing_info") or request.get("multi_modal_data"))
-        salt, lora = routing.get("cache_salt"), routing.get("lora_name")
+    def _prompt(self, request: Fields, routing: Fields, block_size: int) -> Prompt:
+        token_ids = unchecked_token_ids(request)
+        scorable = not (request.data.get("mm_routing_info") or request.data.get("multi_modal_data"))
+        salt, lora = routing.text("cache_salt"), routing.text("lora_name")
         try:
             hashes = self._hasher(token_ids, block_size, salt, lora)
         except (OverflowError, TypeError, ValueError) as error:
@@ -242,7 +249,7 @@ class Decider:
             candidate.rank,
             chosen.cost,
             candidate.cached_tokens,
-            prompt.length,
+            prompt,
             candidate.load.requests > 0,
             candidate.in_flight_tokens > 0,
         )

@@ -226,14 +226,24 @@ class Forwarder:
         return model
 
     def choose(
-        self, model: Model, pool: Pool, request: RequestDict, call: Call, tried: Collection[int]
+        self,
+        model: Model,
+        pool: Pool,
+        request: RequestDict,
+        call: Call,
+        tried: Collection[int],
+        before: Decision | None,
     ) -> Decision:
-        """Choose a rank of ``pool``, but of no worker in ``tried``, and book the request there."""
+        """Choose a rank of ``pool``, but of no worker in ``tried``, and book the request there.
+
+        :param before: the last choice for this request: its prompt is not hashed again.
+        """
         decision = self._decider.decide(
             pool,
             request,
             reachable=model.reachable().difference(tried),
             avoided=self._avoided_now(),
+            prompt=before.prompt if before is not None else None,
             own_id=model.endpoint.instance_id if model.endpoint is not None else None,
             request_id=call.request_id,
             metadata=call.metadata if self._decider.hooked else None,

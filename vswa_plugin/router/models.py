@@ -67,9 +67,17 @@ def _consistent(entries: list[Entry]) -> Group:
     return Group(tuple(used), tuple(refused))
 
 
-def _ranks(group: Group, mode: str) -> Iterable[Rank]:
-    used = [entry for entry in group.used if entry.mode == mode]
-    return (Rank(entry.worker_id, dp_rank) for entry in used for dp_rank in sorted(entry.epochs))
+def set_ranks(model: Model, group: Group) -> None:
+    """Let the model's pools be the workers of ``group``, each in the pool of its mode."""
+    taints = {entry.worker_id: frozenset(entry.taints) for entry in group.used}
+    for pool in model.pools:
+        pool.taints = taints
+        pool.ranks = tuple(
+            Rank(entry.worker_id, dp_rank)
+            for entry in group.used
+            if entry.mode == pool.phase
+            for dp_rank in sorted(entry.epochs)
+        )
 
 
 def _report_phases(model: Model) -> None:
@@ -201,9 +209,7 @@ class Models:
                         name,
                     )
         model.clients = clients
-        for pool in model.pools:
-            pool.ranks = tuple(_ranks(group, pool.phase))
-            pool.taints = {entry.worker_id: frozenset(entry.taints) for entry in group.used}
+        set_ranks(model, group)
         for worker_id in gone:
             logger.info("model %r: worker %x leaves", name, worker_id)
             model.pool.book.drop(worker_id)

@@ -67,8 +67,7 @@ def _described(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
                 "in": "query",
                 "required": False,
                 "description": each.text,
-                "schema": {"type": each.kind}
-                | ({"minimum": 0, "maximum": each.most} if each.kind == "integer" else {}),
+                "schema": {"type": each.kind} | _limits(each),
             }
             for each in operation.parameters
         ]

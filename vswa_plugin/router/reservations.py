@@ -12,7 +12,8 @@ import uuid
 import msgspec
 
 from vswa_plugin.errors import Overloaded, RequestError
-from vswa_plugin.router.decide import Decision, Pool
+from vswa_plugin.router.decide import Decision
+from vswa_plugin.selection import LoadBook
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,30 @@ class SelectionIdTaken(RequestError):
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """:param live: whether the view of the rank was live when it was chosen."""
+    """:param book: that it is in.
+    :param computes: who computes the prompt.
+    :param generates: who generates from there: where both phases have one worker, the same decision.
+    :param live: whether the view of the rank that computes was live when it was chosen.
+    """
 
     selection_id: str
-    pool: Pool
-    decision: Decision
+    book: LoadBook
+    block_size: int
+    computes: Decision
+    generates: Decision
     live: bool
+
+    def computed(self) -> None:
+        """The prompt is: it is no load any more of a worker that does nothing else. Again: nothing."""
+        if self.computes is self.generates:
+            self.book.first_token(self.computes.key)
+        else:
+            self.book.free(self.computes.key)
+
+    def end(self) -> None:
+        """It is no load any more. Again: nothing."""
+        self.book.free(self.computes.key)
+        self.book.free(self.generates.key)
 
 
 class ReservationStats(msgspec.Struct):
@@ -83,7 +102,7 @@ class Reservations:
     def first_token(self, selection_id: str) -> Reservation:
         """Its prompt is computed. Raises UnknownReservation."""
         reservation, _ = self._get(selection_id)
-        reservation.pool.book.first_token(reservation.decision.key)
+        reservation.computed()
         return reservation
 
     def release(self, selection_id: str) -> Reservation:
@@ -121,4 +140,4 @@ class Reservations:
 
     def _end(self, reservation: Reservation) -> None:
         del self._active[reservation.selection_id]
-        reservation.pool.book.free(reservation.decision.key)
+        reservation.end()

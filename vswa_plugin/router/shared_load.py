@@ -8,12 +8,11 @@ nobody else is there, nothing but presence is told.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 
 import msgspec
 
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.events import Rank
 from vswa_plugin.router.load_messages import (
     MAX_HASHES,
     Bye,
@@ -28,7 +27,7 @@ from vswa_plugin.router.load_messages import (
     encode,
     parts,
 )
-from vswa_plugin.selection import LoadBook
+from vswa_plugin.selection import Booked, LoadBook
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class ReplicaStats(msgspec.Struct):
 class SharedBook(LoadBook):
     """The load of one model, of this router and of all others. Made by :meth:`SharedLoad.book`.
 
-    This router's own requests have numbers as keys.
+    This router's own requests have numbers as keys, those of others (router, number).
     """
 
     def __init__(self, block_size: int, model: str, shared: SharedLoad) -> None:
@@ -64,47 +63,26 @@ class SharedBook(LoadBook):
         self.model = model
         self._with = shared
 
-    def add(
-        self,
-        key: Hashable,
-        rank: Rank,
-        hashes: Sequence[int],
-        prompt_len: int,
-        prefill_tokens: int,
-        *,
-        cached_blocks: int = 0,
-        shared: bool = True,
-    ) -> None:
-        super().add(key, rank, hashes, prompt_len, prefill_tokens, cached_blocks=cached_blocks, shared=shared)
+    def state(self, key: int) -> State:
+        """How far a request is that is in the book."""
+        return _state(key, self._requests[key])
+
+    def whole(self, key: int) -> Put:
+        """All that others are told of it."""
+        request = self._requests[key]
+        told = tuple(request.hashes[:MAX_HASHES])
+        state = _state(key, request)
+        return Put(state, self.model, told, request.prompt_len, request.cached_blocks, request.shared)
+
+    def _changed(self, key: Hashable, new: bool = False) -> None:
         if isinstance(key, int):
-            state = State(key, rank.worker_id, rank.dp_rank, prefill_tokens)
-            told = tuple(hashes[:MAX_HASHES])
-            self._with.began(Put(state, self.model, told, prompt_len, cached_blocks, shared))
+            self._with.changed(self, key, new)
+        elif isinstance(key, tuple) and self.get(key) is None:
+            self._with.left(*key)
 
-    def first_token(self, key: Hashable) -> None:
-        super().first_token(key)
-        if isinstance(key, int):
-            self._with.first_token(key)
 
-    def output(self, key: Hashable, tokens: int) -> None:
-        super().output(key, tokens)
-        if isinstance(key, int):
-            self._with.output(key, tokens)
-
-    def move(self, key: Hashable, rank: Rank) -> None:
-        mine = self._with.mine.get(key) if isinstance(key, int) else None
-        super().move(key, rank)  # frees it on its way
-        if mine is not None:
-            self._with.moved(mine, rank)
-
-    def free(self, key: Hashable) -> None:
-        super().free(key)
-        if isinstance(key, int):
-            self._with.ended(key)
-
-    def drop(self, worker_id: int) -> None:
-        super().drop(worker_id)
-        self._with.dropped(self.model, worker_id)
+def _state(key: int, request: Booked) -> State:
+    return State(key, *request.rank, request.prefill_tokens, request.output_tokens)
 
 
 class _Router(msgspec.Struct):
@@ -124,8 +102,8 @@ class SharedLoad:
     def __init__(self, router: int, wake: Callable[[], None] = lambda: None) -> None:
         self.router = router
         self.stats = ReplicaStats()
-        #: This router's own requests.
-        self.mine: dict[int, Put] = {}
+        #: This router's own requests, by the book they are in.
+        self.mine: dict[int, SharedBook] = {}
         self.others: dict[int, _Router] = {}
         self._books: dict[str, SharedBook] = {}
         #: Own requests that have changed; True: tell all of it.
@@ -144,44 +122,23 @@ class SharedLoad:
                     self._enter(router, put)
         return book
 
-    # -- this router's own requests ----------------------------------------------------------------
+    # -- what the books say ------------------------------------------------------------------------
 
-    def began(self, put: Put) -> None:
-        self.mine[put.state.key] = put
-        self._tell(put.state.key, whole=True)
-
-    def first_token(self, key: int) -> None:
-        put = self.mine.get(key)
-        if put is not None and put.state.prefill_tokens:
-            put.state.prefill_tokens = 0
-            self._tell(key)
-
-    def output(self, key: int, tokens: int) -> None:
-        put = self.mine.get(key)
-        if put is not None:
-            put.state.output_tokens += tokens
-            self._tell(key)
-
-    def moved(self, put: Put, rank: Rank) -> None:
-        put.state.worker_id, put.state.dp_rank = rank
-        self.began(put)
-
-    def ended(self, key: int) -> None:
-        if self.mine.pop(key, None) is not None:
-            self._tell(key)
-
-    def dropped(self, model: str, worker_id: int) -> None:
-        """The worker is gone, and what was on it with it, whosever it was."""
-        for key in _on(self.mine, model, worker_id):
-            self.ended(key)
-        for other in self.others.values():
-            for key in _on(other.requests, model, worker_id):
-                del other.requests[key]
-
-    def _tell(self, key: int, whole: bool = False) -> None:
+    def changed(self, book: SharedBook, key: int, new: bool) -> None:
+        """A request of this router has come (``new``), is further on, or is gone."""
+        if book.get(key) is None:
+            del self.mine[key]
+        else:
+            self.mine[key] = book
         if self.others:
-            self._changed[key] = whole or self._changed.get(key, False)
+            self._changed[key] = new or self._changed.get(key, False)
             self._wake()
+
+    def left(self, router: int, key: int) -> None:
+        """A request of another router is in its book no more."""
+        other = self.others.get(router)
+        if other is not None:
+            other.requests.pop(key, None)
 
     # -- time and messages -------------------------------------------------------------------------
 
@@ -231,8 +188,8 @@ class SharedLoad:
         """All messages that are to be sent now, to all other routers."""
         words: list[Word] = []
         for key, whole in self._changed.items():
-            put = self.mine.get(key)
-            words.append(Free(key) if put is None else put if whole else put.state)
+            book = self.mine.get(key)
+            words.append(Free(key) if book is None else book.whole(key) if whole else book.state(key))
         for router, keys in self._wants.items():
             self.stats.wanted += len(keys)
             words += [Want(router, part) for part in parts(sorted(keys))]
@@ -252,7 +209,7 @@ class SharedLoad:
         ranges = list(parts(sorted(self.mine))) or [()]
         for number, keys in enumerate(ranges):
             end = None if number == len(ranges) - 1 else keys[-1] + 1
-            yield Digest(first, end, tuple(self.mine[key].state for key in keys))
+            yield Digest(first, end, tuple(self.mine[key].state(key) for key in keys))
             first = end or 0
 
     # -- what the others say -----------------------------------------------------------------------
@@ -280,8 +237,7 @@ class SharedLoad:
                 if len(other.requests) >= MAX_REQUESTS:
                     self.stats.left_out += 1
                     return
-                other.requests[word.state.key] = word
-                self._enter(router, word)
+                self._take_in(router, other, word)
             case State():
                 self._update(router, other, word)
             case Free():
@@ -310,17 +266,23 @@ class SharedLoad:
             if len(other.requests) < MAX_REQUESTS:
                 self._wants.setdefault(router, set()).add(state.key)
             return
-        before, put.state = put.state, state
-        book = self._books.get(put.model)
-        if book is None:
+        put.state = state
+        name, book = (router, state.key), self._books.get(put.model)
+        booked = book.get(name) if book is not None else None
+        if book is None or booked is None:
             return
-        name = (router, state.key)
-        if state.rank != before.rank:
-            book.move(name, state.rank)
-        if before.prefill_tokens and not state.prefill_tokens:
+        if state.rank != booked.rank:
+            self._leave(router, other, state.key)
+            self._take_in(router, other, put)
+            return
+        if not state.prefill_tokens:
             book.first_token(name)
-        if state.output_tokens > before.output_tokens:
-            book.output(name, state.output_tokens - before.output_tokens)
+        if state.output_tokens > booked.output_tokens:
+            book.output(name, state.output_tokens - booked.output_tokens)
+
+    def _take_in(self, router: int, other: _Router, put: Put) -> None:
+        other.requests[put.state.key] = put
+        self._enter(router, put)
 
     def _enter(self, router: int, put: Put) -> None:
         book = self._books.get(put.model)
@@ -342,7 +304,3 @@ class SharedLoad:
         book = self._books.get(put.model) if put is not None else None
         if book is not None:
             book.free((router, key))
-
-
-def _on(requests: dict[int, Put], model: str, worker_id: int) -> list[int]:
-    return [key for key, put in requests.items() if put.model == model and put.state.worker_id == worker_id]

@@ -42,7 +42,8 @@ class UnderWay:
     def choose(self, pool: Pool, request: RequestDict, tried: Collection[int] = ()) -> Rank:
         """Choose a rank and book the request there, and nowhere else any more; see Forwarder.choose."""
         self._leave()
-        self._decision = self._forwarder.choose(self.model, pool, request, self.call, tried)
+        before = self._decision
+        self._decision = self._forwarder.choose(self.model, pool, request, self.call, tried, before)
         self._live = self._forwarder.is_live(self._decision.rank)
         self._waiting = True
         return self._decision.rank

@@ -6,7 +6,7 @@ book.py      the load that this router has put on each rank
 hooks.py     where plugins adjust or replace the choice
 """
 
-from vswa_plugin.selection.book import Load, LoadBook, Projection
+from vswa_plugin.selection.book import Booked, Load, LoadBook, Projection
 from vswa_plugin.selection.cost import (
     Candidate,
     Constraints,
@@ -22,6 +22,7 @@ from vswa_plugin.selection.hooks import NoHooks, RoutedRequest, SelectionHooks
 from vswa_plugin.selection.weights import Override, Weights, of_phase, overridden
 
 __all__ = [
+    "Booked",
     "Candidate",
     "Constraints",
     "Load",

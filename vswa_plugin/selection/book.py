@@ -7,7 +7,6 @@ blocks until the request ends. Every operation costs at most the blocks of one r
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import msgspec
 
@@ -28,7 +27,7 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     requests: int = 0
 
 
-class Projection(NamedTuple):
+class Projection(msgspec.Struct, frozen=True, gc=False):
     """A prompt on a rank before it is given to it.
 
     :param new_blocks: of the prompt, those that no active request of the rank holds.
@@ -86,19 +85,36 @@ def _uncount(counts: dict[int, int], hashes: Iterable[int]) -> None:
             del counts[sequence_hash]
 
 
-class _Booked(msgspec.Struct):
-    """One request.
+class Booked(msgspec.Struct):
+    """One request under way; arguments of :meth:`LoadBook.add`, and how far it is.
 
-    :param computing: blocks of its prompt to compute, until the first token.
-    :param tokens: its prompt and what it has generated.
+    :param prefill_tokens: 0 from its first token on.
+    :param output_tokens: generated so far.
     """
 
     rank: Rank
     hashes: Sequence[int]
-    computing: Sequence[int]
-    unshared: int
+    prompt_len: int
     prefill_tokens: int
-    tokens: int
+    cached_blocks: int
+    shared: bool
+    output_tokens: int = 0
+
+    @property
+    def names(self) -> Sequence[int]:
+        """Its blocks that count once with those of others."""
+        return self.hashes if self.shared else ()
+
+    @property
+    def computing(self) -> Sequence[int]:
+        """Blocks of its prompt to compute, until the first token."""
+        return self.hashes[self.cached_blocks :] if self.prefill_tokens else ()
+
+    def unshared(self, block_size: int) -> int:
+        """Its other blocks; the prompt's own last one is not full and not counted."""
+        prompt = 0 if self.shared else len(self.hashes)
+        total = self.prompt_len + self.output_tokens
+        return prompt - (-total // block_size) + (-self.prompt_len // block_size)
 
 
 class LoadBook:
@@ -110,10 +126,14 @@ class LoadBook:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._shelves: dict[Rank, _Shelf] = {}
-        self._requests: dict[Hashable, _Booked] = {}
+        self._requests: dict[Hashable, Booked] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def get(self, key: Hashable) -> Booked | None:
+        """The request, or None once it is gone."""
+        return self._requests.get(key)
 
     def load(self, rank: Rank) -> Load:
         shelf = self._shelves.get(rank)
@@ -152,10 +172,17 @@ class LoadBook:
         """
         if key in self._requests:
             raise InvariantError(f"load book: expected a new request, got {key!r} again")
-        names = hashes if shared else ()
-        unshared = 0 if shared else len(hashes)
-        computing = hashes[cached_blocks:] if prefill_tokens else ()
-        self._put(key, _Booked(rank, names, computing, unshared, prefill_tokens, prompt_len))
+        request = Booked(rank, hashes, prompt_len, prefill_tokens, cached_blocks, shared)
+        self._requests[key] = request
+        shelf = self._shelves.get(rank)
+        if shelf is None:
+            shelf = self._shelves[rank] = _Shelf()
+        shelf.keys.add(key)
+        shelf.prefill_tokens += prefill_tokens
+        shelf.unshared += request.unshared(self._block_size)
+        _count(shelf.shared, request.names)
+        _count(shelf.computing, request.computing)
+        self._changed(key, True)
 
     def first_token(self, key: Hashable) -> None:
         """Its prompt is computed. Again, or for a request that is gone: nothing."""
@@ -164,26 +191,17 @@ class LoadBook:
             shelf = self._shelves[request.rank]
             shelf.prefill_tokens -= request.prefill_tokens
             _uncount(shelf.computing, request.computing)
-            request.prefill_tokens, request.computing = 0, ()
+            request.prefill_tokens = 0
+            self._changed(key)
 
     def output(self, key: Hashable, tokens: int) -> None:
         """It has generated so many tokens more."""
         request = self._requests.get(key)
-        if request is None:
-            return
-        size = self._block_size
-        grown = -(-(request.tokens + tokens) // size) - -(-request.tokens // size)
-        request.tokens += tokens
-        request.unshared += grown
-        self._shelves[request.rank].unshared += grown
-
-    def move(self, key: Hashable, rank: Rank) -> None:
-        """It is served by another rank now. A request that is gone: nothing."""
-        request = self._requests.get(key)
         if request is not None:
-            self.free(key)
-            request.rank = rank
-            self._put(key, request)
+            before = request.unshared(self._block_size)
+            request.output_tokens += tokens
+            self._shelves[request.rank].unshared += request.unshared(self._block_size) - before
+            self._changed(key)
 
     def free(self, key: Hashable) -> None:
         """It has ended. Again, or for a request that is gone: nothing."""
@@ -193,25 +211,19 @@ class LoadBook:
         shelf = self._shelves[request.rank]
         shelf.keys.discard(key)
         shelf.prefill_tokens -= request.prefill_tokens
-        shelf.unshared -= request.unshared
-        _uncount(shelf.shared, request.hashes)
+        shelf.unshared -= request.unshared(self._block_size)
+        _uncount(shelf.shared, request.names)
         _uncount(shelf.computing, request.computing)
         if not shelf.keys:
             del self._shelves[request.rank]
+        self._changed(key)
 
     def drop(self, worker_id: int) -> None:
         """The worker is gone with all that was on it."""
         for rank in [rank for rank in self._shelves if rank.worker_id == worker_id]:
             for key in self._shelves.pop(rank).keys:
                 del self._requests[key]
+                self._changed(key)
 
-    def _put(self, key: Hashable, request: _Booked) -> None:
-        self._requests[key] = request
-        shelf = self._shelves.get(request.rank)
-        if shelf is None:
-            shelf = self._shelves[request.rank] = _Shelf()
-        shelf.keys.add(key)
-        shelf.prefill_tokens += request.prefill_tokens
-        shelf.unshared += request.unshared
-        _count(shelf.shared, request.hashes)
-        _count(shelf.computing, request.computing)
+    def _changed(self, key: Hashable, new: bool = False) -> None:
+        """A request has come (``new``), is further on, or is gone: for books that somebody is told of."""

@@ -125,13 +125,17 @@ def eligible(
             continue
         before, left = left, [rank for rank in left if fits(rank)]
         if not left:
-            shown = sorted(wish) if isinstance(wish, frozenset) else wish
+            wished = _some(sorted(wish) if isinstance(wish, frozenset) else [wish])
             pinned = name in constraints.fields
             raise (InvalidRequest if pinned else NoCandidate)(
-                f"{name}: expected a rank of this model that fits {shown}, got (worker.dp_rank): "
-                f"{', '.join(map(str, before[:8]))}{' ...' if len(before) > 8 else ''}"
+                f"{name}: expected a rank of this model that fits {wished}, got (worker.dp_rank): "
+                f"{_some([f'{rank.worker_id}.{rank.dp_rank}' for rank in before])}"
             )
     return left
+
+
+def _some(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things[:8])) + (" ..." if len(things) > 8 else "")
 
 
 def scored(
@@ -162,17 +166,18 @@ def scored(
 
 def _cost(candidate: Candidate, prompt_len: int, block_size: int, weights: Weights, credit: float) -> float:
     load = candidate.load
-    slow = candidate.host_blocks + candidate.disk_blocks
-    credited = credit * max(0.0, candidate.cached_tokens / block_size - slow)
-    if slow:
+    credited = credit * candidate.cached_tokens / block_size
+    if slow := candidate.host_blocks + candidate.disk_blocks:
+        credited = credit * max(0.0, candidate.cached_tokens / block_size - slow)
         credited += weights.host_cache_hit_weight * candidate.host_blocks
         credited += weights.disk_cache_hit_weight * candidate.disk_blocks
     held = load.blocks + candidate.new_blocks if weights.track_active_blocks else 0
     requests = weights.decode_active_request_weight * load.requests
     if weights.track_prefill_tokens:
-        # Neither waited for apart from the others' work nor computed again.
-        shared = 2 * _in_flight(candidate, weights)
-        to_compute = (load.prefill_tokens + prompt_len - shared) / block_size - credited
+        to_compute = (load.prefill_tokens + prompt_len) / block_size - credited
+        if candidate.in_flight_tokens:
+            # Neither waited for apart from the others' work nor computed again.
+            to_compute -= 2 * _in_flight(candidate, weights) / block_size
         return weights.prefill_load_scale * max(0.0, to_compute) + held + requests
     if weights.overlap_score_credit > 0:
         return max(0.0, held - credited) + requests

@@ -1,4 +1,4 @@
-"""Where plugins adjust or replace the choice: the contract is in hookspecs.py. Pure."""
+"""Where plugins adjust or replace the choice: the contract is in hookspecs/routing.py. Pure."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ class Override(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(weights, **changes)
 
 
-#: Dynamo's PrefillRouter puts this on every decode request: nobody's wish, and not followed.
-OF_PREFILL_ROUTER = Override(overlap_score_credit=0.0, assume_kv_reuse=False, track_prefill_tokens=False)
+#: Dynamo's PrefillRouter puts these on every decode request: nobody's wish, and not followed.
+OF_PREFILL_ROUTER = {"overlap_score_credit": 0.0, "assume_kv_reuse": False, "track_prefill_tokens": False}
 
 
 def of_phase(weights: Weights, phase: str) -> Weights:
@@ -123,4 +123,6 @@ def overridden(weights: Weights, given: Mapping[str, Any] | None) -> Weights:
         override = msgspec.convert(given, Override)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"router_config_override: {error}") from error
-    return weights if override == OF_PREFILL_ROUTER else override.applied(weights)
+    if all(getattr(override, name) == value for name, value in OF_PREFILL_ROUTER.items()):
+        override = msgspec.structs.replace(override, **dict.fromkeys(OF_PREFILL_ROUTER))
+    return override.applied(weights)

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vswa_plugin import dynamo
 from vswa_plugin.engine import Engine, RawEvent
@@ -25,6 +25,7 @@ from vswa_plugin.residency import Residency
 from vswa_plugin.transport import Transport, subject
 from vswa_plugin.worker.args import WorkerArgs
 from vswa_plugin.worker.handler import RequestHandler
+from vswa_plugin.worker.liveness import WATCH_INTERVAL_S, Stall, end_at_any_rate
 from vswa_plugin.worker.metrics import render
 from vswa_plugin.worker.status import Status, StatusServer
 
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 #: How long NATS and etcd may take to appear when a worker starts.
 CONNECT_TIMEOUT_S = 30.0
-#: How often the engine is asked whether it has failed.
-WATCH_INTERVAL_S = 0.5
 
 
 class WorkerFailed(VswaError):
@@ -64,6 +63,8 @@ class Worker:
         self._told_epochs: dict[int, int] = {}
         self._endpoint: dynamo.WorkerEndpoint | None = None
         self._engine_started = False
+        #: Told when the engine gives a sign of life.
+        self._alive: Callable[[], None] = lambda: None
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT (0) or until something fails (raises)."""
@@ -82,12 +83,13 @@ class Worker:
                 await asyncio.wait((starting,))
                 return 0
             endpoint, handler, serving = await starting
-            await self._until_stopped(stop, serving)
+            try:
+                await self._until_stopped(stop, serving, handler)
+            except WorkerFailed as error:
+                await self._give_up(str(error), endpoint, handler)
+                raise
             await self._drain(endpoint, handler, stop)
             return 0
-        except WorkerFailed as error:
-            self._status.failure = str(error)
-            raise
         finally:
             await self._end()
             await server.stop()
@@ -98,15 +100,16 @@ class Worker:
         endpoint = self._endpoint = dynamo.WorkerEndpoint(dynamo.connect(), self._args.endpoint)
         self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
-        model = self._args.settings.served_model_name
+        host = self._host
         handler = RequestHandler(
             self._engine,
-            model,
+            self._args.settings.served_model_name,
             endpoint.worker_id,
-            self._host.request_finished,
+            host.request_finished if host.implements("vswa_request_finished") else None,
             self._publishers,
-            self._host.request_arrived,
+            host.request_arrived if host.implements("vswa_request_arrived") else None,
         )
+        self._alive = handler.alive
         return endpoint, handler, await self._go_live(endpoint, handler)
 
     def _stop_signal(self) -> asyncio.Event:
@@ -169,7 +172,7 @@ class Worker:
             options,
             last_epoch=last,
             ready=lambda: self._transport.ready,
-            observe_stored=self._host.kv_stored,
+            observe_stored=self._host.kv_stored if self._host.implements("vswa_kv_stored") else None,
         )
 
     def _context(self, endpoint: dynamo.WorkerEndpoint) -> WorkerContext:
@@ -184,6 +187,7 @@ class Worker:
 
     def _on_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
         """The engine's sink: called from its thread."""
+        self._alive()
         self._host.engine_events(dp_rank, events)
         self._publishers[dp_rank].offer(events)
 
@@ -221,12 +225,17 @@ class Worker:
 
     async def _show(self, endpoint: dynamo.WorkerEndpoint) -> None:
         """Show the model to Dynamo's frontends, or leave that to a router."""
-        settings, info, showing = self._args.settings, self._engine.info, self._args.showing
+        args, info, showing = self._args, self._engine.info, self._args.showing
         if showing.visible:
-            model_dir = info.model_dir or settings.model_path
-            await endpoint.register(
-                model_dir, settings.served_model_name, info, settings.mode, self._args.taints
+            model = dynamo.ShownModel(
+                args.settings.served_model_name,
+                info.model_dir or args.settings.model_path,
+                args.settings.mode,
+                args.taints,
+                args.tool_call_parser,
+                args.reasoning_parser,
             )
+            await endpoint.register(model, info)
         logger.info(
             "the model is %s Dynamo's frontends (%s)",
             "shown to" if showing.visible else "hidden from",
@@ -254,26 +263,45 @@ class Worker:
             total_kv_blocks=info.total_kv_blocks,
             host=socket.gethostname(),
             pid=os.getpid(),
+            tool_call_parser=self._args.tool_call_parser,
+            reasoning_parser=self._args.reasoning_parser,
             taints=self._args.taints,
             visible=self._args.showing.visible,
         )
 
-    async def _until_stopped(self, stop: asyncio.Event, serving: asyncio.Task[None]) -> None:
+    async def _until_stopped(
+        self, stop: asyncio.Event, serving: asyncio.Task[None], handler: RequestHandler
+    ) -> None:
         """Return on the stop signal; raise WorkerFailed when engine, publisher or runtime has ended."""
+        stall = Stall(self._args.stall_timeout_s)
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
             if (reason := self._engine.failure()) is not None:
                 raise WorkerFailed(f"the engine has failed: {reason}")
+            if stall.seen(handler.in_flight, handler.signs_of_life):
+                raise WorkerFailed(
+                    f"the engine hangs: no chunk and no event for {self._args.stall_timeout_s:g} s, with "
+                    f"{handler.in_flight} requests under way (--stall-timeout)"
+                )
             if serving.done():
                 raise WorkerFailed(
-                    f"Dynamo's runtime ended unasked ({_why(serving)}); was etcd away for longer than "
-                    "its lease?"
+                    f"Dynamo's runtime ended unasked ({_why(serving)}); was etcd away, or this process "
+                    "stopped, for longer than its lease?"
                 )
             await self._tell_epochs()
             for task in self._publishing:
                 if task.done():
                     raise WorkerFailed(f"a publisher ended unasked ({_why(task)})")
+
+    async def _give_up(self, reason: str, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler) -> None:
+        """Nobody shall send requests here any more, and those under way go on elsewhere."""
+        logger.error("giving up: %s", reason)
+        self._status.failure = reason
+        end_at_any_rate(reason)
+        await asyncio.gather(self._registry.leave(), endpoint.withdraw())
+        handler.abandon(reason)
+        await handler.drain(1.0)
 
     async def _drain(
         self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler, stop: asyncio.Event

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from vswa_plugin import __version__
-from vswa_plugin.dynamo import NATS_ENV, EndpointName, default_endpoint
+from vswa_plugin.dynamo import (
+    REASONING_PARSER,
+    TOOL_CALL_PARSER,
+    EndpointName,
+    check_parser,
+    default_endpoint,
+)
 from vswa_plugin.engine import MODES, EngineSettings
 from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.plugin_loading import add_plugin_arguments
-from vswa_plugin.programs import LEVELS
-from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
-from vswa_plugin.transport import DEFAULT_SERVER, check_name
+from vswa_plugin.program_args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
+from vswa_plugin.transport import check_name
 
 #: How a worker shows itself, and which router it works behind.
 REGISTER_ENV, ROUTER_ENV = "VSWA_REGISTER", "VSWA_ROUTER"
@@ -54,12 +59,7 @@ auto: hidden where VSWA_ROUTER=exact, as the launcher sets it, else frontend.
 environment:
   VSWA_REGISTER    default of --register
   VSWA_ROUTER      exact or stock: the router in front, for --register auto
-  NATS_SERVER      where batches are published   (default nats://127.0.0.1:4222)
-  NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD | NATS_AUTH_TOKEN | NATS_AUTH_NKEY | NATS_AUTH_CREDENTIALS_FILE
-  NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
-{registry}  DYN_LOG          level of Dynamo's own log
-  VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
-
+{environment}
 exit codes: 0 after SIGTERM, 1 when engine, broker or runtime failed, 2 for what you can correct.
 """
 
@@ -87,35 +87,50 @@ def showing(register: str, environ: Mapping[str, str]) -> Showing:
     return Showing(True, f"{ROUTER_ENV}={router}" if router else f"no {ROUTER_ENV}")
 
 
-class WorkerArgs(msgspec.Struct, frozen=True):
-    """A checked command line."""
+class WorkerArgs(RunArgs, frozen=True, kw_only=True):
+    """A checked command line.
+
+    :param tool_call_parser: of Dynamo's frontend; ``reasoning_parser`` too.
+    :param stall_timeout_s: how long the engine may be silent with requests under way; 0: for ever.
+    """
 
     settings: EngineSettings
     endpoint: EndpointName
-    nats_server: str
-    registry: str | None
-    heartbeat_s: float
-    drain_timeout_s: float
+    stall_timeout_s: float
     showing: Showing
     taints: tuple[str, ...]
+    tool_call_parser: str | None
+    reasoning_parser: str | None
     status_host: str
     status_port: int | None
-    log_level: str
-    plugin: list[str]
-    no_plugin: list[str]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m vswa_plugin.worker",
-        description="Serve a model through NVIDIA Dynamo and publish the KV block events of every "
-        "attention window on NATS.",
-        epilog=_EXAMPLE.replace("{registry}", ENVIRONMENT),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    made = make_parser(
+        "python -m vswa_plugin.worker",
+        "Serve a model through NVIDIA Dynamo and publish the KV block events of every attention window on "
+        "NATS.",
+        _EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
     )
-    made.add_argument("--version", action="version", version=__version__)
-    model = made.add_argument_group("what is served")
+    _add_model_arguments(made.add_argument_group("what is served"))
+    _add_showing_arguments(made.add_argument_group("who finds it"))
+    run = made.add_argument_group("how it runs")
+    run.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
+    run.add_argument("--status-host", default="127.0.0.1", help="address for --status-port (127.0.0.1)")
+    add_run_arguments(run)
+    run.add_argument(
+        "--stall-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long the engine may give no sign of life while requests are under way; then the worker "
+        "exits, and they go on elsewhere (300; 0: for ever)",
+    )
+    add_plugin_arguments(made)
+    return made
+
+
+def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--mode", default="agg", metavar="|".join(MODES), help="see below (agg)")
     model.add_argument(
         "--engine",
@@ -143,40 +158,32 @@ def parser() -> argparse.ArgumentParser:
         help="by which rule the engine reuses blocks, where you know better than its plugin: trtllm_v2, "
         "trtllm_v1 or trtllm_v1_contiguous (default: the engine says)",
     )
-    run = made.add_argument_group("how it runs")
-    run.add_argument(
+
+
+def _add_showing_arguments(showing: argparse._ArgumentGroup) -> None:
+    showing.add_argument(
         "--endpoint",
         help=f"dyn://namespace.component.endpoint (dyn://{default_endpoint('agg')}, of prefill workers "
         f"dyn://{default_endpoint('prefill')})",
     )
-    run.add_argument(
-        "--registry", metavar="etcd|file:DIR", help=f"where to announce the worker (default: {REGISTRY_ENV})"
-    )
-    run.add_argument(
+    showing.add_argument(
         "--register",
         metavar="|".join(REGISTER),
         help=f"whether Dynamo's frontends see the worker, see below (default: {REGISTER_ENV}, else auto)",
     )
-    run.add_argument(
+    showing.add_argument(
         "--taint",
         action="append",
         default=[],
         metavar="NAME",
         help="a label that requests can demand or prefer (routing_constraints); may be repeated",
     )
-    run.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
-    run.add_argument("--status-host", default="127.0.0.1", help="address for --status-port (127.0.0.1)")
-    run.add_argument("--heartbeat", type=float, default=1.0, metavar="SECONDS", help="between heartbeats (1)")
-    run.add_argument(
-        "--drain-timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long SIGTERM waits for requests under way (30)",
-    )
-    run.add_argument("--log-level", default="info", help="debug, info (default), warning or error")
-    add_plugin_arguments(made)
-    return made
+    for option, what in ((TOOL_CALL_PARSER, "tool calls"), (REASONING_PARSER, "reasoning")):
+        showing.add_argument(
+            option,
+            metavar="NAME",
+            help=f"how Dynamo's frontend finds {what} in this model's answers (default: it does not look)",
+        )
 
 
 def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> WorkerArgs:
@@ -188,12 +195,11 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     given = parser().parse_args(argv)
     if given.mode not in MODES:
         raise ConfigError(f"--mode: {unknown_choice('mode', given.mode, MODES)}")
-    if given.log_level not in LEVELS:
-        raise ConfigError(f"--log-level: {unknown_choice('level', given.log_level, LEVELS)}")
-    if given.heartbeat <= 0 or given.drain_timeout < 0:
-        raise ConfigError("--heartbeat: expected more than 0 seconds, --drain-timeout: 0 or more")
+    run = run_args(given, environ)
     if given.data_parallel_size < 1:
         raise ConfigError(f"--data-parallel-size: expected at least 1, got {given.data_parallel_size}")
+    if given.status_port is not None and not 0 <= given.status_port < 65_536:
+        raise ConfigError(f"--status-port: expected a port from 0 to 65535, got {given.status_port}")
     endpoint = EndpointName.parse(given.endpoint) if given.endpoint else default_endpoint(given.mode)
     check_name("--endpoint, namespace", endpoint.namespace)
     check_name("--endpoint, component", endpoint.component)
@@ -209,6 +215,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         source = f"--reuse-rule and {source}"
     model_path = str(Path(given.model_path).resolve())
     return WorkerArgs(
+        **msgspec.structs.asdict(run),
         settings=EngineSettings(
             engine=given.engine,
             mode=given.mode,
@@ -219,18 +226,20 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
             data_parallel_size=given.data_parallel_size,
         ),
         endpoint=endpoint,
-        nats_server=environ.get(NATS_ENV, DEFAULT_SERVER),
-        registry=given.registry,
-        heartbeat_s=given.heartbeat,
-        drain_timeout_s=given.drain_timeout,
+        stall_timeout_s=_stall_timeout(given.stall_timeout),
         showing=showing(given.register or environ.get(REGISTER_ENV) or "auto", environ),
         taints=_taints(given.taint),
+        tool_call_parser=check_parser(TOOL_CALL_PARSER, given.dyn_tool_call_parser),
+        reasoning_parser=check_parser(REASONING_PARSER, given.dyn_reasoning_parser),
         status_host=given.status_host,
         status_port=given.status_port,
-        log_level=given.log_level,
-        plugin=given.plugin,
-        no_plugin=given.no_plugin,
     )
+
+
+def _stall_timeout(given: float) -> float:
+    if not 0 <= given < math.inf:
+        raise ConfigError(f"--stall-timeout: expected 0 seconds or more, got {given:g}")
+    return given
 
 
 def _taints(given: Sequence[str]) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class RequestHandler:
     """Serves requests of one engine until :meth:`drain`.
 
-    :param record: told of each request that ended; must not raise.
+    :param record: told of each request that ended; must not raise. None: nobody wants to know.
     :param publishers: by dp_rank; told what a finished request proves to be resident.
-    :param arrived: told of each request before the engine is; must not raise.
+    :param arrived: told of each request before the engine is; must not raise. None: nobody wants to know.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RequestHandler:
         engine: Engine,
         model: str,
         worker_id: int,
-        record: Callable[[RequestRecord], None],
+        record: Callable[[RequestRecord], None] | None,
         publishers: Mapping[int, Publisher] | None = None,
         arrived: Callable[[str, RequestDict], None] | None = None,
     ) -> None:
@@ -42,14 +42,17 @@ class RequestHandler:
         self._record = record
         self._publishers = publishers or {}
         self._arrived = arrived
-        self._in_flight = 0
+        #: Grows with each chunk of the engine; :meth:`alive` adds what else shows that it lives.
+        self.signs_of_life = 0
+        self._open: set[asyncio.Queue[ChunkDict | Exception | None]] = set()
+        self._failure: str | None = None
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return len(self._open)
 
     async def handle(
         self, request: RequestDict, request_id: str, client_gone: Awaitable[bool]
@@ -58,8 +61,10 @@ class RequestHandler:
 
         :raises RequestError: refused; nothing of it stays behind in the engine.
         """
-        if self._draining or self._engine.failure() is not None:
-            raise Unavailable(self._engine.failure() or "the worker is stopping; another one can serve this")
+        if (failure := self._failure or self._engine.failure()) is not None:
+            raise Unavailable(failure)
+        if self._draining:
+            raise Unavailable("the worker is stopping; another one can serve this")
         tracked = _Tracked(request, request_id)
         if self._arrived is not None:
             self._arrived(request_id, request)
@@ -70,12 +75,12 @@ class RequestHandler:
         def ended(_: object) -> None:
             chunks.put_nowait(None)
             gone.cancel()
-            self._ended(tracked)
+            self._ended(tracked, chunks)
             publisher = self._publishers.get(tracked.dp_rank)
             if publisher is not None and publisher.healing.active and tracked.reused_here:
                 publisher.claim(tracked.claim(request, marks[tracked.dp_rank]))
 
-        self._in_flight += 1
+        self._open.add(chunks)
         self._idle.clear()
         # The engine is read by a task of its own: when a client goes, Dynamo stops asking this generator
         # for chunks without closing it, and nobody would tell the engine.
@@ -104,6 +109,7 @@ class RequestHandler:
             generated = cast("AsyncGenerator[ChunkDict, None]", self._engine.generate(request))
             async with contextlib.aclosing(generated):
                 async for chunk in generated:
+                    self.signs_of_life += 1
                     tracked.saw(chunk)
                     chunks.put_nowait(chunk)
         except RequestError as error:
@@ -115,11 +121,22 @@ class RequestHandler:
             logger.exception("request %s failed in the engine", tracked.request_id)
             chunks.put_nowait(error)
 
-    def _ended(self, tracked: _Tracked) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
+    def _ended(self, tracked: _Tracked, chunks: asyncio.Queue[ChunkDict | Exception | None]) -> None:
+        self._open.discard(chunks)
+        if not self._open:
             self._idle.set()
-        self._record(tracked.record(self._model, self._worker_id))
+        if self._record is not None:
+            self._record(tracked.record(self._model, self._worker_id))
+
+    def alive(self) -> None:
+        """The engine has given a sign of life other than a chunk. Any thread."""
+        self.signs_of_life += 1
+
+    def abandon(self, reason: str) -> None:
+        """The engine is given up: requests under way, and those to come, are for other workers."""
+        self._failure = reason
+        for chunks in self._open:
+            chunks.put_nowait(Unavailable(reason))
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those under way; False if some still were after the time-out."""

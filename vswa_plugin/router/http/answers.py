@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from vswa_plugin.engine import MODES
 from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
 from vswa_plugin.events import Rank, Source
 from vswa_plugin.fleet import Fleet, RankStatus
@@ -26,6 +27,7 @@ from vswa_plugin.router.http.messages import (
     ReadyAnswer,
     WorkerAnswer,
 )
+from vswa_plugin.router.models import grouped
 from vswa_plugin.transport import subject
 
 #: Blocks times ranks times groups that one explanation may look at: some 100 ms.
@@ -64,7 +66,7 @@ class Prompt:
 
 
 class Served:
-    """A model and its workers: those whose block size and hash scheme most share."""
+    """A model and its workers: those that fit together."""
 
     def __init__(self, name: str, entries: Sequence[Entry]) -> None:
         self.name = name
@@ -79,9 +81,7 @@ def served(fleet: Fleet, wish: ModelWish) -> Served:
     :raises UnknownModel: nobody serves it.
     :raises InvalidRequest: there are several, and no wish.
     """
-    by_model: dict[str, list[Entry]] = {}
-    for entry in fleet.entries.values():
-        by_model.setdefault(entry.served_model_name, []).append(entry)
+    by_model = grouped(fleet.entries.values(), MODES)
     name = wish.model_name or wish.model
     if name is None:
         if len(by_model) > 1:
@@ -94,14 +94,7 @@ def served(fleet: Fleet, wish: ModelWish) -> Served:
         (name,) = by_model
     if name not in by_model:
         raise UnknownModel(f"model_name: {unknown_choice('model', name, by_model)}")
-    return Served(name, _fitting(by_model[name]))
-
-
-def _fitting(entries: Sequence[Entry]) -> Sequence[Entry]:
-    """One hash of a prompt scores them all; of two sizes as frequent, that of the worker met first."""
-    kinds = Counter((entry.block_size, entry.hash_scheme) for entry in entries)
-    most = kinds.most_common(1)[0][0]
-    return [entry for entry in entries if (entry.block_size, entry.hash_scheme) == most]
+    return Served(name, by_model[name].used)
 
 
 def prompt_of(fleet: Fleet, hasher: Hasher, query: Query) -> Prompt:
@@ -148,6 +141,7 @@ def query_answer(fleet: Fleet, prompt: Prompt) -> QueryAnswer:
 
 
 def rank_answers(fleet: Fleet, prompt: Prompt) -> dict[Rank, RankAnswer]:
+    """What every rank of the model would reuse of the prompt."""
     index, model, hashes = fleet.index, prompt.served, prompt.hashes
     cached = index.score(hashes, prompt.length, model.name)
     blind = global_only(index, hashes, model.name)
@@ -173,7 +167,7 @@ def global_only(index: WindowIndex, hashes: Sequence[int], model: str) -> dict[R
     That is all that a router knows which takes no notice of sliding windows.
     """
     found: dict[Rank, int] = {}
-    for part in index._candidates(model):
+    for part in index.parts(model):
         groups = part.layout.groups
         widest = max(range(len(groups)), key=lambda at: groups[at].window_size or math.inf)
         bits = {member.bit: rank for rank, member in part.members.items() if member.scored}

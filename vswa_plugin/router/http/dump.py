@@ -3,62 +3,90 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from vswa_plugin.events import TIERS, Rank
 from vswa_plugin.fleet import Fleet
+from vswa_plugin.index import WindowIndex
 from vswa_plugin.index.dump import DUMP_VERSION
+from vswa_plugin.layout import CacheGroup
 from vswa_plugin.router.http.answers import TooLarge
 from vswa_plugin.router.http.messages import DumpLayout, GroupDump, RankDump
 
-#: Looking through the index for one rank visits all its blocks; so many visits take about a second.
+#: Taking one rank looks at all blocks of its groups, whoever holds them; so many take most of a second.
 MAX_VISITS = 4_000_000
 #: Hashes in one piece of the answer.
 PIECE = 8_192
 
+#: Tier -> hashes, in no order.
+_Held = Mapping[str, Sequence[int]]
 
-def dumped_ranks(fleet: Fleet, model: str | None, worker_id: int | None, dp_rank: int | None) -> list[Rank]:
-    """Ranks in the index that fit, sorted.
 
-    :raises TooLarge: they hold more than may be looked through at once.
+class Asked(NamedTuple):
+    """What is to be dumped; None: all.
+
+    :param group_id: cache group; ranks without it are shown with none.
     """
-    ranks = [
-        rank
-        for rank in sorted(fleet.index.ranks)
-        if model in (None, fleet.index.layout(rank).model)
-        and worker_id in (None, rank.worker_id)
-        and dp_rank in (None, rank.dp_rank)
-    ]
-    blocks = sum(fleet.index.stats().blocks.values())
-    if len(ranks) > 1 and blocks * len(ranks) > MAX_VISITS:
-        raise TooLarge(
-            f"expected ranks times blocks of at most {MAX_VISITS}, got {len(ranks)} ranks and {blocks} "
-            "blocks; ask for one worker with ?worker_id="
-        )
-    return ranks
+
+    model: str | None = None
+    worker_id: int | None = None
+    dp_rank: int | None = None
+    group_id: int | None = None
+
+    def ranks(self, index: WindowIndex) -> list[Rank]:
+        """Those that fit, sorted.
+
+        :raises TooLarge: together they would hold up the requests that are being routed.
+        """
+        found, visits = [], 0
+        for part in index.parts(self.model):
+            fits = [rank for rank in part.members if self._fits(rank)]
+            found += fits
+            resident = zip(part.layout.groups, part.table.resident(), strict=True)
+            visits += len(fits) * sum(blocks for group, blocks in resident if self.shows(group))
+        if visits > MAX_VISITS:
+            raise TooLarge(
+                f"expected ranks times blocks of at most {MAX_VISITS}, got {len(found)} ranks and {visits}; "
+                "ask for one worker with ?worker_id=, one rank with &dp_rank=, one window with &group_id="
+            )
+        return sorted(found)
+
+    def shows(self, group: CacheGroup) -> bool:
+        return self.group_id in (None, group.group_id)
+
+    def _fits(self, rank: Rank) -> bool:
+        return self.worker_id in (None, rank.worker_id) and self.dp_rank in (None, rank.dp_rank)
 
 
-async def dump(fleet: Fleet, ranks: list[Rank]) -> AsyncIterator[bytes]:
-    """JSON of a :class:`DumpAnswer`. A rank that leaves meanwhile is left out."""
+async def dump(fleet: Fleet, asked: Asked) -> AsyncIterator[bytes]:
+    """JSON of a :class:`DumpAnswer`. A rank that leaves meanwhile is left out.
+
+    Each rank is taken in at once, at 8 bytes a block, and encoded piece by piece as they are asked for.
+
+    :raises TooLarge: before the first piece.
+    """
+    ranks = asked.ranks(fleet.index)
     yield b'{"version":%d,"ranks":[' % DUMP_VERSION
-    first = True
+    between = b""
     for rank in ranks:
         if rank not in fleet.index.ranks:
             continue
-        for piece in _rank(fleet, rank):
-            yield piece if first else b"," + piece
-            first = True
-        first = False
-        await asyncio.sleep(0)  # those that are being routed first
+        for piece in _rank(fleet, rank, asked, between):
+            if piece:
+                yield piece
+            await asyncio.sleep(0)  # those that are being routed first
+        between = b","
     yield b"]}"
 
 
-def _rank(fleet: Fleet, rank: Rank) -> Iterator[bytes]:
-    """One rank as it is now: taken in at once, encoded piece by piece."""
+def _rank(fleet: Fleet, rank: Rank, asked: Asked, before: bytes) -> Iterator[bytes]:
+    """One rank as it is now. Empty pieces are pauses."""
     layout = fleet.index.layout(rank)
-    contents = fleet.index.contents(rank)
+    held = _taken(fleet.index, rank, asked)
     view = fleet.subscriber.view(rank)
     now = asyncio.get_running_loop().time()
     head = RankDump(
@@ -70,25 +98,59 @@ def _rank(fleet: Fleet, rank: Rank) -> Iterator[bytes]:
         layout=DumpLayout(layout.groups, layout.rule, layout.model, layout.hash_scheme),
         groups=[],
     )
-    opened = msgspec.json.encode(head).removesuffix(b"]}")
-    for number, (group_id, held) in enumerate(contents.items()):
+    yield before + msgspec.json.encode(head).removesuffix(b"]}")
+    between = b""
+    for group_id, tiers in held.items():
         empty = msgspec.json.encode(GroupDump(group_id, layout.group(group_id).label, {}))
-        yield opened + (b"," if number else b"") + empty.removesuffix(b"}}")
-        opened = b""
-        yield from _tiers(held)
+        yield between + empty.removesuffix(b"}}")
+        yield from _tiers(tiers)
         yield b"}}"
-    yield opened + b"]}"
+        between = b","
+    yield b"]}"
 
 
-def _tiers(held: Mapping[int, str]) -> Iterator[bytes]:
-    began = False
-    for tier in TIERS:
-        hashes = sorted(name for name, where in held.items() if where == tier)
+def _taken(index: WindowIndex, rank: Rank, asked: Asked) -> dict[int, _Held]:
+    """Group id -> what the rank holds there, all of one instant."""
+    (part,) = (part for part in index.parts() if rank in part.members)
+    member = part.members[rank]
+    found: dict[int, _Held] = {}
+    for number, group in enumerate(part.layout.groups):
+        if not asked.shows(group):
+            continue
+        held = array("Q", [name for name, mask in part.table.items(number) if mask >> member.bit & 1])
+        slow = member.slow[number]
+        tiers = {TIERS[0]: array("Q", [name for name in held if name not in slow]) if slow else held}
+        for tier in TIERS[1:] if slow else ():
+            tiers[tier] = array("Q", [name for name, where in slow.items() if where == tier])
+        found[group.group_id] = tiers
+    return found
+
+
+def _tiers(held: _Held) -> Iterator[bytes]:
+    between = b""
+    for tier, hashes in held.items():
         if not hashes:
             continue
-        yield (b"," if began else b"") + msgspec.json.encode(tier) + b":["
-        began = True
-        for at in range(0, len(hashes), PIECE):
-            piece = msgspec.json.encode(hashes[at : at + PIECE])[1:-1]
-            yield (b"," if at else b"") + piece
+        yield between + msgspec.json.encode(tier) + b":["
+        inner = b""
+        for run in _ascending(hashes):
+            yield inner + msgspec.json.encode(run)[1:-1] if run else b""
+            inner = b"," if run else inner
         yield b"]"
+        between = b","
+
+
+def _ascending(hashes: Sequence[int]) -> Iterator[list[int]]:
+    """All of them in runs of some :data:`PIECE`, at a moment's work each; empty where it pauses.
+
+    Hashes are spread evenly, so that their first bits part them into runs: sorting all at once would take
+    half a second a million.
+    """
+    bits = (len(hashes) // PIECE).bit_length()
+    runs = [array("Q") for _ in range(1 << bits)]
+    for at in range(0, len(hashes), PIECE):
+        for name in hashes[at : at + PIECE]:
+            runs[name >> 64 - bits].append(name)
+        yield []
+    for run in runs:
+        yield sorted(run)

@@ -25,6 +25,8 @@ _Hash = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": _U64_MAX})]
 _Name = Annotated[str, Meta(min_length=1, max_length=512)]
 _Tokens = Annotated[list[Annotated[int, Meta(ge=0, le=2**32 - 1)]], Meta(min_length=1, max_length=MAX_TOKENS)]
 _Hashes = Annotated[list[_Hash], Meta(min_length=1, max_length=MAX_HASHES)]
+_WorkerId = Annotated[int, Meta(ge=0)]
+_DpRank = Annotated[int, Meta(ge=0, le=2**31)]
 _Length = Annotated[int, Meta(ge=1, le=2**31)]
 
 
@@ -199,11 +201,15 @@ class ReadyAnswer(msgspec.Struct, frozen=True):
 
 
 class SelectQuery(Query, kw_only=True):
-    """A request that looks for its worker.
+    """A request that looks for its worker, or for two: where prefill and decode workers are apart.
 
     :param selection_id: chosen by the caller, unique among active ones; None: a new one.
     :param reserve: False: choose only, without counting it as load.
     :param ttl_s: when the reservation ends by itself.
+    :param backend_instance_id: only this worker; ``decode_worker_id``: only this one to generate.
+    :param dp_rank: only this rank of it.
+    :param prefill_worker_id: only this worker to compute the prompt; ``prefill_dp_rank``: only this rank.
+    :param allowed_worker_ids: only these, for both phases.
     :param router_config_override: knobs of the cost, by Dynamo's names.
     :param routing_constraints: ``required_taints``, ``preferred_taints``.
     """
@@ -211,16 +217,37 @@ class SelectQuery(Query, kw_only=True):
     selection_id: _Name | None = None
     reserve: bool = True
     ttl_s: Annotated[float, Meta(gt=0, le=MAX_TTL_S)] = 120.0
-    dp_rank: Annotated[int, Meta(ge=0, le=2**31)] | None = None
-    allowed_worker_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1_024)] | None = None
+    backend_instance_id: _WorkerId | None = None
+    dp_rank: _DpRank | None = None
+    prefill_worker_id: _WorkerId | None = None
+    prefill_dp_rank: _DpRank | None = None
+    decode_worker_id: _WorkerId | None = None
+    allowed_worker_ids: Annotated[list[_WorkerId], Meta(max_length=1_024)] | None = None
     router_config_override: dict[str, Any] | None = None
     routing_constraints: dict[str, Any] | None = None
 
 
+class Chosen(msgspec.Struct, frozen=True):
+    """A worker for one phase.
+
+    :param overlap: what it would reuse, best of its ranks.
+    """
+
+    worker_id: int
+    dp_rank: int
+    endpoint: str
+    overlap: InstanceAnswer
+    cost: float
+
+
 class SelectAnswer(msgspec.Struct, frozen=True):
-    """:param headers: put these on the request to Dynamo's frontend, and it goes there.
-    :param cached_tokens: what the engine would reuse.
+    """``worker_id``, ``dp_rank``, ``endpoint``, ``overlap`` and ``cost`` are of the worker that generates.
+
+    :param prefill: who computes the prompt for it; null: itself.
+    :param cached_tokens: of the prompt, what the one that computes it would reuse.
     :param effective_prefill_tokens: what it would compute.
+    :param headers: put these on the request to Dynamo's frontend, and it goes there.
+    :param nvext: the same as fields of the request's ``nvext``.
     :param expires_at: Unix time at which the reservation ends by itself; null: nothing is reserved.
     """
 
@@ -232,10 +259,12 @@ class SelectAnswer(msgspec.Struct, frozen=True):
     endpoint: str
     block_size: int
     overlap: InstanceAnswer
+    cost: float
+    prefill: Chosen | None
     cached_tokens: int
     effective_prefill_tokens: int
-    cost: float
     headers: dict[str, str]
+    nvext: dict[str, int]
     reserved: bool
     expires_at: float | None
 

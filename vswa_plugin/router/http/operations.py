@@ -75,6 +75,7 @@ DUMP_PARAMETERS = (
     _MODEL,
     Parameter("worker_id", "integer", "only this worker"),
     Parameter("dp_rank", "integer", "only this data-parallel rank", 2**31),
+    Parameter("group_id", "integer", "only this cache group, as named in its layout", 2**31),
 )
 _ASKED = (400, 404, 413)
 
@@ -111,7 +112,8 @@ OPERATIONS = (
         "POST",
         "/select",
         "select",
-        "Choose the worker of a request and count it as its load. Of routers with --selector-only.",
+        "Choose the worker of a request, or one for each phase, and count it as their load. Of routers with "
+        "--selector-only.",
         SelectQuery,
         SelectAnswer,
         errors=(400, 404, 409, 413, 503),
@@ -120,7 +122,7 @@ OPERATIONS = (
         "POST",
         "/prefill_complete",
         "prefill_complete",
-        "The first token of a reserved request is there.",
+        "The prompt of a reserved request is computed: its first token is there.",
         SelectionWish,
         ReleaseAnswer,
         errors=_ASKED,

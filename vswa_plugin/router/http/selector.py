@@ -55,14 +55,14 @@ class Selector:
         )
         self.replicas = Replicas(transport, args.namespace)
         self.accuracy = Accuracy()
-        decider = Decider(index, args.weights, namespaced_sequence_hashes, host)
+        decider = Decider(index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
         self.selection = Selection(
             self.fleet, decider, namespaced_sequence_hashes, self.accuracy, self.replicas.load.book
         )
         counted = Counted(
             decider,
             self.accuracy,
-            lambda: self.selection.pools().values(),
+            self.selection.pools,
             reservations=self.selection.reservations,
             replicas=self.replicas.load,
         )

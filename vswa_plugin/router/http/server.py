@@ -24,7 +24,7 @@ from vswa_plugin.router.http.answers import (
     ready_answer,
     worker_answers,
 )
-from vswa_plugin.router.http.dump import dump, dumped_ranks
+from vswa_plugin.router.http.dump import Asked, dump
 from vswa_plugin.router.http.messages import MAX_BODY_BYTES, ErrorAnswer, HashQuery, HealthAnswer, Query
 from vswa_plugin.router.http.metrics import RouterMetrics
 from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation
@@ -121,12 +121,11 @@ class RouterServer:
         return worker_answers(self._fleet, request.query.get("model_name"))
 
     async def _dump(self, request: web.Request) -> web.StreamResponse:
-        ranks = dumped_ranks(
-            self._fleet,
-            request.query.get("model_name"),
-            _number(request, "worker_id"),
-            _number(request, "dp_rank"),
-        )
+        numbers = {
+            each.name: _number(request, each.name) for each in DUMP_PARAMETERS if each.kind == "integer"
+        }
+        asked = Asked(request.query.get("model_name"), **numbers)
+        asked.ranks(self._fleet.index)  # refused before anything is sent
         if self._dumping:
             raise Overloaded("expected one dump at a time, got another; ask again when it is done")
         self._dumping = True
@@ -134,7 +133,7 @@ class RouterServer:
         try:
             async with asyncio.timeout(DUMP_TIMEOUT_S):
                 await response.prepare(request)
-                async for piece in dump(self._fleet, ranks):
+                async for piece in dump(self._fleet, asked):
                     await response.write(piece)
                 await response.write_eof()
         except TimeoutError:

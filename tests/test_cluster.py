@@ -1,0 +1,157 @@
+"""A deployment on this machine: when it counts as ready, and what is asked of whom to know."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from tests.conftest import Run
+from tests.e2e_helpers import eventually
+from tests.registry_helpers import ENTRY
+from vswa_plugin.cluster import Cluster, ClusterSettings
+from vswa_plugin.cluster_probe import Probe
+from vswa_plugin.processes import Child
+from vswa_plugin.registry.file import FileRegistry
+from vswa_plugin.topologies import Routing, WorkerGroup
+
+
+class Front:
+    """Answers as Dynamo's frontend and one of our routers would; what a request meets is in the fields."""
+
+    def __init__(self) -> None:
+        self.components: list[str] = []
+        self.statuses = [200]
+        self.used = ""
+        #: What was asked for, in order.
+        self.asked: list[str] = []
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        app = web.Application()
+        app.add_routes([web.get("/health", self._health), web.get("/v1/models", self._models)])
+        app.add_routes([web.post("/v1/completions", self._complete), web.get("/metrics", self._metrics)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
+    async def asked_twice(self) -> None:
+        """From now on: by then an answer that came before has had its effect."""
+        self.asked.clear()
+        await eventually(lambda: self.asked.count("metrics") > 1, "the router is asked")
+
+    async def _health(self, _: web.Request) -> web.Response:
+        self.asked.append("health")
+        found = [{"component": c, "namespace": "dynamo", "endpoint": "generate"} for c in self.components]
+        return web.json_response({"instances": found})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "gemma"}]})
+
+    async def _complete(self, _: web.Request) -> web.Response:
+        self.asked.append("completion")
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        return web.json_response({}, status=status)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        self.asked.append("metrics")
+        return web.Response(text=self.used)
+
+
+def used(*workers: int, model: str = "gemma") -> str:
+    """A router's page of metrics that sends requests of ``model`` to those workers."""
+    lines = ["# TYPE vswa_router_load_requests gauge"]
+    lines += [
+        f'vswa_router_load_requests{{model="{model}",worker="{each:x}",dp_rank="0"}} 0' for each in workers
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_a_cluster_is_ready_when_all_workers_are_known_and_a_request_is_served_not_when_the_model_is_listed(
+    run: Run[Any], tmp_path: Path
+) -> None:
+    groups = (WorkerGroup("prefill", 1), WorkerGroup("decode", 2))
+    front = Front()
+    front.components, front.statuses = ["prefill", "backend"], [503, 503, 200]
+
+    async def body() -> None:
+        async with front.serving() as url:
+            cluster = Cluster(ClusterSettings(str(tmp_path), "gemma", groups), tmp_path)
+            cluster.url = url
+            cluster.frontend = await Child.start("frontend", ["sleep", "60"], tmp_path)
+            waiting = asyncio.create_task(cluster.wait_for_model())
+            await eventually(lambda: front.asked.count("health") > 2, "it has looked three times")
+            assert "completion" not in front.asked, "one is missing"
+            front.components.append("backend")
+            await waiting
+            await cluster.stop()
+
+    run(body())
+
+    assert front.asked[-6:] == ["health", "completion"] * 3, "until it is served"
+
+
+def test_behind_our_router_a_cluster_is_ready_when_that_sends_requests_to_all_of_its_workers(
+    run: Run[Any], tmp_path: Path
+) -> None:
+    """Not to as many: those of an earlier life may still be there."""
+    front = Front()
+    front.components = ["backend", "backend", "router"]
+    settings = ClusterSettings(
+        str(tmp_path),
+        "gemma",
+        (WorkerGroup("agg", 2),),
+        routing=Routing("exact"),
+        worker_options=("--registry", f"file:{tmp_path}"),
+    )
+
+    async def body() -> None:
+        async with front.serving() as url:
+            cluster = Cluster(settings, tmp_path)
+            cluster.url, cluster.router_urls = url, [url]
+            cluster.frontend = await Child.start("frontend", ["sleep", "60"], tmp_path)
+            cluster.routers = [await Child.start("router", ["sleep", "60"], tmp_path)]
+            cluster.workers = [await Child.start(f"worker-{n}", ["sleep", "60"], tmp_path) for n in (0, 1)]
+            one, two = (
+                msgspec.structs.replace(ENTRY, worker_id=worker_id, pid=worker.pid)
+                for worker_id, worker in zip((0xA, 0xB), cluster.workers, strict=True)
+            )
+            registries = [FileRegistry(tmp_path) for _ in cluster.workers]
+            await registries[0].join(one)
+            front.used = used(0xA, 0xB)
+            waiting = asyncio.create_task(cluster.wait_for_model())
+            await front.asked_twice()
+            assert "completion" not in front.asked, "the second has not joined"
+            front.used = ""
+            await registries[1].join(two)
+            for front.used in ("", used(0xA), used(0xA, 0xDEAD), used(0xA, 0xB, model="other")):
+                await front.asked_twice()
+                assert "completion" not in front.asked
+            front.used = used(0xA, 0xB, 0xDEAD)
+            await waiting
+            for registry in registries:
+                await registry.close()
+            await cluster.stop()
+
+    run(body())
+
+    assert front.asked[-1] == "completion"
+
+
+def test_who_does_not_answer_says_nothing(run: Run[Any]) -> None:
+    async def body() -> tuple[Any, ...]:
+        nowhere = "http://127.0.0.1:9"
+        async with Probe(ClusterSettings("m", "gemma"), nowhere) as probe:
+            routed = await probe.routed_workers(nowhere)
+            return await probe.instances(), await probe.lists_model(), await probe.serves_model(), routed
+
+    assert run(body()) == ({}, False, False, set())

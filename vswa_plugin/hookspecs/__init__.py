@@ -1,0 +1,76 @@
+"""Every extension point of vswa-plugin. The docstrings are the contract; there is no logic here.
+
+A plugin is a module or an object with functions that carry the names of hooks and the mark ``@hookimpl``::
+
+    from vswa_plugin.hookspecs import hookimpl
+
+    @hookimpl
+    def vswa_kv_batch(source, batch):
+        ...
+
+What holds for all hooks:
+
+* Implementations are plain functions: no ``async def``, no generators, no wrappers.
+* Arguments are passed by name; an implementation takes those that it needs and leaves out the rest.
+* Arguments are shared by all plugins: read them, never change them.
+* Each implementation is called on its own. One that fails costs its own answer and nothing else: the
+  failure is counted, and logged once per plugin, hook and minute.
+* ``tryfirst=True`` and ``trylast=True`` move an implementation to the front or the back; otherwise plugins
+  are called by their name, in alphabetical order, so the order in which they were loaded never shows.
+
+    worker.py      engines, their events, and a worker's start
+    routing.py     what a router asks
+    observers.py   what plugins are shown of events and requests, and their metrics
+    tools.py       what commands ask
+"""
+
+from __future__ import annotations
+
+from vswa_plugin.hookspecs.marks import NAME, hookimpl, hookspec
+from vswa_plugin.hookspecs.observers import (
+    vswa_engine_events,
+    vswa_kv_batch,
+    vswa_kv_stored,
+    vswa_metrics,
+    vswa_request_arrived,
+    vswa_request_finished,
+)
+from vswa_plugin.hookspecs.routing import (
+    vswa_reuse_rules,
+    vswa_score,
+    vswa_select_worker,
+)
+from vswa_plugin.hookspecs.tools import (
+    vswa_accuracy_scorers,
+    vswa_register_commands,
+    vswa_simulated_rank,
+)
+from vswa_plugin.hookspecs.worker import (
+    WorkerContext,
+    vswa_engine,
+    vswa_engine_names,
+    vswa_event_adapter,
+    vswa_worker_connected,
+)
+
+#: All hooks, in the order in which docs/hooks.md explains them.
+HOOKS = (
+    vswa_engine,
+    vswa_engine_names,
+    vswa_event_adapter,
+    vswa_worker_connected,
+    vswa_reuse_rules,
+    vswa_score,
+    vswa_select_worker,
+    vswa_kv_batch,
+    vswa_kv_stored,
+    vswa_engine_events,
+    vswa_request_arrived,
+    vswa_request_finished,
+    vswa_metrics,
+    vswa_accuracy_scorers,
+    vswa_simulated_rank,
+    vswa_register_commands,
+)
+
+__all__ = ["HOOKS", "NAME", "WorkerContext", "hookimpl", "hookspec"]
