@@ -174,8 +174,8 @@ class EchoWorker:
                     chunk["disaggregated_params"] = {"note": [context.id(), {"of": len(prompt)}]}
             if wish != "hang" or mode != "prefill":
                 yield chunk
-            if wish == "die" and done == int(number):
-                self._die_if_nobody_has()
+            if wish in ("die", "freeze") and done == int(number):
+                self._die_if_nobody_has(signal.SIGKILL if wish == "die" else signal.SIGSTOP)
             if wish == "hang":
                 await context.async_killed_or_stopped()
                 say(stopped=context.id())
@@ -183,11 +183,11 @@ class EchoWorker:
             if wish == "pace":
                 await asyncio.sleep(float(number))
 
-    def _die_if_nobody_has(self) -> None:
+    def _die_if_nobody_has(self, by: signal.Signals = signal.SIGKILL) -> None:
         with contextlib.suppress(FileNotFoundError):
             Path(self._options["folder"], "die").unlink()
             say(word="dies now")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
 
 def check_note(request: Mapping[str, Any]) -> Any:
@@ -308,8 +308,10 @@ class Stack:
         return found
 
     async def replace_the_dead(self) -> None:
-        """Start a worker for the one that has died."""
+        """Start a worker for the one that has died, or that is frozen."""
         (dead,) = (echo for echo in self.echoes if logged(echo.child, "dies now"))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(dead.child.pid, signal.SIGKILL)
         assert await dead.child.wait() == -signal.SIGKILL
         self.killed.add(dead.child.name)
         self.echoes.remove(dead)

@@ -137,6 +137,52 @@ def test_an_error_comes_after_all_that_came_before_it() -> None:
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("apart_s", [0.0, FOR_EVER])
+def test_a_stream_that_is_given_up_ends_with_the_reason_after_all_that_came(apart_s: float) -> None:
+    async def hanging() -> AsyncIterator[ChunkDict]:
+        yield _tokens(1)
+        yield _tokens(2)
+        await asyncio.Event().wait()
+
+    async def check() -> None:
+        lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        stream = joined(hanging(), apart_s, lost)
+        asyncio.get_running_loop().call_later(0.02, lost.set_result, ValueError("given up"))
+        assert [_tokens(1), _tokens(2)] == [await anext(stream), await anext(stream)]
+        with pytest.raises(ValueError, match="given up"):
+            await anext(stream)
+
+    asyncio.run(asyncio.wait_for(check(), 10))
+
+
+def test_a_stream_that_is_given_up_between_two_chunks_ends_too() -> None:
+    async def check() -> None:
+        lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        stream = joined(_stream([_tokens(n) for n in range(9)]), 0.0, lost)
+        await anext(stream)
+        lost.set_result(ValueError("given up"))
+        with pytest.raises(ValueError, match="given up"):
+            await anext(stream)
+
+    asyncio.run(check())
+
+
+def test_whoever_cancels_the_reader_cancels_it() -> None:
+    async def hanging() -> AsyncIterator[ChunkDict]:
+        await asyncio.Event().wait()
+        yield _tokens(1)
+
+    async def check() -> None:
+        lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        reader = asyncio.ensure_future(anext(joined(hanging(), 0.0, lost)))
+        await asyncio.sleep(0)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+
+    asyncio.run(asyncio.wait_for(check(), 10))
+
+
 def test_one_chunk_is_asked_for_ahead_and_no_more() -> None:
     asked = 0
 

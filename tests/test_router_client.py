@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
 from dynamo.llm import HttpError
 from dynamo.llm.exceptions import CannotConnect, Disconnected, InvalidArgument
 
-from vswa_plugin.dynamo import namespaced_block_hash
-from vswa_plugin.dynamo_client import Refused, Unreached, _from_dynamo, _to_dynamo, namespaced_sequence_hashes
+from vswa_plugin.dynamo import EndpointName, namespaced_block_hash
+from vswa_plugin.dynamo_client import (
+    Refused,
+    Unreached,
+    WorkerClient,
+    _from_dynamo,
+    _to_dynamo,
+    namespaced_sequence_hashes,
+)
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 from vswa_plugin.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.selection import NoCandidate
@@ -69,3 +80,47 @@ def test_a_prompt_is_hashed_as_its_worker_names_its_blocks(salt: str | None, lor
 
     assert list(hashes) == sequence_hashes(blocks)
     assert (list(hashes) == sequence_hashes_of_tokens(tokens, 16)) is (salt is None and lora is None)
+
+
+class _Stopped:
+    context = None
+
+    def stopped(self) -> bool:
+        return False
+
+
+class _Hanging:
+    """Stands for Dynamo's client: one chunk, then silence."""
+
+    async def direct(self, *_: Any, **__: Any) -> AsyncIterator[dict[str, Any]]:
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            yield {"token_ids": [1]}
+            await asyncio.Event().wait()
+
+        return chunks()
+
+
+def test_a_worker_that_is_given_up_ends_its_streams_and_no_others() -> None:
+    async def check() -> None:
+        client = WorkerClient(EndpointName("n", "c", "e"), _Hanging())
+        streams = [client.generate({}, worker_id, _Stopped()) for worker_id in (1, 2)]  # type: ignore[arg-type]
+        assert not client.busy(1)
+        for stream in streams:
+            await anext(stream)
+        assert client.busy(1)
+
+        client.give_up(1, "nothing is heard of it")
+        client.give_up(1, "again")
+        with pytest.raises(Unavailable, match="nothing is heard of it"):
+            await anext(streams[0])
+
+        assert (False, True) == (client.busy(1), client.busy(2))
+        other = asyncio.ensure_future(anext(streams[1]))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not other.done()
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+        assert not client.busy(2)
+
+    asyncio.run(asyncio.wait_for(check(), 10))

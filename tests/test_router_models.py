@@ -163,3 +163,60 @@ def test_taints_reach_the_pool_and_a_worker_that_shows_the_model_itself_is_warne
     assert {1: {"spot", "old"}, 2: set()} == forwarder.models["m"].pool.taints
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert ["worker 2 shows 'm' itself"] == [text.partition(":")[0] for text in warned]
+
+
+class _Client:
+    def __init__(self) -> None:
+        self.streams, self.given_up = 1, list[str]()
+
+    def busy(self, worker_id: int) -> bool:
+        return bool(self.streams)
+
+    def give_up(self, worker_id: int, reason: str) -> None:
+        self.given_up.append(reason)
+
+
+@pytest.mark.parametrize(
+    ("silent", "back", "streams", "given_up"),
+    [(True, False, 1, 1), (False, False, 1, 0), (True, True, 1, 0), (True, False, 0, 0)],
+    ids=["lost", "draining", "back again", "nothing under way"],
+)
+def test_streams_of_a_worker_that_left_and_is_silent_are_given_up_once(
+    monkeypatch: pytest.MonkeyPatch, silent: bool, back: bool, streams: int, given_up: int
+) -> None:
+    client, heard = _Client(), {"silent": False}
+
+    async def opened(*_: Any) -> Any:
+        return client
+
+    async def unshown(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr("vswa_plugin.router.models.WorkerClient.open", opened)
+    monkeypatch.setattr(Models, "_show", unshown)
+    forwarder = Forwarder(
+        Decider(WindowIndex(), Weights(), namespaced_sequence_hashes), Accuracy(), lambda rank: True
+    )
+    entries = {"1": entry(1), "2": entry(2)}
+    models = Models(
+        None,
+        entries,
+        EndpointName.parse("dyn://n.c.e"),
+        forwarder,
+        silent=lambda rank: rank.worker_id == 1 and heard["silent"],
+    )
+
+    async def life() -> None:
+        await models.update()
+        left = entries.pop("1")
+        await models.update()
+        assert not client.given_up  # still heard of
+        if back:
+            entries["1"] = left
+            await models.update()
+        client.streams, heard["silent"] = streams, silent
+        await models.update()
+        await models.update()
+
+    asyncio.run(life())
+    assert given_up == len(client.given_up)

@@ -20,20 +20,34 @@ _LISTS = ("token_ids", "log_probs", "top_logprobs")
 _PLAIN = frozenset((*_LISTS, "index", "cum_log_probs"))
 
 
-async def joined(chunks: AsyncIterator[ChunkDict], apart_s: float = APART_S) -> AsyncIterator[ChunkDict]:
+async def joined(
+    chunks: AsyncIterator[ChunkDict],
+    apart_s: float = APART_S,
+    lost: asyncio.Future[Exception] | None = None,
+) -> AsyncIterator[ChunkDict]:
     """The stream's chunks, without delay while they come ``apart_s`` apart; of a burst, some joined.
 
     Asks for one chunk ahead. Raises what ``chunks`` raises, after all that came before it.
+
+    :param lost: gets an error when no more chunks will come; it is raised then.
     """
     loop = asyncio.get_running_loop()
     due = 0.0
     ahead = _next(chunks)
+    if lost is not None:
+        lost.add_done_callback(lambda _: ahead.cancel())
     try:
         while True:
+            if lost is not None and lost.done():
+                raise lost.result()
             try:
                 chunk = await ahead
             except StopAsyncIteration:
                 return
+            except asyncio.CancelledError:
+                if lost is not None and lost.done():
+                    continue
+                raise
             ahead = _next(chunks)
             while (left := due - loop.time()) > 0 and _PLAIN.issuperset(chunk):
                 if not ahead.done():

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -160,6 +161,8 @@ class WorkerClient:
     def __init__(self, name: EndpointName, client: Any) -> None:
         self.name = name
         self._client = client
+        #: Streams under way, by worker: each gets an error when no more will come.
+        self._streams: dict[int, set[asyncio.Future[Exception]]] = {}
 
     @classmethod
     async def open(cls, runtime: Any, name: EndpointName) -> WorkerClient:
@@ -169,6 +172,28 @@ class WorkerClient:
         """Workers that Dynamo's discovery lists now."""
         found: list[int] = self._client.instance_ids()
         return found
+
+    def busy(self, worker_id: int) -> bool:
+        """Whether a stream of this worker is under way."""
+        return bool(self._streams.get(worker_id))
+
+    def give_up(self, worker_id: int, reason: str) -> None:
+        """End this worker's streams: their requests go on with another worker."""
+        for lost in self._streams.get(worker_id, ()):
+            if not lost.done():
+                lost.set_result(Unavailable(reason))
+
+    @contextmanager
+    def _stream(self, worker_id: int) -> Iterator[asyncio.Future[Exception]]:
+        lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        streams = self._streams.setdefault(worker_id, set())
+        streams.add(lost)
+        try:
+            yield lost
+        finally:
+            streams.discard(lost)
+            if not streams and self._streams.get(worker_id) is streams:
+                del self._streams[worker_id]
 
     async def generate(self, request: RequestDict, worker_id: int, call: Call) -> AsyncIterator[ChunkDict]:
         """Chunks of one worker, as it sends them, those of a burst joined (bursts.py).
@@ -182,8 +207,9 @@ class WorkerClient:
         except Exception as error:  # Dynamo raises plain Exception
             raise _from_dynamo(error, Unreached) from error
         try:
-            async for chunk in joined(chunks):
-                yield chunk
+            with self._stream(worker_id) as lost:
+                async for chunk in joined(chunks, lost=lost):
+                    yield chunk
         except Exception as error:
             if not call.stopped():
                 raise _from_dynamo(error, Unavailable) from error

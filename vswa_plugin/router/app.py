@@ -121,6 +121,7 @@ class Router:
             self.forwarder,
             only=args.served_model_name,
             book=self.replicas.load.book,
+            silent=self._silent,
         )
         self._following = asyncio.create_task(self._models.follow(), name="follow the workers")
         if args.http.port is not None:
@@ -130,6 +131,10 @@ class Router:
     def _live(self, rank: Rank) -> bool:
         view = self.fleet.subscriber.view(rank)
         return view is not None and view.state(asyncio.get_running_loop().time()) == "live"
+
+    def _silent(self, rank: Rank) -> bool:
+        view = self.fleet.subscriber.view(rank)
+        return view is None or view.silent
 
     def _stop_signal(self) -> asyncio.Event:
         """Set by SIGTERM or SIGINT; again while draining: drain no longer."""

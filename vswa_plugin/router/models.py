@@ -129,6 +129,7 @@ class Models:
     :param forwarder: serves the requests of all models, and is told who serves which.
     :param only: no other model than this one.
     :param book: a new load book for a model, by its name and block size.
+    :param silent: whether nothing is heard of a rank any more.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Models:
         forwarder: Forwarder,
         only: str | None = None,
         book: Callable[[str, int], LoadBook] = lambda _, block_size: LoadBook(block_size),
+        silent: Callable[[Rank], bool] = lambda _: False,
     ) -> None:
         #: The serving tasks; one that ends unasked means that Dynamo's runtime did.
         self.serving: list[asyncio.Task[None]] = []
@@ -149,6 +151,9 @@ class Models:
         self._models = forwarder.models
         self._forwarder = forwarder
         self._book = book
+        self._silent = silent
+        #: Workers that left the registry with streams under way, which they finish unless they are dead.
+        self._left: dict[int, tuple[WorkerClient, tuple[Rank, ...]]] = {}
         self._seen: dict[str, Entry] = {}
         self._clients: dict[EndpointName, WorkerClient] = {}
         self._endpoints: dict[EndpointName, FrontEndpoint] = {}
@@ -170,6 +175,7 @@ class Models:
                 await self._set_workers(name, group)
             for name in self._models.keys() - groups.keys():
                 await self._set_workers(name, Group(()))
+        self._give_up_the_silent()
         now = asyncio.get_running_loop().time()
         for model in self._models.values():
             if model.card is None and now >= model.retry_at and model.missing() is None:
@@ -199,6 +205,7 @@ class Models:
         clients = {entry.worker_id: await self._client(entry) for entry in group.used}
         gone = model.clients.keys() - clients.keys()
         for entry in group.used:
+            self._left.pop(entry.worker_id, None)
             if entry.worker_id not in model.clients:
                 logger.info("model %r: worker %x joins, mode %s", name, entry.worker_id, entry.mode)
                 if entry.visible:
@@ -208,6 +215,9 @@ class Models:
                         entry.worker_id,
                         name,
                     )
+        for worker_id in gone:
+            ranks = tuple(rank for pool in model.pools for rank in pool.ranks if rank.worker_id == worker_id)
+            self._left[worker_id] = model.clients[worker_id], ranks
         model.clients = clients
         set_ranks(model, group)
         for worker_id in gone:
@@ -217,6 +227,17 @@ class Models:
         _report_phases(model)
         if model.card is not None and model.missing() is not None:
             await self._hide(model)
+
+    def _give_up_the_silent(self) -> None:
+        """End the streams of workers that hang or are cut off; one that drains is still heard of."""
+        for worker_id, (client, ranks) in list(self._left.items()):
+            if not client.busy(worker_id):
+                del self._left[worker_id]
+            elif all(map(self._silent, ranks)):
+                del self._left[worker_id]
+                reason = f"worker {worker_id:x} is in no registry and nothing is heard of it"
+                logger.warning("%s: its requests go on elsewhere", reason)
+                client.give_up(worker_id, reason)
 
     async def _client(self, entry: Entry) -> WorkerClient:
         name = EndpointName(entry.namespace, entry.component, entry.endpoint)
