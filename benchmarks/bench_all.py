@@ -53,8 +53,9 @@ def run(out: Path, only: list[str]) -> int:
         say(f"{name}: {question}")
         target = out / f"{name}.json"
         code = subprocess.run(
-            [sys.executable, str(HERE / command[0]), *command[1:], "--json", str(target)],
+            [sys.executable, f"benchmarks/{command[0]}", *command[1:], "--json", str(target.absolute())],
             check=False,
+            cwd=HERE.parent,  # what was run is in the results, without this machine's folders
             stdout=subprocess.DEVNULL,
         ).returncode
         if code:

@@ -313,3 +313,26 @@ def test_a_claim_that_fails_costs_neither_the_record_nor_the_end_of_the_request(
     asyncio.run(body())
 
     assert 1 == len(served.records)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"token_ids": [1], "routing": [1]}, "routing: expected an object, got list"),
+        ({"token_ids": 5}, "token_ids: expected a list of integers, got int"),
+        ({"token_ids": b"12345"}, "token_ids: expected 4 bytes per token, got 5 bytes"),
+    ],
+)
+def test_a_malformed_request_is_refused_before_the_engine_is_asked(
+    request_: dict[str, Any], message: str
+) -> None:
+    engine = Scripted({"token_ids": [1]})
+    handler = RequestHandler(engine, "m", 1, None)  # type: ignore[arg-type]
+
+    async def check() -> None:
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        with pytest.raises(InvalidRequest, match=message):
+            await anext(handler.handle(request_, "r", gone))
+
+    asyncio.run(check())
+    assert (0, 0) == (handler.in_flight, engine.closed)

@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import cast
 
 from vswa_plugin.engine import WORKER_ONLY, ChunkDict, Engine, RequestDict
@@ -15,6 +14,7 @@ from vswa_plugin.errors import RequestError, Unavailable
 from vswa_plugin.healing import Claim
 from vswa_plugin.publisher import Publisher
 from vswa_plugin.records import RequestRecord
+from vswa_plugin.request_fields import Fields, unchecked_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class RequestHandler:
             self._ended(tracked, chunks)
             publisher = self._publishers.get(tracked.dp_rank)
             if publisher is not None and publisher.healing.active and tracked.reused_here:
-                publisher.claim(tracked.claim(request, marks[tracked.dp_rank]))
+                publisher.claim(tracked.claim(marks[tracked.dp_rank]))
 
         self._open.add(chunks)
         self._idle.clear()
@@ -153,10 +153,12 @@ class _Tracked:
 
     def __init__(self, request: RequestDict, request_id: str) -> None:
         self.request_id = request_id
+        fields = Fields(request)
+        self._routing = fields.object("routing").data
         # What is not a rank is the engine's to refuse.
-        rank = (request.get("routing") or {}).get("dp_rank")
+        rank = self._routing.get("dp_rank")
         self.dp_rank = rank if isinstance(rank, int) else 0
-        self._prompt_tokens = len(_token_ids(request))
+        self._prompt = unchecked_token_ids(fields)
         self._began = time.monotonic()
         self._first_token_s: float | None = None
         self._output_tokens = 0
@@ -185,16 +187,10 @@ class _Tracked:
         if reason := chunk.get("finish_reason"):
             self.finish_reason = str(reason)
 
-    def claim(self, request: RequestDict, mark: int) -> Claim:
+    def claim(self, mark: int) -> Claim:
         """What this request proves, had it arrived when ``mark`` engine events had been seen."""
-        routing = request.get("routing") or {}
-        return Claim(
-            tuple(_token_ids(request)),
-            self.cached_tokens,
-            mark,
-            routing.get("cache_salt"),
-            routing.get("lora_name"),
-        )
+        salt, lora = self._routing.get("cache_salt"), self._routing.get("lora_name")
+        return Claim(tuple(self._prompt), self.cached_tokens, mark, salt, lora)
 
     def record(self, model: str, worker_id: int) -> RequestRecord:
         return RequestRecord(
@@ -202,7 +198,7 @@ class _Tracked:
             model=model,
             worker_id=worker_id,
             dp_rank=self.dp_rank,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=len(self._prompt),
             cached_tokens=self.cached_tokens,
             output_tokens=self._output_tokens,
             finish_reason=self.finish_reason,
@@ -210,11 +206,3 @@ class _Tracked:
             total_s=time.monotonic() - self._began,
             transferred_tokens=self._transferred_tokens,
         )
-
-
-def _token_ids(request: RequestDict) -> Sequence[int]:
-    """The prompt, which Dynamo may pack as little-endian 32-bit integers."""
-    tokens = request.get("token_ids") or ()
-    if isinstance(tokens, (bytes, bytearray)):
-        return array("i", bytes(tokens[: len(tokens) // 4 * 4]))
-    return cast("Sequence[int]", tokens)
