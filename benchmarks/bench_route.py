@@ -1,10 +1,10 @@
 """What is exactness worth? Simulated ranks behind routers that differ in what they believe is cached.
 
-    python benchmarks/bench_route.py --json benchmarks/results/route.json --page docs/accuracy.md
+    python benchmarks/bench_route.py [--seeds N] --json benchmarks/results/route.json --page docs/accuracy.md
     python benchmarks/bench_route.py --from benchmarks/results/route.json --page docs/accuracy.md
 
-`vswa accuracy route` over 36 cells: 4 workloads, 3 models, 3 sizes of memory; 10 seeds each. On two cores
-about 40 minutes. `--page` rewrites the table between the two marks of a Markdown page.
+`vswa accuracy route` over 36 cells: 4 workloads, 3 models, 3 sizes of memory; 10 seeds each, which take
+about 40 minutes on two cores. `--page` rewrites the table between the two marks of a Markdown page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vswa_plugin.accuracy.route_report import Comparison
 
 FULL = (
     *("forks", "documents", "chat", "agents", "--model", "gemma-3-1b,gemma-3-27b,gpt-oss"),
-    *("--blocks", "1024,2048,4096", "--requests", "500", "--seeds", "10"),
+    *("--blocks", "1024,2048,4096", "--requests", "500"),
 )
 SHORT = (
     *("forks", "documents", "--model", "gemma-3-1b", "--blocks", "2048", "--requests", "150"),
@@ -130,12 +130,13 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--short", action="store_true", help="2 cells, 150 requests, 2 seeds")
+    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="of the 36 cells, each (10)")
     parser.add_argument("--from", dest="made", metavar="FILE", help="measure nothing, take this result")
     parser.add_argument("--json", metavar="FILE", help="write the result; - for standard output")
     parser.add_argument("--page", metavar="FILE", help="put the table into this page")
     args = parser.parse_args()
     result = json.loads(Path(args.made).read_text("utf-8")) if args.made else None
-    result = result or measure(SHORT if args.short else FULL)
+    result = result or measure(SHORT if args.short else (*FULL, "--seeds", str(args.seeds)))
     if args.json == "-":
         print(encoded(result), end="")
     elif args.json:

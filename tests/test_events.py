@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vswa_plugin.errors import ProtocolError
@@ -49,6 +49,7 @@ def test_a_batch_survives_the_wire(batch: Batch) -> None:
 
 
 @given(st.binary(max_size=200))
+@example(b"\x95\x01\x05\x00\x00\x91\x91\xa1\x80").via("a tag that is not UTF-8")
 def test_arbitrary_bytes_are_refused_and_nothing_else_happens(payload: bytes) -> None:
     try:
         decode(payload)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from vswa_plugins.gemma3_cpu.transfer.messages import (
     LENGTH,
@@ -69,6 +69,8 @@ def test_a_verdict_survives_the_wire(verdict: Ack | Nack) -> None:
 
 
 @given(st.binary(max_size=100), st.sampled_from(DECODERS))
+@example(b"\x92\xa1\x80", DECODERS[0]).via("a tag that is not UTF-8")
+@example(b"\x92\xa1\x80", DECODERS[1]).via("a tag that is not UTF-8")
 def test_arbitrary_bytes_are_refused_and_nothing_else_happens(data: bytes, decode: Any) -> None:
     try:
         decode(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vswa_plugin import control
@@ -129,6 +129,7 @@ def test_what_is_no_request_is_refused_and_nothing_else_happens() -> None:
 
 
 @given(st.binary(max_size=300))
+@example(b"\x91\xa1\x80").via("a tag that is not UTF-8")
 def test_arbitrary_bytes_are_answered_and_nothing_is_raised(payload: bytes) -> None:
     kept = Kept()
     kept.publish()
@@ -137,6 +138,7 @@ def test_arbitrary_bytes_are_answered_and_nothing_is_raised(payload: bytes) -> N
 
 
 @given(st.binary(max_size=300))
+@example(b"\x91\xa1\x80").via("a tag that is not UTF-8")
 def test_an_answer_of_arbitrary_bytes_is_refused_by_the_reader(payload: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         control.decode_reply(payload)

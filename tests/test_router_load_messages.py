@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.test_router_replicas import A, loads_of, pair
@@ -53,6 +53,7 @@ def test_another_version_is_counted_apart_whatever_it_looks_like() -> None:
 
 
 @given(st.binary(max_size=60))
+@example(b"\x93\x01\x05\x91\x91\xa1\x80").via("a tag that is not UTF-8")
 def test_no_bytes_break_a_router(payload: bytes) -> None:
     load = SharedLoad(2)
     book = load.book("m", 16)

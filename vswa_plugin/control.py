@@ -111,5 +111,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes, limit: int) -> 
         if len(payload) > limit:
             raise msgspec.ValidationError(f"more than {limit} bytes")
         return decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(f"expected a control message, got {len(payload)} bytes: {error}") from error

@@ -159,7 +159,7 @@ def decode(payload: bytes) -> Batch:
         except msgspec.ValidationError as error:
             return _decode_one_by_one(payload, error)
         return batch if batch.version == VERSION else _decode_one_by_one(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(
             f"expected a batch of wire version {VERSION}, got {len(payload)} bytes: {error}"
         ) from error

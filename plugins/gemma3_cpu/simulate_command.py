@@ -185,7 +185,7 @@ def _read(lines: IO[bytes], name: str) -> Iterator[Request]:
             where = f"{name}, line {number}"
             try:
                 record = decoder.decode(line)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeError) as error:
                 raise ConfigError(f"{where}: expected a JSON object, got {error}") from error
             if not isinstance(record, dict) or record.get("type") not in _PASSED_OVER:
                 yield _request(record, where)

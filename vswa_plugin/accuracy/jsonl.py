@@ -33,7 +33,7 @@ def read(
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield number, decoder.decode(line)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise ConfigError(f"{path}, line {number}: expected {expected}: {error}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(

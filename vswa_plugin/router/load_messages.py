@@ -113,7 +113,7 @@ def decode(payload: bytes) -> Message:
         if version != LOAD_VERSION:
             raise ForeignVersion(f"expected router load of version {LOAD_VERSION}, got {version}")
         return _decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(f"expected router load, got {len(payload)} bytes: {error}") from error
 
 

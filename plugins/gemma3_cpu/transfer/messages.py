@@ -150,5 +150,5 @@ def clip(reason: str) -> str:
 def _decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray, what: str) -> T:
     try:
         return decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ProtocolError(f"expected {what}, got {len(payload)} bytes: {error}") from error
