@@ -14,22 +14,19 @@ from vswa_plugin import dynamo
 from vswa_plugin.dynamo_client import namespaced_sequence_hashes, shut_down
 from vswa_plugin.errors import VswaError
 from vswa_plugin.events import Rank
-from vswa_plugin.fleet import Fleet
 from vswa_plugin.host import PluginHost
-from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.args import RouterArgs
 from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.following import fleet_of
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.models import Models
 from vswa_plugin.router.replicas import Replicas
-from vswa_plugin.subscriber import SubscriberOptions
 from vswa_plugin.transport import Transport
-from vswa_plugin.view import ViewOptions
 from vswa_plugin.worker.status import Status
 
 logger = logging.getLogger(__name__)
@@ -50,19 +47,13 @@ class Router:
     def __init__(self, args: RouterArgs, host: PluginHost, registry: Registry) -> None:
         self._args = args
         self._registry = registry
-        view = ViewOptions(heartbeat_s=args.heartbeat_s, stale_grace_s=args.stale_grace_s)
-        index = WindowIndex(rules=host.reuse_rules())
         transport = Transport(args.nats_server, f"vswa router {args.endpoint}")
         self.replicas = Replicas(transport, args.namespace)
-        self.fleet = Fleet(
-            transport,
-            registry,
-            namespace=args.namespace,
-            options=SubscriberOptions(view=view),
-            index=index,
-        )
+        self.fleet = fleet_of(args, host, registry, transport)
         self.accuracy = Accuracy()
-        self.decider = Decider(index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
+        self.decider = Decider(
+            self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks()
+        )
         self.forwarder = Forwarder(self.decider, self.accuracy, self._live)
         self.status = Status()
         counted = Counted(

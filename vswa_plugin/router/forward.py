@@ -134,7 +134,7 @@ class Forwarder:
         return self._in_flight
 
     async def forward(self, request: RequestDict, call: Call) -> AsyncIterator[ChunkDict]:
-        """Chunks of the chosen worker, as they come; nothing is buffered here.
+        """Chunks of the chosen worker, as they come; those of a burst come joined (bursts.py).
 
         Where prefill and decode workers are apart, the prompt is computed before the decode worker is chosen.
 

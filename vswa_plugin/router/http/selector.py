@@ -11,22 +11,19 @@ import logging
 import signal
 
 from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.fleet import Fleet
 from vswa_plugin.host import PluginHost
-from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach
 from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.args import RouterArgs
 from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.following import fleet_of
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.options import SELECTOR_PORT
 from vswa_plugin.router.http.selection import Selection
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.replicas import Replicas
-from vswa_plugin.subscriber import SubscriberOptions
 from vswa_plugin.transport import Transport
-from vswa_plugin.view import ViewOptions
 from vswa_plugin.worker.status import Status
 
 logger = logging.getLogger(__name__)
@@ -43,19 +40,11 @@ class Selector:
     def __init__(self, args: RouterArgs, host: PluginHost, registry: Registry) -> None:
         self._http = args.http
         self._registry = registry
-        view = ViewOptions(heartbeat_s=args.heartbeat_s, stale_grace_s=args.stale_grace_s)
-        index = WindowIndex(rules=host.reuse_rules())
         transport = Transport(args.nats_server, "vswa selector")
-        self.fleet = Fleet(
-            transport,
-            registry,
-            namespace=args.namespace,
-            options=SubscriberOptions(view=view),
-            index=index,
-        )
+        self.fleet = fleet_of(args, host, registry, transport)
         self.replicas = Replicas(transport, args.namespace)
         self.accuracy = Accuracy()
-        decider = Decider(index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
+        decider = Decider(self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
         self.selection = Selection(
             self.fleet, decider, namespaced_sequence_hashes, self.accuracy, self.replicas.load.book
         )
