@@ -1,0 +1,397 @@
+"""What others on the broker can do to a router's view of a rank, and must not be able to."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.cases import mended_by
+from vswa_plugin import control
+from vswa_plugin.errors import ConfigError, ConnectError
+from vswa_plugin.events import Batch, Event, Rank, Removed, Source, Stored, encode, layout_event
+from vswa_plugin.fleet import Fleet
+from vswa_plugin.history import History, HistoryOptions
+from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.registry import Change, Connected, Entry, Joined, Left
+from vswa_plugin.residency import Residency
+from vswa_plugin.stream import Apply, Ask, Effect, Reader, Reset
+from vswa_plugin.transport import source_of, subject
+
+LAYOUT = CacheLayout((CacheGroup(0, None, 32),), "trtllm_v2", "m")
+HONEST = Source("n", "c", 1)
+RANK = HONEST.rank
+EPOCH = 5
+HASHES = (1, 2, 3)
+#: A prompt that goes on behind the three blocks: all of them can be reused.
+PROMPT_LEN = 3 * 32 + 1
+ALL_REUSED = {RANK: 96}
+REQUEST_TIMEOUT_S = 2.0
+#: How long a stale view is scored as last seen.
+GRACE_S = 10.0
+
+
+class LeapingSelector(selectors.DefaultSelector):
+    """Does not wait: the time of its loop leaps to the next timer."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        found = super().select(0 if timeout is not None else 0.01)
+        self.now += 0 if found or timeout is None else max(0.0, timeout)
+        return found
+
+
+class LeapingLoop(asyncio.SelectorEventLoop):
+    """An event loop for tests of what happens in minutes; they take milliseconds, always the same."""
+
+    def __init__(self) -> None:
+        self._leaping = LeapingSelector()
+        super().__init__(self._leaping)
+
+    def time(self) -> float:
+        # A hair more than what was waited for: a timer is due only when its time is over.
+        return self._leaping.now + 1e-6
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    with asyncio.Runner(loop_factory=LeapingLoop) as runner:
+        return runner.run(coroutine)
+
+
+class Broker:
+    """A connection whose messages the test makes; requests go to ``served``, others are never answered."""
+
+    connected = True
+
+    def __init__(self) -> None:
+        self.served: dict[str, Callable[[bytes], bytes]] = {}
+        self._deliver: Callable[[str, bytes], Awaitable[None]]
+
+    async def connect(self, *_: object) -> None: ...
+    async def flush(self, *_: object) -> None: ...
+    async def close(self) -> None: ...
+
+    async def subscribe(self, _: str, handler: Callable[[str, bytes], Awaitable[None]]) -> None:
+        self._deliver = handler
+
+    async def request(self, to_subject: str, payload: bytes, timeout: float) -> bytes:
+        if to_subject in self.served:
+            return self.served[to_subject](payload)
+        await asyncio.sleep(timeout)
+        raise ConnectError("nobody answers")
+
+    async def says(
+        self, of: Source | str, first: int, *events: Event, epoch: int = EPOCH, payload: bytes = b""
+    ) -> None:
+        event_subject = of if isinstance(of, str) else subject(of, "events")
+        await self._deliver(event_subject, payload or encode(Batch(1, epoch, first, 1, events)))
+
+
+class Listed:
+    """A registry with these workers in it; more can be told later."""
+
+    def __init__(self, *entries: Entry) -> None:
+        self.changes: asyncio.Queue[Change] = asyncio.Queue()
+        for each in entries:
+            self.changes.put_nowait(Joined(each))
+        self.changes.put_nowait(Connected())
+
+    async def close(self) -> None: ...
+
+    @asynccontextmanager
+    async def watch(self, _: str | None = None) -> AsyncIterator[AsyncIterator[Change]]:
+        async def told() -> AsyncIterator[Change]:
+            while True:
+                yield await self.changes.get()
+
+        yield told()
+
+
+def entry(worker_id: int = 1) -> Entry:
+    return Entry(
+        namespace="n",
+        component="c",
+        worker_id=worker_id,
+        mode="agg",
+        engine="e",
+        served_model_name="m",
+        model_path="/m",
+        context_length=4096,
+        block_size=32,
+        rule=LAYOUT.rule,
+        hash_scheme=LAYOUT.hash_scheme,
+        groups=LAYOUT.groups,
+        epochs={0: EPOCH},
+        total_kv_blocks=100,
+    )
+
+
+class Followed:
+    """A fleet that follows worker 1, which is registered and holds three blocks."""
+
+    def __init__(self) -> None:
+        self.broker = Broker()
+        self.registry = Listed(entry())
+        self.fleet = Fleet(self.broker, self.registry)  # type: ignore[arg-type]
+        self.history = History(Residency(LAYOUT), HistoryOptions(), lambda: 0.0)
+        self.history.begin_epoch(EPOCH)
+        self.broker.served[subject(HONEST, "control")] = self.history.answer
+
+    def score(self) -> dict[Rank, int]:
+        return self.fleet.index.score(HASHES, PROMPT_LEN)
+
+    async def publishes(self, first: int, *events: Event, lost: bool = False) -> None:
+        """What worker 1 says, and keeps for replay."""
+        batch = Batch(1, EPOCH, first, 1, events)
+        self.history.ring.add(batch, encode(batch))
+        if not lost:
+            await self.broker.says(HONEST, first, *events)
+
+    async def leaves(self) -> None:
+        await self.registry.changes.put(Left(entry()))
+        await asyncio.sleep(0.1)
+
+    async def __aenter__(self) -> Followed:
+        await self.fleet.start()
+        await self.publishes(0, layout_event(LAYOUT), Stored(0, 0, None, HASHES))
+        await asyncio.sleep(REQUEST_TIMEOUT_S)
+        assert ALL_REUSED == self.score()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.fleet.stop()
+
+
+def following(body: Callable[[Followed], Awaitable[Any]]) -> Any:
+    """What ``body`` returns, given a fleet that follows worker 1."""
+
+    async def whole() -> Any:
+        async with Followed() as followed:
+            return await body(followed)
+
+    return run(whole())
+
+
+# -- ranks that nobody registered ----------------------------------------------------------------------
+
+
+@mended_by(11, "whoever publishes a layout is indexed and scored, registered or not")
+def test_a_rank_that_the_registry_does_not_list_is_not_scored() -> None:
+    async def body(followed: Followed) -> dict[Rank, int]:
+        await followed.broker.says(Source("n", "c", 7), 0, layout_event(LAYOUT), Stored(0, 0, None, HASHES))
+        return followed.score()
+
+    assert ALL_REUSED == following(body)
+
+
+@mended_by(11, "each made-up rank takes a place in the index")
+def test_made_up_ranks_take_no_memory_of_the_index() -> None:
+    async def body(followed: Followed) -> tuple[set[Rank], int]:
+        before = followed.fleet.index.stats().nbytes
+        for number in range(500):
+            made_up = Source("n", "c", 1000 + number)
+            await followed.broker.says(made_up, 0, layout_event(LAYOUT), Stored(0, 0, None, (number,)))
+        return set(followed.fleet.index.ranks), followed.fleet.index.stats().nbytes - before
+
+    assert ({RANK}, 0) == following(body)
+
+
+# -- what is no sign of life -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        pytest.param(
+            {"epoch": EPOCH - 1},
+            id="heartbeats of a lower epoch",
+            marks=mended_by(11, "a batch of a lower epoch counts as a heartbeat of the current one"),
+        ),
+        pytest.param(
+            {"payload": b"\xc1"},
+            id="bytes that are no batch",
+            marks=mended_by(11, "bytes that cannot be read count as a heartbeat"),
+        ),
+    ],
+)
+def test_a_rank_of_which_nothing_valid_is_heard_scores_nothing_after_three_heartbeats(
+    noise: dict[str, Any],
+) -> None:
+    async def body(followed: Followed) -> dict[Rank, int]:
+        followed.broker.served.clear()  # the worker is dead: it answers no request either
+        for _ in range(10):
+            await followed.broker.says(HONEST, 2, **noise)
+            await asyncio.sleep(0.5)
+        return followed.score()
+
+    assert 0 == following(body).get(RANK, 0)
+
+
+def test_a_rank_of_which_nothing_at_all_is_heard_scores_nothing_after_three_heartbeats() -> None:
+    async def body(followed: Followed) -> dict[Rank, int]:
+        await asyncio.sleep(5)
+        return followed.score()
+
+    assert 0 == following(body).get(RANK, 0)
+
+
+def test_heartbeats_of_the_current_epoch_keep_a_rank_scored() -> None:
+    async def body(followed: Followed) -> dict[Rank, int]:
+        for _ in range(60):
+            await followed.broker.says(HONEST, 2)
+            await asyncio.sleep(1)
+        return followed.score()
+
+    assert ALL_REUSED == following(body)
+
+
+# -- one spelling a rank ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "alias",
+    ["n.c.0001.0", "n.c.0x1.0", "n.c.+1.0", "n.c.0_1.0", "n.c.1.00", "n.c.1.+0", "n.c.-1.0", "n.c.1.-0"],
+)
+@mended_by(11, "a worker id or dp_rank may be spelt in many ways on a subject")
+def test_only_one_spelling_of_a_rank_is_a_subject_of_ours(alias: str) -> None:
+    try:
+        source = source_of(f"vswa.v1.{alias}.events")
+    except ConfigError as error:
+        assert alias in str(error)
+    else:
+        raise AssertionError(f"expected a refusal of {alias}, got {source}")
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        pytest.param("n.other.1.0", marks=mended_by(11, "another component's subject writes into the view")),
+        pytest.param("m.c.1.0", marks=mended_by(11, "another namespace's subject writes into the view")),
+        pytest.param("n.c.0001.0", marks=mended_by(11, "another spelling of a rank writes into its view")),
+    ],
+)
+def test_a_subject_that_is_not_the_ranks_own_changes_nothing_of_it(alias: str) -> None:
+    async def body(followed: Followed) -> dict[Rank, int]:
+        await followed.broker.says(f"vswa.v1.{alias}.events", 2, Removed(0, HASHES))
+        return followed.score()
+
+    assert ALL_REUSED == following(body)
+
+
+@mended_by(
+    11, "a message on an alias of a rank that has left raises in the subscription, or revives the rank"
+)
+def test_a_rank_that_has_left_is_not_revived_on_a_subject_that_is_not_its_own() -> None:
+    async def body(followed: Followed) -> tuple[str, set[Rank]]:
+        alias = "vswa.v1.n.other.1.0.events"
+        await followed.broker.says(alias, 2)
+        await followed.leaves()
+        raised = ""
+        try:
+            await followed.broker.says(alias, 2)
+            await followed.broker.says(
+                alias, 0, layout_event(LAYOUT), Stored(0, 0, None, HASHES), epoch=EPOCH + 1
+            )
+        except Exception as error:
+            raised = type(error).__name__
+        return raised, set(followed.fleet.index.ranks)
+
+    assert ("", set()) == following(body)
+
+
+@mended_by(11, "every made-up subject is remembered for ever")
+def test_made_up_components_take_no_memory() -> None:
+
+    async def body(followed: Followed) -> int:
+        await followed.broker.says("vswa.v1.n.x.1.0.events", 2)
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            for number in range(10_000):
+                await followed.broker.says(f"vswa.v1.n.x{number}.1.0.events", 2)
+            return tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+
+    assert 256 << 10 > following(body)
+
+
+# -- repairs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("silent", "registered"),
+    [
+        pytest.param(0, 0, id="alone"),
+        pytest.param(
+            500, 0, id="made-up ranks", marks=mended_by(11, "made-up ranks take all repair slots in turn")
+        ),
+        pytest.param(
+            0,
+            200,
+            id="frozen workers",
+            marks=mended_by(11, "ranks that never answer take all repair slots in turn"),
+        ),
+    ],
+)
+def test_a_gap_is_repaired_within_the_grace_though_others_never_answer(silent: int, registered: int) -> None:
+    """So that the rank never loses its score."""
+
+    async def body(followed: Followed) -> list[int]:
+        for number in range(silent):
+            await followed.broker.says(Source("n", "c", 1000 + number), 7)
+        for number in range(registered):
+            followed.registry.changes.put_nowait(Joined(entry(worker_id=100 + number)))
+        await asyncio.sleep(0.1)
+        await followed.publishes(2, Stored(0, 3, None, (4,)), lost=True)
+        scored = []
+        for _ in range(int(GRACE_S) + 2):
+            await followed.broker.says(HONEST, 3)
+            await asyncio.sleep(1)
+            scored.append(followed.score().get(RANK, 0))
+        return scored
+
+    assert [96] * (int(GRACE_S) + 2) == following(body)
+
+
+@mended_by(11, "a replay that was cut to fit into a message ends the repair, though there is more to fetch")
+def test_a_replay_that_was_cut_is_not_the_end_of_the_repair() -> None:
+    """Nobody has told the reader of a higher id: no heartbeat came since what it missed."""
+    history = History(Residency(LAYOUT), HistoryOptions(message_bytes=200), lambda: 0.0)
+    history.begin_epoch(EPOCH)
+    reader, held = Reader(), set[int]()
+
+    def published(*events: Event) -> Batch:
+        batch = Batch(1, EPOCH, history.ring.next_event_id, 1, events)
+        history.ring.add(batch, encode(batch))
+        return batch
+
+    def carry_out(effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Reset():
+                    held.clear()
+                case Apply():
+                    for event in effect.events:
+                        if isinstance(event, Stored):
+                            held.update(event.sequence_hashes)
+                        elif isinstance(event, Removed):
+                            held.difference_update(event.sequence_hashes)
+                case Ask():
+                    answer = control.decode_reply(history.answer(control.encode(effect.request)))
+                    carry_out(reader.on_reply(effect.request, answer, 1.0))
+
+    carry_out(reader.on_batch(published(layout_event(LAYOUT), Stored(0, 0, None, HASHES)), 0.0))
+    for number in range(20):
+        published(Stored(0, 3, None, (2**60 + number,)))
+    published(Removed(0, HASHES))
+    carry_out(reader.on_malformed(1.0))
+
+    assert reader.stale or history.ring.next_event_id == reader.next_event_id
+    assert reader.stale or not held.intersection(HASHES)
