@@ -76,7 +76,7 @@ class Ours:
     """Gemma3Model, driven through page tables as the engine drives it."""
 
     def __init__(self, directory: str) -> None:
-        from vswa_plugins.gemma3_cpu.model import PagedKV, group_layers, load_model
+        from vswa_plugins.gemma3_cpu.model.model import PagedKV, group_layers, load_model
 
         self._model = load_model(directory)
         layers = group_layers(self._model.config)
@@ -87,7 +87,7 @@ class Ours:
         ]
 
     def prefill(self, length: int, batch: int) -> Any:
-        from vswa_plugins.gemma3_cpu.model import Chunk
+        from vswa_plugins.gemma3_cpu.model.model import Chunk
 
         prompt = np.arange(length) % 3000 + 300
         self._model.forward([Chunk(prompt, 0, self._tables[0])], self._kv)
@@ -100,7 +100,7 @@ class Ours:
         return state
 
     def decode(self, state: Any, length: int, batch: int) -> None:
-        from vswa_plugins.gemma3_cpu.model import Chunk
+        from vswa_plugins.gemma3_cpu.model.model import Chunk
 
         token = np.array([777])
         for step in range(DECODE_STEPS):
@@ -201,7 +201,7 @@ def measure(contender: str, directory: Path, args: argparse.Namespace) -> dict[s
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Best tokens/s of each contender on one checkpoint, and ours / theirs."""
-    from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
+    from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -55,8 +55,8 @@ from index_sides import (
     timed,
 )
 
-from vswa_plugin.events import VERSION, Batch, decode, encode
-from vswa_plugin.kernel import load_kernel
+from vswa_plugin.blocks.kernel import load_kernel
+from vswa_plugin.wire.events import VERSION, Batch, decode, encode
 
 # -- measurements ----------------------------------------------------------------------------------
 

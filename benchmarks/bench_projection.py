@@ -29,10 +29,10 @@ from typing import Any
 from vswa_plugins.dynamo_events.feed import as_dynamo
 from vswa_plugins.dynamo_events.projection import Projection
 
-from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent, EngineHash
-from vswa_plugin.events import Event, layout_event
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent, EngineHash
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Event, layout_event
 
 BLOCK, WINDOW = 32, 512
 LAYOUT = CacheLayout((CacheGroup(0, WINDOW, BLOCK), CacheGroup(1, None, BLOCK)), "trtllm_v2", "bench")

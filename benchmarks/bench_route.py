@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.accuracy.route_report import Comparison
+from vswa_plugin.simulation.report import Comparison
 
 FULL = (
     *("forks", "documents", "chat", "agents", "--model", "gemma-3-1b,gemma-3-27b,gpt-oss"),

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
+from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
-from vswa_plugin.dynamo import LOOPBACK_ENV
-from vswa_plugin.embedded import start_etcd, start_nats
-from vswa_plugin.processes import Child, free_port, python_module
+from vswa_plugin.dynamo.runtime import LOOPBACK_ENV
+from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.processes import Child, free_port, python_module
 
 MODEL, WORKERS, FRONT, RELAYED = "echo", "bench-workers", "bench-front", "bench-relay"
 KINDS = ("round_robin", "dynamo_kv", "relay", "exact")

@@ -25,8 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from vswa_plugin.cluster import LOOPBACK_ENV
-from vswa_plugin.embedded import start_etcd, start_nats
+from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.cluster import LOOPBACK_ENV
 
 BLOCK = 32
 WARM_UP = 50
@@ -36,12 +36,12 @@ WARM_UP = 50
 
 
 async def publish_ours(nats_server: str, events: int, pause_s: float) -> list[int]:
-    from vswa_plugin.engine import BlocksStored, EngineBlock, EngineEvent
-    from vswa_plugin.events import Source
-    from vswa_plugin.layout import CacheGroup, CacheLayout
-    from vswa_plugin.publisher import Publisher
-    from vswa_plugin.residency import Residency
-    from vswa_plugin.transport import Transport, subject
+    from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+    from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EngineEvent
+    from vswa_plugin.publishing.publisher import Publisher
+    from vswa_plugin.publishing.residency import Residency
+    from vswa_plugin.wire.events import Source
+    from vswa_plugin.wire.transport import Transport, subject
 
     class Direct:
         def feed(self, raw: Mapping[str, Any]) -> list[EngineEvent]:
@@ -81,10 +81,10 @@ async def publish_ours(nats_server: str, events: int, pause_s: float) -> list[in
 
 
 async def follow_ours(nats_server: str, events: int, ready: Callable[[], None]) -> list[int]:
-    from vswa_plugin.events import Event, Rank, Stored
+    from vswa_plugin.following.subscriber import Subscriber
     from vswa_plugin.index import WindowIndex
-    from vswa_plugin.subscriber import Subscriber
-    from vswa_plugin.transport import Transport
+    from vswa_plugin.wire.events import Event, Rank, Stored
+    from vswa_plugin.wire.transport import Transport
 
     seen: list[int] = []
     done = asyncio.Event()
@@ -124,7 +124,7 @@ async def publish_dynamos(_: str, events: int, pause_s: float) -> list[int]:
         WorkerType,
         register_model,
     )
-    from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
+    from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
     runtime, endpoint = _dynamo_endpoint()
 

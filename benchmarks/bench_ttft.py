@@ -27,10 +27,10 @@ from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
-from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
-from vswa_plugin.engine import EngineSettings
+from vswa_plugin.engine.contract import EngineSettings
 
 LENGTHS = (512, 1024, 2048, 4096, 7168)
 REUSE = (0.0, 0.5, 0.95)

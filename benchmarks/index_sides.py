@@ -15,10 +15,10 @@ from typing import Any
 
 from dynamo.llm import RadixTree, compute_block_hash_for_seq
 
-from vswa_plugin.events import VERSION, Batch, Rank, Removed, Stored, decode, encode
-from vswa_plugin.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.wire.events import VERSION, Batch, Rank, Removed, Stored, decode, encode
 
 START = time.perf_counter()
 

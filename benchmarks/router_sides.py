@@ -16,20 +16,20 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from vswa_plugin import dynamo
-from vswa_plugin.dynamo_client import Call
-from vswa_plugin.engine import BlocksStored, EngineBlock, EngineEvent
-from vswa_plugin.events import Source
-from vswa_plugin.hashing import sequence_hashes_of_tokens
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.plugin_loading import load_host
-from vswa_plugin.publisher import Publisher
+from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.client import Call
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EngineEvent
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.publishing.publisher import Publisher
+from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
-from vswa_plugin.residency import Residency
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse
-from vswa_plugin.transport import Transport, subject
+from vswa_plugin.wire.events import Source
+from vswa_plugin.wire.transport import Transport, subject
 
 BLOCK, MODEL, WORKERS = 32, "echo", "bench-workers"
 

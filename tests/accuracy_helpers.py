@@ -14,8 +14,8 @@ from tests.vllm_events_helpers import SIZE, tokens_of
 from vswa_plugin.accuracy.replay import replay
 from vswa_plugin.accuracy.report import Report
 from vswa_plugin.accuracy.trace import TraceGroup, TraceHeader, TraceRequest, TraceWriter, open_trace
-from vswa_plugin.engine import EventAdapter
-from vswa_plugin.layout import CacheLayout
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import EventAdapter
 
 DATA = Path(__file__).parent / "data"
 HEADER = TraceHeader("vllm", SIZE, groups=(TraceGroup("swa", 2 * SIZE), TraceGroup("full")))

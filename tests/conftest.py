@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from vswa_plugin.cluster import Cluster, ClusterSettings
-from vswa_plugin.embedded import start_etcd, start_nats
-from vswa_plugin.topologies import WorkerGroup
+from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.topologies import WorkerGroup
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
@@ -67,7 +67,7 @@ def brokers(run: Run[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Gemma 3: window 512 and global, context 8,192."""
-    from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
+    from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
     directory = tmp_path_factory.mktemp("model") / "gemma"
     make_checkpoint(directory)

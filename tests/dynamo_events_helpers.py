@@ -11,12 +11,12 @@ from dynamo.llm import RadixTree
 from vswa_plugins.dynamo_events.projection import Changes, Projection, Run
 from vswa_plugins.dynamo_events.tree import unpacked
 
-from vswa_plugin.engine import BlocksStored, EngineBlock
-from vswa_plugin.events import Removed, Stored, layout_event
-from vswa_plugin.hashing import block_hash, block_hashes, chain
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.nodes import Node
-from vswa_plugin.reuse import rule_named
+from vswa_plugin.blocks.hashing import block_hash, block_hashes, chain
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import rule_named
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock
+from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.wire.events import Removed, Stored, layout_event
 
 SIZE = 4
 #: Names of blocks, root first: one letter a block.

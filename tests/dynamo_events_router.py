@@ -29,7 +29,7 @@ from vswa_plugins.dynamo_events.feed import RankFeed
 from vswa_plugins.dynamo_events.projection import Projection
 
 from tests.dynamo_events_helpers import SIZE, Held, layout_of, tokens_of
-from vswa_plugin.events import VERSION, Batch, Source
+from vswa_plugin.wire.events import VERSION, Batch, Source
 
 SOURCE = Source("lab", "backend", 1)
 

@@ -13,11 +13,11 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from vswa_plugin.cluster import Cluster, status_url
-from vswa_plugin.events import Batch, Event, Source, decode
-from vswa_plugin.processes import Child
-from vswa_plugin.topologies import WorkerGroup
-from vswa_plugin.transport import Transport, events_of, source_of
+from vswa_plugin.launch.cluster import Cluster, status_url
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.wire.events import Batch, Event, Source, decode
+from vswa_plugin.wire.transport import Transport, events_of, source_of
 
 _numbers = itertools.count()
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 
 from tests.standin_engine import StandinEngine
-from vswa_plugin.engine import ChunkDict, EngineSettings, RequestDict
+from vswa_plugin.engine.contract import ChunkDict, EngineSettings, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 from vswa_plugin.hookspecs import hookimpl
 

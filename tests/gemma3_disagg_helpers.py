@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 
 from tests.gemma3_engine_helpers import OPTIONS, collect, settings_for
 

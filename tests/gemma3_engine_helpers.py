@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from vswa_plugins.gemma3_cpu.blas import set_threads
-from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
-from vswa_plugins.gemma3_cpu.config import load_config
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
-from vswa_plugins.gemma3_cpu.generation import Generation, Output
-from vswa_plugins.gemma3_cpu.managers import make_manager, shared_pools
-from vswa_plugins.gemma3_cpu.model import Chunk, Gemma3Model, PagedKV, group_layers, load_model
-from vswa_plugins.gemma3_cpu.options import parse_options
-from vswa_plugins.gemma3_cpu.pages import PageStore
-from vswa_plugins.gemma3_cpu.pools import model_shape, plan_cache
-from vswa_plugins.gemma3_cpu.rank import PagedForward, make_budget
-from vswa_plugins.gemma3_cpu.request import Limits, parse_request
-from vswa_plugins.gemma3_cpu.scheduler import Scheduler
+from vswa_plugins.gemma3_cpu.model.blas import set_threads
+from vswa_plugins.gemma3_cpu.model.config import load_config
+from vswa_plugins.gemma3_cpu.model.model import Chunk, Gemma3Model, PagedKV, group_layers, load_model
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.generation import Generation, Output
+from vswa_plugins.gemma3_cpu.serving.managers import make_manager, shared_pools
+from vswa_plugins.gemma3_cpu.serving.options import parse_options
+from vswa_plugins.gemma3_cpu.serving.pages import PageStore
+from vswa_plugins.gemma3_cpu.serving.pools import model_shape, plan_cache
+from vswa_plugins.gemma3_cpu.serving.rank import PagedForward, make_budget
+from vswa_plugins.gemma3_cpu.serving.request import Limits, parse_request
+from vswa_plugins.gemma3_cpu.serving.scheduler import Scheduler
+from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
-from vswa_plugin.engine import EngineSettings
+from vswa_plugin.engine.contract import EngineSettings
 
 T = TypeVar("T")
 

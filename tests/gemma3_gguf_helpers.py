@@ -9,16 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
-from vswa_plugins.gemma3_cpu.config import load_config
-from vswa_plugins.gemma3_cpu.gguf_import import gguf_name
-from vswa_plugins.gemma3_cpu.gguf_tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-)
-from vswa_plugins.gemma3_cpu.model import Chunk, PagedKV, group_layers, load_model
-from vswa_plugins.gemma3_cpu.weights import SafetensorsSource, expected_shapes
+from vswa_plugins.gemma3_cpu.model.config import load_config
+from vswa_plugins.gemma3_cpu.model.model import Chunk, PagedKV, group_layers, load_model
+from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
+from vswa_plugins.gemma3_cpu.weights.gguf_import import gguf_name
+from vswa_plugins.gemma3_cpu.weights.gguf_tokenizer import BYTE, CONTROL, NORMAL
+from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource, expected_shapes
 
 from tests.make_gemma3_golden import TINY
 

@@ -12,8 +12,8 @@ from vswa_plugins.gemma3_cpu.cache.v1.sequence import CacheSequenceV1
 from vswa_plugins.gemma3_cpu.cache.v1.tree import Node
 
 from tests import reuse_walks
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import resumable, rule_named
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import resumable, rule_named
 
 SLIDING, GLOBAL = 0, 1
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.engine import EngineSettings
-from vswa_plugin.events import VERSION, Batch, Source
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import EngineSettings
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
-from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.wire.events import VERSION, Batch, Source
 
 SOURCE = Source("dynamo", "backend", 1, 0)
 BATCH = Batch(VERSION, 1, 0, 0, [])

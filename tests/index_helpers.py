@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from vswa_plugin.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
+from vswa_plugin.blocks.kernel import load_kernel
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import RULES, Needs, ReuseRule, TrtllmV2, Vllm, resumable
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.kernel import load_kernel
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import RULES, Needs, ReuseRule, TrtllmV2, Vllm, resumable
+from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
 
 BLOCK = 2
 KERNEL: ModuleType | None = load_kernel()

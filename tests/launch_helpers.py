@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from tests.e2e_helpers import eventually
-from vswa_plugin.processes import Child, python_module
+from vswa_plugin.launch.processes import Child, python_module
 
 STANDIN = str(Path(__file__).with_name("standin_engine.py"))
 

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint, write_safetensors
-from vswa_plugins.gemma3_cpu.weights import SafetensorsSource
+from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint, write_safetensors
+from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource
 
 GOLDEN_DIR = Path(__file__).parent / "data" / "gemma3_golden"
 

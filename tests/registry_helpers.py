@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vswa_plugin.embedded import _binary, _listens
-from vswa_plugin.layout import CacheGroup
-from vswa_plugin.processes import Child, free_port
+from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.launch.brokers import _binary, _listens
+from vswa_plugin.launch.processes import Child, free_port
 from vswa_plugin.registry import (
     Change,
     Connected,

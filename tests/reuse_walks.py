@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 
 #: TensorRT-LLM does not look for a partial match among more children than this.
 MAX_SIBLINGS = 32

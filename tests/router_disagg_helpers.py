@@ -6,15 +6,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from tests.test_router_forward import FakeCall, Step
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.engine import ChunkDict
-from vswa_plugin.events import Rank, Stored
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
+from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
+from vswa_plugin.wire.events import Rank, Stored
 
 P1, P2, D1, D2, AGG = Rank(11), Rank(12, 1), Rank(21), Rank(22, 2), Rank(31)
 LAYOUT = CacheLayout((CacheGroup(0, 32, 16), CacheGroup(1, None, 16)), "trtllm_v2", "m")

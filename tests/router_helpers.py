@@ -24,18 +24,18 @@ import aiohttp
 
 from tests.e2e_helpers import eventually
 from tests.stream_helpers import DirectAdapter
-from vswa_plugin import dynamo
-from vswa_plugin.engine import BlocksStored, EngineBlock
-from vswa_plugin.events import Source
-from vswa_plugin.hashing import sequence_hashes_of_tokens
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.nodes import NodeTable
-from vswa_plugin.processes import Child, free_port, python_module
-from vswa_plugin.publisher import Publisher, PublisherOptions
+from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock
+from vswa_plugin.launch.processes import Child, free_port, python_module
+from vswa_plugin.publishing.nodes import NodeTable
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
+from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
-from vswa_plugin.residency import Residency
-from vswa_plugin.transport import Transport, subject
+from vswa_plugin.wire.events import Source
+from vswa_plugin.wire.transport import Transport, subject
 
 ECHO = "x-dynamo-meta-echo"
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import aiohttp
 
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.events import Batch, Event, Rank, Source, Stored, encode, layout_event
-from vswa_plugin.fleet import Fleet
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
+from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.program.status import Status
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.file import FileRegistry
-from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
-from vswa_plugin.router.http.selection import Selection
 from vswa_plugin.router.http.server import RouterServer
+from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.selector.choices import Selection
 from vswa_plugin.selection import LoadBook, Weights
-from vswa_plugin.transport import Transport, subject
-from vswa_plugin.worker.status import Status
+from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
+from vswa_plugin.wire.transport import Transport, subject
 
 #: Window of two blocks, and global.
 GROUPS = (CacheGroup(0, 32, 16), CacheGroup(1, None, 16))

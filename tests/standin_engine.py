@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from vswa_plugin.engine import ChunkDict, EngineInfo, EngineSettings, EventSink, RequestDict
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import ChunkDict, EngineInfo, EngineSettings, EventSink, RequestDict
 from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.layout import CacheGroup, CacheLayout
 
 NAME = "standin"
 

@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from tests.e2e_helpers import eventually
-from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent
-from vswa_plugin.events import Cleared, Event, Layout, Moved, Rank, Removed, Source, Stored
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.publisher import Publisher, PublisherOptions
-from vswa_plugin.residency import Residency
-from vswa_plugin.stream import ReaderOptions
-from vswa_plugin.subscriber import Subscriber, SubscriberOptions
-from vswa_plugin.transport import Transport, subject
-from vswa_plugin.view import ViewOptions
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent
+from vswa_plugin.following.reader import ReaderOptions
+from vswa_plugin.following.subscriber import Subscriber, SubscriberOptions
+from vswa_plugin.following.view import ViewOptions
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Source, Stored
+from vswa_plugin.wire.transport import Transport, subject
 
 LAYOUT = CacheLayout(
     (CacheGroup(0, 64, 32), CacheGroup(1, 64, 32), CacheGroup(2, None, 32)), "trtllm_v2", "m"

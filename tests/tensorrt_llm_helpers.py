@@ -18,11 +18,11 @@ from vswa_plugins.tensorrt_llm.engine import TensorRtLlmEngine
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
 from tests.tensorrt_llm_package import BS, CONTEXT, LLM, install
-from vswa_plugin.engine import ChunkDict, EngineInfo, EngineSettings, RawEvent
-from vswa_plugin.events import Rank, layout_event
+from vswa_plugin.engine.contract import ChunkDict, EngineInfo, EngineSettings, RawEvent
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.nodes import NodeTable
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.publishing.nodes import NodeTable
+from vswa_plugin.publishing.residency import Residency, Restart
+from vswa_plugin.wire.events import Rank, layout_event
 
 WINDOW = 8
 #: Six layers as in Gemma 3: five sliding ones, then a global one.

@@ -16,7 +16,7 @@ from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
 from vswa_plugins.gemma3_cpu.cache.v1 import CacheManagerV1
 from vswa_plugins.gemma3_cpu.cache.v2 import CacheManager
 
-from vswa_plugin.engine import RawEvent
+from vswa_plugin.engine.contract import RawEvent
 
 CHUNK = 16
 #: Tokens per block, and the longest sequence.

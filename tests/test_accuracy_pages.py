@@ -14,9 +14,9 @@ import pytest
 from tests.accuracy_helpers import DATA
 from vswa_plugin.accuracy.replay import replay_with
 from vswa_plugin.accuracy.report import Report
-from vswa_plugin.accuracy.route_report import Comparison
 from vswa_plugin.accuracy.trace import open_trace
-from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.simulation.report import Comparison
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,12 +18,12 @@ from vswa_plugin.accuracy.replay import replay
 from vswa_plugin.accuracy.report import Report
 from vswa_plugin.accuracy.scorers import GlobalOnly, Prompt, Scorer
 from vswa_plugin.accuracy.trace import TraceRequest, open_trace
-from vswa_plugin.dynamo import namespaced_block_hash
-from vswa_plugin.engine import BlocksStored
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.dynamo.runtime import namespaced_block_hash
+from vswa_plugin.engine.contract import BlocksStored
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Event
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.nodes import Node
+from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.wire.events import Event
 
 RECORDED = {
     "trtllm-v2-gemma3-1b": 150,

@@ -13,7 +13,7 @@ import pytest
 from tests.accuracy_helpers import DATA, replayed, request, write
 from tests.vllm_events_helpers import stored
 from vswa_plugin.accuracy.report import Report, as_data, assert_exact, page, plot
-from vswa_plugin.commands import accuracy
+from vswa_plugin.cli import accuracy
 from vswa_plugin.errors import ConfigError
 
 HEAD = str(DATA / "trtllm-v2-gemma3-1b-head.jsonl.gz")

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vswa_plugin.accuracy.costs import CostModel
-from vswa_plugin.accuracy.policies import ByCost, Routed, Unaware
-from vswa_plugin.accuracy.route import Simulation, Totals
-from vswa_plugin.accuracy.route_sweep import percentile
 from vswa_plugin.accuracy.scorers import Prompt
-from vswa_plugin.accuracy.workloads import Arrival, Request
-from vswa_plugin.engine import RawEvent
+from vswa_plugin.engine.contract import RawEvent
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.simulation.costs import CostModel
+from vswa_plugin.simulation.policies import ByCost, Routed, Unaware
+from vswa_plugin.simulation.simulation import Simulation, Totals
+from vswa_plugin.simulation.sweep import percentile
+from vswa_plugin.simulation.workloads import Arrival, Request
 
 SIZE = 4
 

@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from vswa_plugin.accuracy.policies import ORACLE
-from vswa_plugin.accuracy.ranks import PRESETS, rank_setup
-from vswa_plugin.accuracy.route_sweep import Bench, Case, Plan, cases
-from vswa_plugin.accuracy.workloads import WORKLOADS, Request, answer, made_up, mooncake, poisson
-from vswa_plugin.cli import main
+from vswa_plugin.cli.main import main
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.host import PluginHost
-from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.simulation.policies import ORACLE
+from vswa_plugin.simulation.presets import PRESETS, rank_setup
+from vswa_plugin.simulation.sweep import Bench, Case, Plan, cases
+from vswa_plugin.simulation.workloads import WORKLOADS, Request, answer, made_up, mooncake, poisson
 
 # -- workloads ---------------------------------------------------------------------------------------
 

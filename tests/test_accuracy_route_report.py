@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.accuracy.policies import ORACLE
-from vswa_plugin.accuracy.route import Totals
-from vswa_plugin.accuracy.route_report import (
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.simulation.policies import ORACLE
+from vswa_plugin.simulation.report import (
     Comparison,
     Report,
     as_data,
@@ -21,8 +21,8 @@ from vswa_plugin.accuracy.route_report import (
     plot,
     rows,
 )
-from vswa_plugin.accuracy.route_sweep import Case, Plan, Run, run_of
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.simulation.simulation import Totals
+from vswa_plugin.simulation.sweep import Case, Plan, Run, run_of
 
 
 def totals(cached: int, ttft: float = 1.0, **changes: Any) -> Totals:

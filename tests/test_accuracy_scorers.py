@@ -20,10 +20,10 @@ from vswa_plugin.accuracy.scorers import (
     Scorer,
     built_in_scorers,
 )
-from vswa_plugin.events import Cleared, Event, Moved, Removed, Stored
-from vswa_plugin.hashing import sequence_hashes_of_tokens
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import resumable, rule_named
+from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import resumable, rule_named
+from vswa_plugin.wire.events import Cleared, Event, Moved, Removed, Stored
 
 #: By group, the paths that it holds; and all as one index without groups would have them.
 Held: TypeAlias = dict[int, set[str]]

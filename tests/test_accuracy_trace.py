@@ -21,8 +21,8 @@ from vswa_plugin.accuracy.trace import (
     TraceWriter,
     open_trace,
 )
+from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.layout import CacheGroup
 
 LINES = ['{"type":"header","format":"vllm","block_size":16,"groups":[{"kind":"full"}]}']
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vswa_plugin.bursts import joined
-from vswa_plugin.engine import ChunkDict
+from vswa_plugin.dynamo.bursts import joined
+from vswa_plugin.engine.contract import ChunkDict
 
 #: Seconds apart: a test in which this passes has failed.
 FOR_EVER = 1_000.0

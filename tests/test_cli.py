@@ -11,12 +11,13 @@ from types import ModuleType
 
 import pytest
 
-from vswa_plugin import __version__, commands
-from vswa_plugin.cli import main
-from vswa_plugin.commands import BUILT_IN, Command, Commands, built_in
+from vswa_plugin import __version__
+from vswa_plugin import cli as commands
+from vswa_plugin.cli import BUILT_IN, Command, Commands, built_in
+from vswa_plugin.cli.main import main
 from vswa_plugin.errors import ConnectError, InvariantError, PluginError
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
+from vswa_plugin.host.host import PluginHost
 
 Output = pytest.CaptureFixture[str]
 COMMAND = """
@@ -121,7 +122,7 @@ def fake_command(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def run(args: argparse.Namespace) -> int:
         raise error
 
-    module = ModuleType("vswa_plugin.commands.fake")
+    module = ModuleType("vswa_plugin.cli.fake")
     module.__dict__.update(configure=lambda parser: None, run=run)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(commands.BUILT_IN, "fake", "for this test")  # type: ignore[arg-type]

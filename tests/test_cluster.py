@@ -14,11 +14,11 @@ from aiohttp import web
 from tests.conftest import Run
 from tests.e2e_helpers import eventually
 from tests.registry_helpers import ENTRY
-from vswa_plugin.cluster import Cluster, ClusterSettings
-from vswa_plugin.cluster_probe import Probe
-from vswa_plugin.processes import Child
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.probe import Probe
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.registry.file import FileRegistry
-from vswa_plugin.topologies import Routing, WorkerGroup
 
 
 class Front:

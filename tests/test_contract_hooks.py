@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from vswa_plugin import hookspecs
-from vswa_plugin.events import VERSION, Batch, Removed, Source, Stored, layout_event
-from vswa_plugin.host import PluginHost
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.wire.events import VERSION, Batch, Removed, Source, Stored, layout_event
 
 ROOT = Path(__file__).parent.parent
 SPECS = [hook.__name__ for hook in hookspecs.HOOKS]
@@ -174,7 +174,7 @@ def test_every_hook_has_a_first_party_plugin_or_an_example_that_uses_it() -> Non
     assert set(SPECS) == used
 
 
-@pytest.mark.parametrize("module", ["vswa_plugin.host", "vswa_plugin.hookspecs", "vswa_plugin.cli"])
+@pytest.mark.parametrize("module", ["vswa_plugin.host.host", "vswa_plugin.hookspecs", "vswa_plugin.cli.main"])
 def test_the_host_is_imported_without_numpy_nats_or_dynamo(module: str) -> None:
     code = (
         f"import sys, {module}; "

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Run
-from vswa_plugin.commands.demo_report import (
+from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.cli.demo.report import (
     Answer,
     Choice,
     Tally,
@@ -24,11 +25,10 @@ from vswa_plugin.commands.demo_report import (
     checks_of_transfers,
     verdict,
 )
-from vswa_plugin.commands.demo_routing import Choices, checks_of_choices, show_choices
+from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, show_choices
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.events import Batch, Layout, Removed, Source, Stored
-from vswa_plugin.layout import CacheGroup
 from vswa_plugin.registry import Entry
+from vswa_plugin.wire.events import Batch, Layout, Removed, Source, Stored
 
 SOURCE = Source("dynamo", "backend", 7)
 PREFILL = Source("dynamo", "prefill", 8)

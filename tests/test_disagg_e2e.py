@@ -13,10 +13,10 @@ import pytest
 
 from tests.conftest import Run
 from tests.e2e_helpers import beside, eventually, long_prompt, metric, post, recording, stream
-from vswa_plugin.cluster import Cluster
-from vswa_plugin.events import Source, Stored
-from vswa_plugin.processes import Child
-from vswa_plugin.topologies import WorkerGroup
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.wire.events import Source, Stored
 
 GREEDY = {"model": "gemma", "temperature": 0, "ignore_eos": True}
 

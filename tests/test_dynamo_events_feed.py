@@ -13,10 +13,10 @@ from vswa_plugins.dynamo_events.feed import Feed, RankFeed
 from vswa_plugins.dynamo_events.projection import Projection
 
 from tests.dynamo_events_helpers import SIZE, Held, announced, layout_of, name, tokens_of
-from vswa_plugin.engine import BlocksStored
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import BlocksStored
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import VERSION, Batch, Source, Stored, layout_event
-from vswa_plugin.layout import CacheLayout
+from vswa_plugin.wire.events import VERSION, Batch, Source, Stored, layout_event
 
 SOURCE = Source("dynamo", "backend", 7, 0)
 LAYOUT = layout_of(2, None)

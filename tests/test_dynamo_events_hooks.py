@@ -13,7 +13,9 @@ import vswa_plugins.dynamo_events as plugin
 from tests.dynamo_events_helpers import SIZE, announced, layout_of, name, nodes_of, tokens_of
 from tests.host_helpers import failing
 from tests.host_helpers import plugin as plugin_of
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.reuse import RULES
+from vswa_plugin.engine.contract import (
     BlocksStored,
     EngineBlock,
     EngineEvent,
@@ -22,15 +24,13 @@ from vswa_plugin.engine import (
     EventsLost,
 )
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Batch, Layout, Source
-from vswa_plugin.healing import Claim
 from vswa_plugin.hookspecs import WorkerContext
-from vswa_plugin.host import PluginHost
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.nodes import Node
-from vswa_plugin.publisher import Publisher, PublisherOptions
-from vswa_plugin.residency import Residency
-from vswa_plugin.reuse import RULES
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.publishing.healing import Claim
+from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Batch, Layout, Source
 
 SOURCE = Source("ns", "backend", 7)
 LAYOUT = layout_of(2, None)

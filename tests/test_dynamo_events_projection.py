@@ -22,11 +22,11 @@ from tests.dynamo_events_helpers import (
     tokens_of,
     told,
 )
-from vswa_plugin.engine import BlocksStored, EngineBlock
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import Needs, TrtllmV2
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Cleared, Moved, Removed, Stored, Unknown, layout_event
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import Needs, TrtllmV2
+from vswa_plugin.wire.events import Cleared, Moved, Removed, Stored, Unknown, layout_event
 
 LAYOUTS = {
     "window 2 and global": layout_of(2, None),

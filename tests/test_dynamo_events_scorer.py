@@ -15,9 +15,9 @@ from vswa_plugin.accuracy.replay import replay_with
 from vswa_plugin.accuracy.report import Report
 from vswa_plugin.accuracy.scorers import Exact, Scorer
 from vswa_plugin.accuracy.trace import open_trace
+from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
-from vswa_plugin.reuse import RULES
+from vswa_plugin.host.host import PluginHost
 
 
 def replayed(trace: str, *extra: object) -> tuple[Report, PluginHost]:

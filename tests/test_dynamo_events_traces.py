@@ -11,10 +11,10 @@ from vswa_plugins.dynamo_events.projection import MODES, Projection
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
 from tests.dynamo_events_helpers import DynamoTree, told
-from vswa_plugin.engine import BlocksStored
-from vswa_plugin.events import layout_event
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksStored
+from vswa_plugin.publishing.residency import Residency, Restart
+from vswa_plugin.wire.events import layout_event
 
 DATA = Path(__file__).parent / "data"
 LAYOUT = CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "m")

@@ -25,11 +25,11 @@ from tests.e2e_helpers import (
     status_url,
     stream,
 )
-from vswa_plugin.cluster import Cluster
-from vswa_plugin.engine import ChunkDict, EngineSettings
-from vswa_plugin.events import Layout, Removed, Stored
-from vswa_plugin.hashing import block_hashes, sequence_hashes
-from vswa_plugin.topologies import WorkerGroup
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.engine.contract import ChunkDict, EngineSettings
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.wire.events import Layout, Removed, Stored
 
 GREEDY = {"model": "gemma", "temperature": 0, "ignore_eos": True}
 
@@ -41,7 +41,7 @@ def text_model(model_dir: Path) -> TextModel:
 
 def directly(model_dir: Path, token_ids: list[int], max_tokens: int) -> list[int]:
     """What the engine itself generates, greedily, without Dynamo."""
-    from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+    from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 
     engine = Gemma3CpuEngine(EngineSettings("gemma3_cpu", "agg", str(model_dir), "gemma"))
     engine.start(lambda *_: None)

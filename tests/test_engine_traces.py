@@ -15,7 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import pytest
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
-from vswa_plugin.events import (
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import resumable, rule_named
+from vswa_plugin.index import WindowIndex
+from vswa_plugin.publishing.residency import Residency, Restart
+from vswa_plugin.wire.events import (
     VERSION,
     Batch,
     Event,
@@ -29,11 +34,6 @@ from vswa_plugin.events import (
     encode,
     layout_event,
 )
-from vswa_plugin.hashing import block_hashes, sequence_hashes
-from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency, Restart
-from vswa_plugin.reuse import resumable, rule_named
 
 DATA = Path(__file__).parent / "data"
 RULE = "trtllm_v2"

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vswa_plugin.blocks.layout import HASH_SCHEME, CacheGroup
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.events import (
+from vswa_plugin.wire.events import (
     MAX_MESSAGE_BYTES,
     TIERS,
     VERSION,
@@ -22,7 +23,6 @@ from vswa_plugin.events import (
     decode,
     encode,
 )
-from vswa_plugin.layout import HASH_SCHEME, CacheGroup
 
 U64 = st.integers(0, 2**64 - 1)
 GROUP = st.integers(0, 7)

@@ -12,11 +12,11 @@ import pytest
 
 from tests.conftest import Run
 from tests.e2e_helpers import eventually, long_prompt, post
-from vswa_plugin.cli import main
-from vswa_plugin.cluster import Cluster
-from vswa_plugin.commands.events import Follower
-from vswa_plugin.events import Batch, Cleared, Layout, Moved, Removed, Source, Stored
-from vswa_plugin.layout import CacheGroup
+from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.cli.events import Follower
+from vswa_plugin.cli.main import main
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.wire.events import Batch, Cleared, Layout, Moved, Removed, Source, Stored
 
 SOURCE = Source("ns", "backend", 7)
 LAYOUT = Layout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "h", "gemma")

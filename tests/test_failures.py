@@ -14,10 +14,10 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import own_namespace, post, stream
 from tests.failing_engine import FAILURES
-from vswa_plugin.cluster import Cluster, ClusterSettings
-from vswa_plugin.cluster_probe import Probe
-from vswa_plugin.processes import Child
-from vswa_plugin.topologies import Routing, WorkerGroup
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.probe import Probe
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.worker import liveness
 from vswa_plugin.worker.liveness import Stall
 

@@ -15,13 +15,13 @@ import pytest
 
 from tests.conftest import Run
 from tests.e2e_helpers import apart, eventually, get, long_prompt, metric, post
-from vswa_plugin.cluster import Cluster
-from vswa_plugin.events import Rank
-from vswa_plugin.fleet import Fleet
-from vswa_plugin.fleet_metrics import render
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.metrics import render
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.launch.topologies import WorkerGroup
 from vswa_plugin.registry.etcd import EtcdRegistry
-from vswa_plugin.topologies import WorkerGroup
-from vswa_plugin.transport import Transport
+from vswa_plugin.wire.events import Rank
+from vswa_plugin.wire.transport import Transport
 
 GREEDY = {"model": "gemma", "temperature": 0, "ignore_eos": True}
 
@@ -163,7 +163,7 @@ def test_a_killed_worker_scores_0_within_three_heartbeats_and_leaves_with_its_re
 
 
 def test_a_fleet_serves_its_metrics_over_http(run: Run[Any], cluster: Cluster) -> None:
-    from vswa_plugin.worker.status import Status, StatusServer
+    from vswa_plugin.program.status import Status, StatusServer
 
     async def body() -> str:
         fleet = fleet_of(cluster)

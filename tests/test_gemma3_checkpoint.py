@@ -13,15 +13,15 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from vswa_plugins.gemma3_cpu.checkpoint import (
+from vswa_plugins.gemma3_cpu.model.config import Rope, load_config, parse_config
+from vswa_plugins.gemma3_cpu.model.model import Chunk, PagedKV, group_layers, load_model
+from vswa_plugins.gemma3_cpu.weights.checkpoint import (
     CHAT_TEMPLATE,
     DEFAULT_CONFIG,
     make_checkpoint,
     write_safetensors,
 )
-from vswa_plugins.gemma3_cpu.config import Rope, load_config, parse_config
-from vswa_plugins.gemma3_cpu.model import Chunk, PagedKV, group_layers, load_model
-from vswa_plugins.gemma3_cpu.weights import SafetensorsSource, canonical_name
+from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource, canonical_name
 
 from vswa_plugin.errors import ConfigError
 

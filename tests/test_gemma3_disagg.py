@@ -23,7 +23,7 @@ from tests.gemma3_engine_helpers import (
 from tests.gemma3_engine_helpers import cold as cold
 from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
-from vswa_plugin.engine import WORKER_ONLY
+from vswa_plugin.engine.contract import WORKER_ONLY
 from vswa_plugin.errors import InvalidRequest
 
 

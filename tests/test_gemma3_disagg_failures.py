@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.gemma3_cpu.checkpoint import make_checkpoint
-from vswa_plugins.gemma3_cpu.contract import Contract
-from vswa_plugins.gemma3_cpu.rank import PagedForward
-from vswa_plugins.gemma3_cpu.scheduler import Scheduler
+from vswa_plugins.gemma3_cpu.serving.contract import Contract
+from vswa_plugins.gemma3_cpu.serving.rank import PagedForward
+from vswa_plugins.gemma3_cpu.serving.scheduler import Scheduler
+from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
 from tests.gemma3_disagg_helpers import handed_over, nothing_leaks, running_pair, until, with_options
 from tests.gemma3_engine_helpers import OVERRIDES, Cold, collect, prompt_of, request_for, run_async, tokens_of
 from tests.gemma3_engine_helpers import cold as cold
 from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
-from vswa_plugin.engine import WORKER_ONLY
+from vswa_plugin.engine.contract import WORKER_ONLY
 
 #: 30 blocks of each window on the prefill side: one prompt of 200 tokens fills the global pool.
 ONE_PROMPT = with_options(kv_blocks={32: 30, "global": 30}, transfer_timeout_s=0.3)

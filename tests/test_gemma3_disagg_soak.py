@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.gemma3_cpu.contract import Contract
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
-from vswa_plugins.gemma3_cpu.options import RULES
-from vswa_plugins.gemma3_cpu.rank import EngineRank, PagedForward
+from vswa_plugins.gemma3_cpu.serving.contract import Contract
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.options import RULES
+from vswa_plugins.gemma3_cpu.serving.rank import EngineRank, PagedForward
 from vswa_plugins.gemma3_cpu.transfer import serving
 from vswa_plugins.gemma3_cpu.transfer.wire import Connection
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 
 from tests.gemma3_engine_helpers import (
     CONTEXT,
@@ -27,9 +27,9 @@ from tests.gemma3_engine_helpers import (
 from tests.gemma3_engine_helpers import cold as cold
 from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
-from vswa_plugin.engine import Engine, EngineInfo
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import Engine, EngineInfo
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
-from vswa_plugin.layout import CacheGroup, CacheLayout
 
 #: Nothing is computed while the engine runs: a step waits for a minute first, or for the engine's end.
 STUCK = {**OPTIONS, "gemma3_cpu": {"debug_step_delay_s": 60, "max_queue_size": 2}}
@@ -236,7 +236,7 @@ def test_token_ids_may_come_packed(small: Path, cold: Cold) -> None:
 def test_a_step_that_fails_is_its_clients_error_and_the_engine_goes_on(
     small: Path, cold: Cold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vswa_plugins.gemma3_cpu.rank import PagedForward
+    from vswa_plugins.gemma3_cpu.serving.rank import PagedForward
 
     compute = PagedForward.__call__
     failing = [True, False]
@@ -264,7 +264,7 @@ def test_a_step_that_fails_is_its_clients_error_and_the_engine_goes_on(
 def test_an_engine_that_always_fails_stops_and_every_waiter_hears_of_it(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vswa_plugins.gemma3_cpu.rank import PagedForward
+    from vswa_plugins.gemma3_cpu.serving.rank import PagedForward
 
     def never(self: PagedForward, chunks: Any, /) -> Any:
         raise RuntimeError("bang")

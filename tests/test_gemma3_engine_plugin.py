@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import vswa_plugins.gemma3_cpu as plugin
 from vswa_plugins.gemma3_cpu import commands
-from vswa_plugins.gemma3_cpu.blas import choose_threads
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.model.blas import choose_threads
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 
 from tests.gemma3_engine_helpers import OPTIONS, settings_for
 from tests.gemma3_engine_helpers import small as small
@@ -63,7 +63,7 @@ def test_a_narrow_model_uses_one_thread_unless_somebody_says_otherwise(
 
 
 def test_threads_are_set_in_the_library_that_numpy_uses() -> None:
-    from vswa_plugins.gemma3_cpu import blas
+    from vswa_plugins.gemma3_cpu.model import blas
 
     assert blas.set_threads(1) == bool(blas._loaded_openblas())
 
@@ -78,7 +78,7 @@ def test_the_plugin_answers_for_its_own_name_only(small: Path) -> None:
 
 def test_importing_the_plugin_imports_nothing_heavy() -> None:
     code = (
-        "import sys, vswa_plugins.gemma3_cpu as p; from vswa_plugin.commands import Commands;"
+        "import sys, vswa_plugins.gemma3_cpu as p; from vswa_plugin.cli import Commands;"
         "p.vswa_register_commands(Commands('gemma3_cpu', {}));"
         "print(sorted({'numpy', 'yaml', 'tokenizers'} & set(sys.modules)))"
     )

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from vswa_plugins.gemma3_cpu.checkpoint import CHAT_TEMPLATE
-from vswa_plugins.gemma3_cpu.config import load_config
-from vswa_plugins.gemma3_cpu.gguf_file import GgufFile
-from vswa_plugins.gemma3_cpu.gguf_import import import_gguf, read_config
-from vswa_plugins.gemma3_cpu.gguf_tokenizer import (
+from vswa_plugins.gemma3_cpu.model.config import load_config
+from vswa_plugins.gemma3_cpu.weights.checkpoint import CHAT_TEMPLATE
+from vswa_plugins.gemma3_cpu.weights.gguf_file import GgufFile
+from vswa_plugins.gemma3_cpu.weights.gguf_import import import_gguf, read_config
+from vswa_plugins.gemma3_cpu.weights.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -60,7 +60,7 @@ def test_the_config_says_what_the_checkpoint_said(checkpoint: Path, gguf_file: P
 
 @needs_gguf
 def test_quantized_values_that_float16_cannot_hold_are_kept_as_float32(tmp_path: Path) -> None:
-    from vswa_plugins.gemma3_cpu.gguf_import import _narrow
+    from vswa_plugins.gemma3_cpu.weights.gguf_import import _narrow
 
     large = np.full((2, 32), 1e5, np.float32)
 

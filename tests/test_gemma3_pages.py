@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vswa_plugins.gemma3_cpu.attention import attend, plan_chunk
 from vswa_plugins.gemma3_cpu.cache.api import DEVICE, HOST, Slot
-from vswa_plugins.gemma3_cpu.config import Gemma3Config
-from vswa_plugins.gemma3_cpu.managers import shared_pools
-from vswa_plugins.gemma3_cpu.model import Chunk
-from vswa_plugins.gemma3_cpu.options import parse_options
-from vswa_plugins.gemma3_cpu.paged import PagedKV
-from vswa_plugins.gemma3_cpu.pages import PageStore
-from vswa_plugins.gemma3_cpu.pools import model_shape, plan_cache
+from vswa_plugins.gemma3_cpu.model.attention import attend, plan_chunk
+from vswa_plugins.gemma3_cpu.model.config import Gemma3Config
+from vswa_plugins.gemma3_cpu.model.model import Chunk
+from vswa_plugins.gemma3_cpu.model.paged import PagedKV
+from vswa_plugins.gemma3_cpu.serving.managers import shared_pools
+from vswa_plugins.gemma3_cpu.serving.options import parse_options
+from vswa_plugins.gemma3_cpu.serving.pages import PageStore
+from vswa_plugins.gemma3_cpu.serving.pools import model_shape, plan_cache
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 BLOCK = 4

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vswa_plugins.gemma3_cpu.config import Rope
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
-from vswa_plugins.gemma3_cpu.rank import PagedForward
-from vswa_plugins.gemma3_cpu.rope import RopeTable
+from vswa_plugins.gemma3_cpu.model.config import Rope
+from vswa_plugins.gemma3_cpu.model.rope import RopeTable
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.rank import PagedForward
 
 from tests.gemma3_disagg_helpers import handed_over, running_pair, until
 from tests.gemma3_engine_helpers import (
@@ -30,7 +30,7 @@ from tests.gemma3_engine_helpers import (
 from tests.gemma3_engine_helpers import cold as cold
 from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
-from vswa_plugin.engine import WORKER_ONLY
+from vswa_plugin.engine.contract import WORKER_ONLY
 from vswa_plugin.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 
 #: Nothing is computed: a step waits for a minute first, or for the engine's end.

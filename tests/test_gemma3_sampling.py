@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vswa_plugins.gemma3_cpu.sampling import (
+from vswa_plugins.gemma3_cpu.model.sampling import (
     SamplingParams,
     candidates,
     make_rng,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vswa_plugins.gemma3_cpu.model import Gemma3Model
+from vswa_plugins.gemma3_cpu.model.model import Gemma3Model
 
 from tests.gemma3_engine_helpers import BLOCK, OPTIONS, Bench, Cold, prompt_of, request_for
 from tests.gemma3_engine_helpers import bench as bench

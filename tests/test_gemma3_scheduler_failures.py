@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vswa_plugins.gemma3_cpu.model import Gemma3Model
-from vswa_plugins.gemma3_cpu.scheduler import MAX_FAILED_STEPS
+from vswa_plugins.gemma3_cpu.model.model import Gemma3Model
+from vswa_plugins.gemma3_cpu.serving.scheduler import MAX_FAILED_STEPS
 
 from tests.gemma3_engine_helpers import OPTIONS, Bench, Cold, Reader, prompt_of, request_for
 from tests.gemma3_engine_helpers import bench as bench

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from vswa_plugins.gemma3_cpu.cache.api import CacheManager
 from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
-from vswa_plugins.gemma3_cpu.simulate import (
+from vswa_plugins.gemma3_cpu.simulate.requests import (
     Request,
     SimulatedWorker,
     Simulation,
@@ -21,7 +21,7 @@ from vswa_plugins.gemma3_cpu.simulate import (
     manager_for,
 )
 
-from vswa_plugin.cli import main
+from vswa_plugin.cli.main import main
 from vswa_plugin.errors import ConfigError, InvalidRequest
 
 DATA = Path(__file__).parent / "data"

@@ -19,8 +19,8 @@ from tests.gemma3_v1_helpers import (
     tokens,
     two_windows,
 )
-from vswa_plugin.hashing import block_hashes, sequence_hashes
-from vswa_plugin.residency import Residency
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.publishing.residency import Residency
 
 both = pytest.mark.parametrize("contiguous", [False, True], ids=["past holes", "contiguous"])
 

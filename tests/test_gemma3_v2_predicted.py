@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
 from vswa_plugins.gemma3_cpu.cache.v2 import CacheManager
 
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import resumable, rule_named
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import resumable, rule_named
 
 from .gemma3_v2_helpers import BS, hashes, reusable, run
 

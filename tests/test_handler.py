@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.engine import WORKER_ONLY, ChunkDict
+from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict
+from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import InvalidRequest, Unavailable
-from vswa_plugin.healing import Claim
-from vswa_plugin.records import RequestRecord
+from vswa_plugin.publishing.healing import Claim
 from vswa_plugin.worker.handler import RequestHandler
 
 USAGE = {"prompt_tokens": 4, "prompt_tokens_details": {"cached_tokens": 2}}

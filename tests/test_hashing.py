@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vswa_plugin.dynamo import namespaced_block_hash
-from vswa_plugin.hashing import block_hash, block_hashes, chain, sequence_hashes
+from vswa_plugin.blocks.hashing import block_hash, block_hashes, chain, sequence_hashes
+from vswa_plugin.dynamo.runtime import namespaced_block_hash
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=200)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock
-from vswa_plugin.events import Removed, Stored
-from vswa_plugin.healing import Claim, Healing
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.nodes import plain_hasher
-from vswa_plugin.residency import Residency
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock
+from vswa_plugin.publishing.healing import Claim, Healing
+from vswa_plugin.publishing.nodes import plain_hasher
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Removed, Stored
 
 #: A window of two blocks of two tokens.
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, None, 2)), "trtllm_v2", "m")

@@ -7,8 +7,13 @@ import contextlib
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vswa_plugin import control
-from vswa_plugin.control import (
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock
+from vswa_plugin.errors import ProtocolError
+from vswa_plugin.publishing.history import History, HistoryOptions
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire import control
+from vswa_plugin.wire.control import (
     PartRequest,
     Refused,
     Replay,
@@ -18,12 +23,7 @@ from vswa_plugin.control import (
     SnapshotRequest,
     TooOld,
 )
-from vswa_plugin.engine import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock
-from vswa_plugin.errors import ProtocolError
-from vswa_plugin.events import Batch, Layout, Stored, encode
-from vswa_plugin.history import History, HistoryOptions
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency
+from vswa_plugin.wire.events import Batch, Layout, Stored, encode
 
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, None, 2)), "trtllm_v2", "m")
 EPOCH = 7

@@ -10,7 +10,7 @@ from tests.host_helpers import LAYOUT, Clock, engine, failing, plugin, settings
 from tests.host_helpers import clock as clock
 from tests.host_helpers import host as host
 from vswa_plugin.errors import ConfigError, PluginError
-from vswa_plugin.host import PluginHost
+from vswa_plugin.host.host import PluginHost
 
 
 def test_the_first_plugin_that_knows_the_engine_answers(host: PluginHost) -> None:

@@ -17,9 +17,9 @@ from tests.host_helpers import clock as clock
 from tests.host_helpers import host as host
 from tests.standin_engine import StandinEngine
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
-from vswa_plugin.plugin_loading import load_host
-from vswa_plugin.publisher import PublisherOptions
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.publishing.publisher import PublisherOptions
 from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import parse

@@ -15,8 +15,8 @@ from tests.host_helpers import host as host
 from tests.host_helpers import state
 from vswa_plugin.errors import ConfigError, PluginError
 from vswa_plugin.hookspecs import NAME
-from vswa_plugin.host import PluginHost
-from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.host.loading import load_host
 
 OBSERVER = (
     "from vswa_plugin.hookspecs import hookimpl\n@hookimpl\ndef vswa_metrics():\n    return 'from_{} 1'\n"

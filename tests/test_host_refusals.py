@@ -12,9 +12,9 @@ from tests.host_helpers import clock as clock
 from tests.host_helpers import coroutine, plugin, state
 from tests.host_helpers import host as host
 from vswa_plugin.errors import PluginError
-from vswa_plugin.events import Batch, Source
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.wire.events import Batch, Source
 
 
 async def async_generator(batch: Batch) -> Any:

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.index_helpers import BLOCK, BOTH_PATHS, LAYOUTS, PLUGIN_RULES, NaiveIndex, groups, new_index
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.kernel import SWITCH, load_kernel
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.errors import ConfigError, InvariantError, StreamError
-from vswa_plugin.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
-from vswa_plugin.hashing import block_hashes, sequence_hashes
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.index.part import MAX_DEAD
 from vswa_plugin.index.plans import plan_for
-from vswa_plugin.kernel import SWITCH, load_kernel
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import RULES
+from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
 
 pytestmark = pytest.mark.parametrize("kernel", BOTH_PATHS)
 

@@ -16,9 +16,9 @@ from hypothesis.stateful import (
 )
 
 from tests.index_helpers import BLOCK, BOTH_PATHS, LAYOUTS, NaiveIndex, needs_kernel, new_index
-from vswa_plugin.events import TIERS, Cleared, Event, Moved, Rank, Removed, Stored, layout_event
+from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheLayout
+from vswa_plugin.wire.events import TIERS, Cleared, Event, Moved, Rank, Removed, Stored, layout_event
 
 RANKS = [Rank(1), Rank(1, 1), Rank(2), Rank(7)]
 DEPTH = 7

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.index_helpers import KERNEL, needs_kernel
-from vswa_plugin import hashing, kernel
+from vswa_plugin.blocks import hashing, kernel
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Rank
 from vswa_plugin.index.plans import Plan
 from vswa_plugin.index.python_table import PythonTable
 from vswa_plugin.index.tables import KernelTable, Table
+from vswa_plugin.wire.events import Rank
 
 pytestmark = needs_kernel
 

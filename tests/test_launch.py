@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, own_namespace
 from tests.launch_helpers import children_of, launched, running
-from vswa_plugin.launch import main
-from vswa_plugin.processes import free_port, python_module
+from vswa_plugin.launch.__main__ import main
+from vswa_plugin.launch.processes import free_port, python_module
 
 
 def test_a_port_that_is_taken_is_said_with_its_option(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.launch_helpers import STANDIN
-from vswa_plugin.cluster_settings import router_arguments, routing_environment
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.launch import main, settings_from
+from vswa_plugin.launch.__main__ import main, settings_from
+from vswa_plugin.launch.settings import router_arguments, routing_environment
+from vswa_plugin.launch.topologies import TOPOLOGIES, Routing, add_worker_counts, find_topology, worker_counts
 from vswa_plugin.router.args import parse as router_parse
-from vswa_plugin.topologies import TOPOLOGIES, Routing, add_worker_counts, find_topology, worker_counts
 
 
 def test_the_guides_environment_says_what_each_kind_of_worker_gets(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.layout import CacheGroup, CacheLayout
 
 GEMMA = CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "gemma")
 

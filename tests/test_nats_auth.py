@@ -11,11 +11,11 @@ import nkeys
 import pytest
 
 from tests.conftest import Run
-from vswa_plugin.embedded import _binary, _listens
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.nats_auth import connect_options
-from vswa_plugin.processes import Child, free_port
-from vswa_plugin.transport import Transport
+from vswa_plugin.launch.brokers import _binary, _listens
+from vswa_plugin.launch.processes import Child, free_port
+from vswa_plugin.wire.login import connect_options
+from vswa_plugin.wire.transport import Transport
 
 NKEY_SEED = bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)).decode()
 NKEY_PUBLIC = bytes(nkeys.from_seed(NKEY_SEED.encode()).public_key).decode()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vswa_plugin.engine.options import Section
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.option_sections import Section
 
 KNOWN = {"tokens_per_block", "max_tokens", "dtype"}
 

@@ -14,7 +14,7 @@ from tests.conftest import Run
 from tests.e2e_helpers import eventually
 from tests.launch_helpers import alive
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.processes import BackOff, Child, ChildDied
+from vswa_plugin.launch.processes import BackOff, Child, ChildDied
 
 
 def test_pauses_double_up_to_thirty_seconds_and_begin_anew_after_a_long_life() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from vswa_plugin import frontend
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.program_args import ENVIRONMENT_HELP
+from vswa_plugin.program.args import ENVIRONMENT_HELP
 from vswa_plugin.router import args as router_args
 from vswa_plugin.worker import args as worker_args
 

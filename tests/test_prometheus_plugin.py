@@ -8,11 +8,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from vswa_plugins import prometheus
 from vswa_plugins.prometheus.collector import Collector
 
-from vswa_plugin.events import VERSION, Batch, Cleared, Event, Moved, Removed, Source, Stored, layout_event
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.records import RequestRecord
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.wire.events import (
+    VERSION,
+    Batch,
+    Cleared,
+    Event,
+    Moved,
+    Removed,
+    Source,
+    Stored,
+    layout_event,
+)
 
 LAYOUT = layout_event(CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "m"))
 ONE = Source("dynamo", "backend", 1, 0)

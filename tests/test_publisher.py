@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vswa_plugin.batches import Numbering, split
-from vswa_plugin.engine import BlocksStored, EngineBlock, EngineEvent, EventsLost, GroupCreated
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EngineEvent, EventsLost, GroupCreated
 from vswa_plugin.errors import ConnectError, ProtocolError
-from vswa_plugin.events import Batch, Event, Layout, Removed, Source, Stored, decode, encode
-from vswa_plugin.healing import Claim
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.publisher import Publisher, PublisherOptions, check_batch_bytes
-from vswa_plugin.residency import Residency
+from vswa_plugin.publishing.healing import Claim
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Batch, Event, Layout, Removed, Source, Stored, decode, encode
+from vswa_plugin.wire.numbering import Numbering, split
 
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, None, 2)), "trtllm_v2", "m")
 SOURCE = Source("ns", "backend", 7)

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import vswa_plugins.recorder as plugin
 from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
-from vswa_plugins.gemma3_cpu.simulate import SimulatedWorker, Workload, manager_for
+from vswa_plugins.gemma3_cpu.simulate.requests import SimulatedWorker, Workload, manager_for
 from vswa_plugins.recorder.recorder import Recorder, begin, header_of
 from vswa_plugins.recorder.recording import Limits, Recording, _Size
 
@@ -30,12 +30,12 @@ from vswa_plugin.accuracy.trace import (
     TraceWriter,
     open_trace,
 )
-from vswa_plugin.engine import EngineInfo, EngineSettings
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import RULES
+from vswa_plugin.engine.contract import EngineInfo, EngineSettings
+from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import WorkerContext
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.records import RequestRecord
-from vswa_plugin.reuse import RULES
 
 SIZE = 16
 LAYOUT = CacheLayout((CacheGroup(0, 64, SIZE), CacheGroup(1, None, SIZE)), "trtllm_v2", "m")

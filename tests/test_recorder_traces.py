@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.gemma3_cpu.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 from vswa_plugins.recorder.recorder import Recorder, begin
 
 from tests.accuracy_helpers import DATA, HEADER, replayed
@@ -27,12 +27,12 @@ from vswa_plugin.accuracy.trace import (
     open_trace,
 )
 from vswa_plugin.accuracy.waiting import Waiting
-from vswa_plugin.engine import RawEvent
+from vswa_plugin.blocks.reuse import RULES
+from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Stored, layout_event
 from vswa_plugin.hookspecs import WorkerContext
-from vswa_plugin.records import RequestRecord
-from vswa_plugin.reuse import RULES
+from vswa_plugin.wire.events import Stored, layout_event
 from vswa_plugin.worker.handler import RequestHandler
 
 __all__ = ["small"]

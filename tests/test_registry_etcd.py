@@ -17,12 +17,12 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry, joined_and_watched, start_etcd
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
-from vswa_plugin.events import Rank
-from vswa_plugin.processes import free_port
+from vswa_plugin.launch.processes import free_port
 from vswa_plugin.registry import Entry, decode_entry, encode_entry, last_epoch
 from vswa_plugin.registry._etcd3_client import Connection, _Client
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.registry.etcd_settings import Endpoint, EtcdSecurity, parse_endpoints
+from vswa_plugin.wire.events import Rank
 
 SECRET = "pa55word-not-to-be-shown"
 USER = {"ETCD_AUTH_USERNAME": "root", "ETCD_AUTH_PASSWORD": SECRET}

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.conftest import Run
 from tests.registry_helpers import ENTRY, FileBackend, Reader, entry, plant_entry, start_worker
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.processes import Child
+from vswa_plugin.launch.processes import Child
 from vswa_plugin.registry import PREFIX, Entry, encode_entry
 from vswa_plugin.registry import entry_files as entry_files_module
 from vswa_plugin.registry.entry_files import EntryFile, Scanner, file_name, key_of, sweep

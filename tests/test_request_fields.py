@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_router_decide import Setting
-from vswa_plugin.errors import InvalidRequest
-from vswa_plugin.request_fields import (
+from vswa_plugin.engine.requests import (
     Fields,
     dp_rank,
     outside,
@@ -21,6 +20,7 @@ from vswa_plugin.request_fields import (
     token_ids,
     unchecked_token_ids,
 )
+from vswa_plugin.errors import InvalidRequest
 
 
 def of_tokens(value: Any) -> Fields:

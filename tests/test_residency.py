@@ -6,7 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import (
     BlocksMoved,
     BlocksRemoved,
     BlocksStored,
@@ -16,11 +18,9 @@ from vswa_plugin.engine import (
     GroupCreated,
 )
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Event, Moved, Removed, Stored
-from vswa_plugin.hashing import block_hashes, sequence_hashes
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.nodes import NodeTable, plain_hasher
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.publishing.nodes import NodeTable, plain_hasher
+from vswa_plugin.publishing.residency import Residency, Restart
+from vswa_plugin.wire.events import Event, Moved, Removed, Stored
 
 BLOCK = 2
 LAYOUT = CacheLayout((CacheGroup(0, 4, BLOCK), CacheGroup(1, None, BLOCK)), "trtllm_v2", "m")

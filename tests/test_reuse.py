@@ -20,9 +20,9 @@ from tests.reuse_walks import (
     trtllm_v1_one_pass,
     walk_trtllm_v2,
 )
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import RULES, Needs, ReuseRule, resumable, rule_named
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import RULES, Needs, ReuseRule, resumable, rule_named
 
 GEMMA = CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "gemma")
 SMALL = CacheLayout((CacheGroup(0, 8, 4), CacheGroup(1, None, 4)), "trtllm_v2", "small")

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, TrtllmV2, resumable, rule_named
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import RULES, ReuseRule, TrtllmV2, resumable, rule_named
+from vswa_plugin.host.host import PluginHost
 
 EXAMPLE = Path(__file__).parent.parent / "plugins/examples/chunked_rule.py"
 CHUNKED = CacheLayout((CacheGroup(0, 16, 4), CacheGroup(1, None, 4)), "chunked", "m")

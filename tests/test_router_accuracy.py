@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from vswa_plugin.events import Rank
-from vswa_plugin.router.accuracy import BOUNDS, Accuracy, Outcome
+from vswa_plugin.router.promises import BOUNDS, Accuracy, Outcome
+from vswa_plugin.wire.events import Rank
 
 A, B = Rank(0xA), Rank(0xA, 1)
 

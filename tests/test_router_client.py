@@ -10,8 +10,8 @@ import pytest
 from dynamo.llm import HttpError
 from dynamo.llm.exceptions import CannotConnect, Disconnected, InvalidArgument
 
-from vswa_plugin.dynamo import EndpointName, namespaced_block_hash
-from vswa_plugin.dynamo_client import (
+from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
+from vswa_plugin.dynamo.client import (
     Refused,
     Unreached,
     WorkerClient,
@@ -19,8 +19,8 @@ from vswa_plugin.dynamo_client import (
     _to_dynamo,
     namespaced_sequence_hashes,
 )
+from vswa_plugin.dynamo.runtime import EndpointName, namespaced_block_hash
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
-from vswa_plugin.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.selection import NoCandidate
 
 # As Client.direct raises them.

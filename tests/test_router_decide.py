@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import InvalidRequest
-from vswa_plugin.events import Rank, Stored
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.router.decide import Decider, Decision, Pool
 from vswa_plugin.selection import Load, LoadBook, NoCandidate, RoutedRequest, Scored, Weights
+from vswa_plugin.wire.events import Rank, Stored
 
 LAYOUT = CacheLayout((CacheGroup(0, 32, 16), CacheGroup(1, None, 16)), "trtllm_v2", "m")
 A, B, C = Rank(1), Rank(2), Rank(2, 1)

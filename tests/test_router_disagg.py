@@ -10,7 +10,7 @@ import pytest
 from tests.router_disagg_helpers import AGG, D1, D2, LAST, P1, P2, PROMPT, Served, computed, usage
 from tests.test_router_decide import Prefers
 from tests.test_router_forward import FakeCall, run
-from vswa_plugin.engine import ChunkDict
+from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import Unavailable
 from vswa_plugin.router.forward import Model
 from vswa_plugin.selection import Load, NoCandidate

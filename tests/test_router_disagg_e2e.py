@@ -14,8 +14,8 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, long_prompt, metric, post
 from tests.router_helpers import Echo, Stack, logged
-from vswa_plugin.cluster import Cluster
-from vswa_plugin.processes import Child
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.launch.processes import Child
 
 PROMISED = r"prefill rank \S+ at cost \S+ promises (\d+) of"
 

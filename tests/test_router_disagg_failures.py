@@ -8,10 +8,10 @@ import pytest
 
 from tests.router_disagg_helpers import P1, PROMPT, Served, computed
 from tests.test_router_forward import FakeCall, Step, run
-from vswa_plugin.dynamo_client import Refused
+from vswa_plugin.dynamo.client import Refused
 from vswa_plugin.errors import InvalidRequest, Overloaded, Unavailable
-from vswa_plugin.events import Rank
 from vswa_plugin.router.disagg import PREFILL_TRIES
+from vswa_plugin.wire.events import Rank
 
 
 def test_a_prefill_worker_that_is_lost_is_replaced_before_anything_was_streamed() -> None:

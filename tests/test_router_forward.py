@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.dynamo_client import Refused, namespaced_sequence_hashes
-from vswa_plugin.engine import ChunkDict
+from vswa_plugin.dynamo.client import Refused, namespaced_sequence_hashes
+from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, Unavailable
-from vswa_plugin.events import Rank
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Load, NoCandidate, Weights
+from vswa_plugin.wire.events import Rank
 
 A, B = Rank(1), Rank(2, 3)
 PROMPT = list(range(40))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.test_router_decide import A, B, C, Setting
-from vswa_plugin.events import Rank
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.host import PluginHost
+from vswa_plugin.host.host import PluginHost
 from vswa_plugin.selection import RoutedRequest, Scored
+from vswa_plugin.wire.events import Rank
 
 EXAMPLE = Path(__file__).parent.parent / "plugins/examples/urgent_requests.py"
 

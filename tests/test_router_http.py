@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.hashing import block_hashes
+from vswa_plugin.blocks.hashing import block_hashes
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.http import answers, messages
 from vswa_plugin.router.http.answers import global_only

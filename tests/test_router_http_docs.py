@@ -10,8 +10,8 @@ from tests.router_http_helpers import PROMPT, Api, run
 from vswa_plugin.router.http.dump import MAX_VISITS
 from vswa_plugin.router.http.messages import MAX_HASHES, MAX_TOKENS, SelectQuery
 from vswa_plugin.router.http.operations import ERRORS, OPERATIONS
-from vswa_plugin.router.http.selection import NVEXT
-from vswa_plugin.router.load_messages import MAX_HASHES as MAX_SHARED
+from vswa_plugin.router.replicas.messages import MAX_HASHES as MAX_SHARED
+from vswa_plugin.router.selector.choices import NVEXT
 
 TEXT = (Path(__file__).parent.parent / "docs" / "router-api.md").read_text("utf-8")
 

@@ -13,9 +13,9 @@ import pytest
 
 from tests.e2e_helpers import eventually
 from tests.router_http_helpers import A1, HASHES, A, Api, B, run, stored
-from vswa_plugin.events import Stored
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.http import dump, messages, server
+from vswa_plugin.wire.events import Stored
 
 
 @pytest.mark.parametrize("piece", [2, 8_192])

@@ -12,12 +12,12 @@ import msgspec
 
 from tests.conftest import Run
 from tests.e2e_helpers import TextModel, beside, eventually, long_prompt
-from vswa_plugin.cluster import Cluster
-from vswa_plugin.plugin_loading import load_host
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.launch.topologies import WorkerGroup
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.router.args import parse
-from vswa_plugin.router.http.selector import Selector
-from vswa_plugin.topologies import WorkerGroup
+from vswa_plugin.router.selector.app import Selector
 
 #: A gateway may say who serves a request in its headers or in its body.
 PINNED_BY = ("headers", "nvext")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.router_http_helpers import A, Api, entry_of, run, stored
+from vswa_plugin.router.http.openapi import document
 from vswa_plugin.router.http.operations import OPERATIONS
-from vswa_plugin.router.http.selection import NVEXT
-from vswa_plugin.router.openapi import document
+from vswa_plugin.router.selector.choices import NVEXT
 
 SCHEMA = document()
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.e2e_helpers import eventually
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
-from vswa_plugin.router import reservations
-from vswa_plugin.router.shared_load import SharedLoad
+from vswa_plugin.router.replicas.load import SharedLoad
+from vswa_plugin.router.selector import reservations
 from vswa_plugin.selection import Load
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.e2e_helpers import eventually
 from tests.router_http_helpers import PROMPT, Api, entry_of, run, stored
-from vswa_plugin.events import Rank
 from vswa_plugin.selection import Load
+from vswa_plugin.wire.events import Rank
 
 #: Prefill workers, the first with two ranks, and decode workers of the model ``d``.
 P1, P1B, P2, D1, D2 = Rank(11), Rank(11, 1), Rank(12), Rank(21), Rank(22, 0)

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.test_router_replicas import A, loads_of, pair
-from vswa_plugin.router import shared_load
-from vswa_plugin.router.load_messages import LOAD_VERSION, Digest, Free, Message, Put, State, encode
-from vswa_plugin.router.shared_load import SharedBook, SharedLoad
+from vswa_plugin.router.replicas import load as shared_load
+from vswa_plugin.router.replicas.load import SharedBook, SharedLoad
+from vswa_plugin.router.replicas.messages import LOAD_VERSION, Digest, Free, Message, Put, State, encode
 from vswa_plugin.selection import Load
 
 

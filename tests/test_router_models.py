@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.dynamo import EndpointName
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.engine import MODES
+from vswa_plugin.blocks.layout import HASH_SCHEME, CacheGroup
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
+from vswa_plugin.dynamo.runtime import EndpointName
+from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import HASH_SCHEME, CacheGroup
 from vswa_plugin.registry import Entry
-from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.args import parse
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.models import Models, card_of, grouped, slug_of
+from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
 
 

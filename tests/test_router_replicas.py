@@ -9,15 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vswa_plugin.events import Rank
-from vswa_plugin.router import load_messages
-from vswa_plugin.router.load_messages import (
-    Digest,
-    State,
-    encode,
-)
-from vswa_plugin.router.shared_load import SharedLoad
+from vswa_plugin.router.replicas import messages as load_messages
+from vswa_plugin.router.replicas.load import SharedLoad
+from vswa_plugin.router.replicas.messages import Digest, State, encode
 from vswa_plugin.selection import Load, LoadBook
+from vswa_plugin.wire.events import Rank
 
 A, B = Rank(1), Rank(2, 1)
 MODELS = ("m", "n")

@@ -14,18 +14,18 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually
 from tests.stream_helpers import LAYOUT, Publishing, running
-from vswa_plugin import control
-from vswa_plugin.events import MAX_MESSAGE_BYTES, Rank, Source
-from vswa_plugin.fleet import Fleet
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.subscriber import SubscriberOptions
+from vswa_plugin.following.view import ViewOptions
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.file import FileRegistry
-from vswa_plugin.router.load_messages import LOAD_VERSION
-from vswa_plugin.router.replicas import Replicas
-from vswa_plugin.router.shared_load import SharedBook
+from vswa_plugin.router.replicas.exchange import Replicas
+from vswa_plugin.router.replicas.load import SharedBook
+from vswa_plugin.router.replicas.messages import LOAD_VERSION
 from vswa_plugin.selection import Load
-from vswa_plugin.subscriber import SubscriberOptions
-from vswa_plugin.transport import Transport, subject
-from vswa_plugin.view import ViewOptions
+from vswa_plugin.wire import control
+from vswa_plugin.wire.events import MAX_MESSAGE_BYTES, Rank, Source
+from vswa_plugin.wire.transport import Transport, subject
 
 INTERVAL_S = 0.2
 A, B = Rank(1), Rank(2)

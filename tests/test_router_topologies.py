@@ -15,9 +15,9 @@ import pytest
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, long_prompt, metric, post, recording, stream
-from vswa_plugin.cluster import Cluster, ClusterSettings
-from vswa_plugin.processes import Child, free_port, python_module
-from vswa_plugin.topologies import Routing, WorkerGroup
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.processes import Child, free_port, python_module
+from vswa_plugin.launch.topologies import Routing, WorkerGroup
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 ROOM = {"gemma3_cpu": {"kv_blocks": {"512": 128, "global": 256}}}

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, long_prompt, metric
 from tests.router_helpers import Stack
-from vswa_plugin.processes import Child
+from vswa_plugin.launch.processes import Child
 from vswa_plugin.registry.opening import registry_from_env
 
 #: Sliding blocks for a prompt or two, global ones for many.

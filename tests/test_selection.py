@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vswa_plugin.errors import ConfigError, InvalidRequest
-from vswa_plugin.events import Rank
 from vswa_plugin.selection import (
     Candidate,
     Constraints,
@@ -27,6 +26,7 @@ from vswa_plugin.selection import (
     overridden,
     scored,
 )
+from vswa_plugin.wire.events import Rank
 
 A, B, C = Rank(1), Rank(2), Rank(3, 1)
 PREFILL_ROUTER = {"overlap_score_credit": 0, "assume_kv_reuse": False, "track_prefill_tokens": False}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vswa_plugin.errors import InvariantError
-from vswa_plugin.events import Rank
 from vswa_plugin.selection import Load, LoadBook, Projection
+from vswa_plugin.wire.events import Rank
 
 RANKS = [Rank(1, 0), Rank(1, 1), Rank(2, 0)]
 SIZE = 4

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vswa_plugin.dynamo import LOOPBACK_ENV
-from vswa_plugin.events import Rank
-from vswa_plugin.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.dynamo.runtime import LOOPBACK_ENV
 from vswa_plugin.selection import Candidate, LoadBook, Weights, booked_prefill, overridden, scored
+from vswa_plugin.wire.events import Rank
 
 SIZE = 16
 SETTINGS: dict[str, float] = {

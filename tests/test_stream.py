@@ -6,19 +6,8 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.control import (
-    PartRequest,
-    Refused,
-    Replay,
-    ReplayRequest,
-    SnapshotHead,
-    SnapshotPart,
-    SnapshotRequest,
-    TooOld,
-)
-from vswa_plugin.events import Batch, Layout, Removed, Stored, Unknown, encode
-from vswa_plugin.layout import CacheGroup
-from vswa_plugin.stream import (
+from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.following.reader import (
     Apply,
     Ask,
     BecameLive,
@@ -28,6 +17,17 @@ from vswa_plugin.stream import (
     Reset,
     Unreadable,
 )
+from vswa_plugin.wire.control import (
+    PartRequest,
+    Refused,
+    Replay,
+    ReplayRequest,
+    SnapshotHead,
+    SnapshotPart,
+    SnapshotRequest,
+    TooOld,
+)
+from vswa_plugin.wire.events import Batch, Layout, Removed, Stored, Unknown, encode
 
 LAYOUT = Layout((CacheGroup(0, 512, 32),), "trtllm_v2", "h", "m")
 

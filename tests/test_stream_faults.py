@@ -13,10 +13,10 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually
 from tests.stream_helpers import Fault, Following, Publishing, one_of_each, running, whole
-from vswa_plugin.embedded import start_nats
-from vswa_plugin.engine import EventsLost
-from vswa_plugin.events import Source, decode
-from vswa_plugin.publisher import Superseded
+from vswa_plugin.engine.contract import EventsLost
+from vswa_plugin.launch.brokers import start_nats
+from vswa_plugin.publishing.publisher import Superseded
+from vswa_plugin.wire.events import Source, decode
 
 Names = Iterator[str]
 

@@ -13,14 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vswa_plugin import control
-from vswa_plugin.batches import Numbering
-from vswa_plugin.engine import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock, EngineEvent
-from vswa_plugin.events import Event, Layout, Moved, Removed, Stored, decode, encode, layout_event
-from vswa_plugin.history import History, HistoryOptions
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency
-from vswa_plugin.stream import Apply, Ask, BecameLive, BecameStale, Reader, ReaderOptions, Reset
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock, EngineEvent
+from vswa_plugin.following.reader import Apply, Ask, BecameLive, BecameStale, Reader, ReaderOptions, Reset
+from vswa_plugin.publishing.history import History, HistoryOptions
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire import control
+from vswa_plugin.wire.events import Event, Layout, Moved, Removed, Stored, decode, encode, layout_event
+from vswa_plugin.wire.numbering import Numbering
 
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, 4, 2), CacheGroup(2, None, 2)), "trtllm_v2", "m")
 View = dict[int, dict[int, str]]

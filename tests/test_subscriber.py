@@ -8,9 +8,9 @@ from typing import Any
 
 from tests.stream_helpers import LAYOUT, NaiveIndex
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.events import Batch, Event, Rank, Source, Stored, encode, layout_event
-from vswa_plugin.subscriber import Subscriber
-from vswa_plugin.transport import subject
+from vswa_plugin.following.subscriber import Subscriber
+from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
+from vswa_plugin.wire.transport import subject
 
 SOURCE = Source("ns", "backend", 7)
 RANK = Rank(7)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from vswa_plugins.gemma3_cpu.options import parse_options as parse_for_gemma3_cpu
+from vswa_plugins.gemma3_cpu.serving.options import parse_options as parse_for_gemma3_cpu
 from vswa_plugins.tensorrt_llm.model_shape import parse_shape
 from vswa_plugins.tensorrt_llm.options import parse_options
 from vswa_plugins.tensorrt_llm.plan import make_plan
 from vswa_plugins.tensorrt_llm.rules import decide
 
 from tests.tensorrt_llm_models import GEMMA, GEMMA3, RC29, UCX, gemma3_config, options_of
-from vswa_plugin.engine import MODES
-from vswa_plugin.engine_args import load_engine_args
+from vswa_plugin.engine.contract import MODES
+from vswa_plugin.worker.engine_args import load_engine_args
 
 CONFIGS = Path(__file__).parent.parent / "engine_configs" / "gemma3"
 

@@ -14,8 +14,8 @@ from tests.conftest import Brokers, Run
 from tests.e2e_helpers import post
 from tests.tensorrt_llm_helpers import NIXL
 from tests.tensorrt_llm_package import install
-from vswa_plugin.cluster import Cluster, ClusterSettings
-from vswa_plugin.topologies import WorkerGroup
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.topologies import WorkerGroup
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"kv_cache_config": {"max_attention_window": [512] * 5 + [8192]}, **NIXL}

@@ -19,7 +19,7 @@ from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
 from tests.tensorrt_llm_helpers import standin as standin
 from tests.tensorrt_llm_package import LLM, RequestError
-from vswa_plugin.engine import WORKER_ONLY
+from vswa_plugin.engine.contract import WORKER_ONLY
 from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable
 
 pytestmark = pytest.mark.usefixtures("standin")

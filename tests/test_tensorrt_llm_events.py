@@ -31,7 +31,7 @@ from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
 from tests.tensorrt_llm_package import BS, LLM
 from tests.trtllm_events_helpers import LAYOUT, block
-from vswa_plugin.engine import BlocksStored
+from vswa_plugin.engine.contract import BlocksStored
 
 EXACT, ONE_SHORT = "exact", "more is reused: up to one token before the edge of some other block"
 
@@ -47,7 +47,7 @@ def fare(started: Started, seed: int, requests: int, ranks: int = 1) -> tuple[Co
         predicted = router.predicted(prompt, rank) // BS
         routing = {"routing": {"dp_rank": rank}} if ranks > 1 else {}
         cached = cached_of(started.ask(asked(prompt, new, **routing)))
-        # The one thing here that hashes cannot show: see the module docstring of vswa_plugin.reuse.
+        # The one thing here that hashes cannot show: see the module docstring of vswa_plugin.blocks.reuse.
         one_short = predicted < cached // BS and cached % BS == BS - 1
         fared[
             EXACT if predicted == cached // BS else ONE_SHORT if one_short else f"{predicted}, {cached}"

@@ -30,8 +30,8 @@ import pytest
 from vswa_plugins.tensorrt_llm.engine import TensorRtLlmEngine
 
 from tests.tensorrt_llm_helpers import Router, asked, cached_of, workload
-from vswa_plugin.engine import ChunkDict, EngineSettings, RawEvent
-from vswa_plugin.engine_args import load_engine_args
+from vswa_plugin.engine.contract import ChunkDict, EngineSettings, RawEvent
+from vswa_plugin.worker.engine_args import load_engine_args
 
 CONFIGS = Path(__file__).parent.parent / "engine_configs" / "gemma3"
 MODEL = os.environ.get("GEMMA3_MODEL_PATH")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import Brokers, Run
-from vswa_plugin.embedded import start_nats
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.events import Source
-from vswa_plugin.processes import free_port
-from vswa_plugin.transport import Transport, check_name, events_of, source_of, subject
+from vswa_plugin.launch.brokers import start_nats
+from vswa_plugin.launch.processes import free_port
+from vswa_plugin.wire.events import Source
+from vswa_plugin.wire.transport import Transport, check_name, events_of, source_of, subject
 
 SOURCE = Source("prod-1", "backend", 0x1D36A2091E114D49, 3)
 

@@ -14,7 +14,8 @@ from vswa_plugins.trtllm_events import TrtllmEventAdapter
 from tests.trtllm_events_helpers import DATA, LAYOUT, ONE, TWO, Engine, block, feed
 from tests.trtllm_events_helpers import adapter as adapter
 from tests.trtllm_events_helpers import engine as engine
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import (
     BlocksMoved,
     BlocksRemoved,
     BlocksStored,
@@ -24,7 +25,6 @@ from vswa_plugin.engine import (
     GroupCreated,
 )
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.layout import CacheGroup, CacheLayout
 
 # -- what events mean ------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from vswa_plugins.trtllm_events import TrtllmEventAdapter
 from tests.trtllm_events_helpers import ONE, TWO, Engine, block, feed
 from tests.trtllm_events_helpers import adapter as adapter
 from tests.trtllm_events_helpers import engine as engine
-from vswa_plugin.engine import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock, EventsLost
+from vswa_plugin.engine.contract import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock, EventsLost
 from vswa_plugin.errors import ProtocolError
 
 # -- what is left out ------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from vswa_plugins.trtllm_events.chains import MAX_SEARCHED
 from vswa_plugins.trtllm_events.hashing import block_key
 
 from tests.trtllm_events_helpers import DATA, ONE, TWO, Engine, block, feed
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import (
     BlocksMoved,
     BlocksRemoved,
     BlocksStored,
@@ -22,8 +23,7 @@ from vswa_plugin.engine import (
     GroupCreated,
 )
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.publishing.residency import Residency, Restart
 
 GROUPS = (CacheGroup(0, 8, 4), CacheGroup(1, None, 4))
 LONGEST = 32768

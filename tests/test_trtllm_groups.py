@@ -13,12 +13,12 @@ import pytest
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
 from tests.trtllm_events_helpers import Engine, block
-from vswa_plugin.engine import NO_SUCH_GROUP, BlocksRemoved, BlocksStored, EngineBlock, GroupCreated
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import NO_SUCH_GROUP, BlocksRemoved, BlocksStored, EngineBlock, GroupCreated
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Event, Layout, Source, Stored, decode
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.publisher import Publisher, PublisherOptions
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
+from vswa_plugin.publishing.residency import Residency, Restart
+from vswa_plugin.wire.events import Event, Layout, Source, Stored, decode
 
 ONE = [1, 2, 3, 4]
 TWO_WINDOWS, GLOBAL_ONLY, SLIDING_ONLY = (8, None), (None,), (8,)

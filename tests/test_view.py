@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vswa_plugin.events import Batch, Layout, Source, Unknown
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.view import View, ViewOptions
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.following.view import View, ViewOptions
+from vswa_plugin.wire.events import Batch, Layout, Source, Unknown
 
 LAYOUT = CacheLayout((CacheGroup(0, 512, 32),), "trtllm_v2", "m")
 EVENT = Layout(LAYOUT.groups, "trtllm_v2", "h", "m")

@@ -23,10 +23,10 @@ from tests.vllm_events_helpers import (
     stored,
     tokens_of,
 )
-from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock, EventsLost, GroupCreated
+from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock, EventsLost, GroupCreated
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.layout import CacheGroup
-from vswa_plugin.residency import Restart
+from vswa_plugin.publishing.residency import Restart
 
 TWO = layout_of(8, None)
 

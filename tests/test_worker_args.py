@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.worker.__main__ import main
 from vswa_plugin.worker.args import parse
+from vswa_plugin.worker.engine_args import load_engine_args
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(Path(__file__).with_name("standin_engine.py"))
@@ -28,7 +28,7 @@ def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
         worker.close()
         raise AssertionError("local checks passed")
 
-    monkeypatch.setattr("vswa_plugin.dynamo.run", fail)
+    monkeypatch.setattr("vswa_plugin.dynamo.runtime.run", fail)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -139,7 +139,7 @@ def test_ranks_are_asked_for_by_number(model_dir: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["agg", "prefill", "decode"])
 def test_the_engine_config_of_each_mode_is_understood_by_the_embedded_engine(mode: str) -> None:
-    from vswa_plugins.gemma3_cpu.options import parse_options
+    from vswa_plugins.gemma3_cpu.serving.options import parse_options
 
     file = ROOT / "engine_configs" / "gemma3" / f"vswa_{mode}.yaml"
     options = parse_options(*load_engine_args(str(file), None))

@@ -9,15 +9,15 @@ from typing import Any
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, own_namespace, status_url
-from vswa_plugin.cluster import LOOPBACK_ENV
-from vswa_plugin.embedded import start_etcd, start_nats
-from vswa_plugin.events import Batch, Source, encode
-from vswa_plugin.processes import Child, free_port, python_module
+from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.cluster import LOOPBACK_ENV
+from vswa_plugin.launch.processes import Child, free_port, python_module
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry._etcd3_client import Connection
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
-from vswa_plugin.transport import Transport, subject
+from vswa_plugin.wire.events import Batch, Source, encode
+from vswa_plugin.wire.transport import Transport, subject
 
 
 async def worker(

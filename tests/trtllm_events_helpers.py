@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
-from vswa_plugin.engine import EngineEvent
-from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import EngineEvent
 
 DATA = Path(__file__).parent / "data"
 LAYOUT = CacheLayout((CacheGroup(0, 8, 4), CacheGroup(1, None, 4)), "trtllm_v2", "m")

@@ -11,10 +11,10 @@ from typing import Any
 
 from vswa_plugins.vllm_events import VllmEventAdapter
 
-from vswa_plugin.engine import EngineEvent
-from vswa_plugin.hashing import sequence_hashes_of_tokens
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import EngineEvent
+from vswa_plugin.publishing.residency import Residency, Restart
 
 SIZE = 4
 #: Names of blocks, root first: one letter a block.

@@ -10,12 +10,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vswa_plugin import dynamo
+from vswa_plugin.dynamo import runtime as dynamo
 from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
-from vswa_plugin.program_args import add_log_level, check_log_level, make_parser
-from vswa_plugin.programs import run_program, set_up_logging
+from vswa_plugin.program.args import add_log_level, check_log_level, make_parser
+from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import reach_discovery
-from vswa_plugin.transport import DEFAULT_SERVER, Transport
+from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 
 logger = logging.getLogger("vswa_plugin.frontend")
 

@@ -15,12 +15,12 @@ from .projection import MODES, Projection
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vswa_plugin.engine import BlocksStored
-    from vswa_plugin.events import Batch, Source
+    from vswa_plugin.blocks.layout import CacheLayout
+    from vswa_plugin.blocks.reuse import ReuseRule
+    from vswa_plugin.engine.contract import BlocksStored
     from vswa_plugin.hookspecs import WorkerContext
-    from vswa_plugin.layout import CacheLayout
-    from vswa_plugin.nodes import Node
-    from vswa_plugin.reuse import ReuseRule
+    from vswa_plugin.publishing.nodes import Node
+    from vswa_plugin.wire.events import Batch, Source
 
     from .scorer import BoundaryProjection
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 
 from vswa_plugin.accuracy.scorers import Prompt
-from vswa_plugin.engine import BlocksStored
-from vswa_plugin.events import Event, layout_event
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.nodes import Node
-from vswa_plugin.reuse import ReuseRule, rule_named
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.reuse import ReuseRule, rule_named
+from vswa_plugin.engine.contract import BlocksStored
+from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.wire.events import Event, layout_event
 
 from .projection import Projection
 

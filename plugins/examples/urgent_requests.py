@@ -6,9 +6,9 @@ curl ... -H 'x-dynamo-meta-worker: 1f3a'      (worker ids in hexadecimal, as the
 
 from collections.abc import Mapping, Sequence
 
-from vswa_plugin.events import Rank
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.selection import RoutedRequest, Scored
+from vswa_plugin.wire.events import Rank
 
 #: What an active request of others costs an urgent one, in blocks.
 BUSY = 100.0

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from vswa_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from vswa_plugin.accuracy.ranks import RankSetup, SimulatedRank
-    from vswa_plugin.commands import Commands
-    from vswa_plugin.engine import Engine, EngineSettings
+    from vswa_plugin.cli import Commands
+    from vswa_plugin.engine.contract import Engine, EngineSettings
+    from vswa_plugin.simulation.presets import RankSetup, SimulatedRank
 
 NAME = "gemma3_cpu"
 
@@ -23,7 +23,7 @@ def vswa_engine_names() -> list[str]:
 def vswa_engine(settings: EngineSettings) -> Engine | None:
     if settings.engine != NAME:
         return None
-    from .engine import Gemma3CpuEngine
+    from .serving.engine import Gemma3CpuEngine
 
     return Gemma3CpuEngine(settings)
 
@@ -32,7 +32,7 @@ def vswa_engine(settings: EngineSettings) -> Engine | None:
 def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
     if setup.layout.rule != "trtllm_v2":
         return None
-    from . import simulated_rank
+    from .simulate import rank as simulated_rank
 
     return simulated_rank.SimulatedRank(setup)
 
@@ -40,7 +40,7 @@ def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
 @hookimpl
 def vswa_register_commands(commands: Commands) -> None:
     from . import commands as ours
-    from . import simulate_command
+    from .simulate import command as simulate_command
 
     commands.add(
         "make-model",

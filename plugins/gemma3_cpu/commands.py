@@ -28,8 +28,8 @@ def configure_make_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run_make_model(args: argparse.Namespace) -> int:
-    from .checkpoint import make_checkpoint
-    from .config import load_config
+    from .model.config import load_config
+    from .weights.checkpoint import make_checkpoint
 
     make_checkpoint(args.directory, seed=args.seed, overwrite=args.overwrite, overrides=_overrides(args))
     config = load_config(args.directory)
@@ -52,8 +52,8 @@ def configure_import_gguf(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import_gguf(args: argparse.Namespace) -> int:
-    from .config import load_config
-    from .gguf_import import import_gguf
+    from .model.config import load_config
+    from .weights.gguf_import import import_gguf
 
     import_gguf(args.file, args.directory, args.overwrite)
     config = load_config(args.directory)
@@ -63,7 +63,7 @@ def run_import_gguf(args: argparse.Namespace) -> int:
 
 
 def configure_get_model(parser: argparse.ArgumentParser) -> None:
-    from .named_models import MODELS
+    from .weights.named import MODELS
 
     parser.description = (
         "Install a model by name and convert it into the cache, unless it is there already; print its "
@@ -73,7 +73,7 @@ def configure_get_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run_get_model(args: argparse.Namespace) -> int:
-    from .named_models import get_model
+    from .weights.named import get_model
 
     print(get_model(args.name, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0

@@ -9,8 +9,8 @@ from vswa_plugin.hookspecs import hookimpl
 from .collector import Collector
 
 if TYPE_CHECKING:
-    from vswa_plugin.events import Batch, Source
-    from vswa_plugin.records import RequestRecord
+    from vswa_plugin.engine.records import RequestRecord
+    from vswa_plugin.wire.events import Batch, Source
 
 # One per process: a worker has one page of metrics, whatever number of hosts it makes.
 _collector = Collector()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from vswa_plugin.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored
-from vswa_plugin.records import RequestRecord
+from vswa_plugin.engine.records import RequestRecord
+from vswa_plugin.wire.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored
 
 #: For a group that no Layout has named: blocks are still counted, and the label shows the fault.
 UNKNOWN_WINDOW = "unknown"

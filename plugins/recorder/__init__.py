@@ -11,9 +11,9 @@ from vswa_plugin.hookspecs import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vswa_plugin.engine import RawEvent, RequestDict
+    from vswa_plugin.engine.contract import RawEvent, RequestDict
+    from vswa_plugin.engine.records import RequestRecord
     from vswa_plugin.hookspecs import WorkerContext
-    from vswa_plugin.records import RequestRecord
 
     from .recorder import Recorder
 

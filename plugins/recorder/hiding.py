@@ -15,7 +15,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from vswa_plugin.engine import RawEvent
+from vswa_plugin.engine.contract import RawEvent
 from vswa_plugin.errors import ConfigError
 
 #: Blocks whose new tokens are remembered: they come once per cache group and with every prompt.

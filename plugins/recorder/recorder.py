@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vswa_plugin.accuracy.trace import TraceGroup, TraceHeader
-from vswa_plugin.engine import RawEvent, RequestDict
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import RawEvent, RequestDict
+from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.records import RequestRecord
 
 from .hiding import Hiding
 from .recording import Recording

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import msgspec
 
 from vswa_plugin.accuracy.trace import TraceHeader, TraceHole, TraceRequest, TraceResult, TraceWriter
-from vswa_plugin.engine import RawEvent
-from vswa_plugin.records import RequestRecord
+from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine.records import RequestRecord
 
 from .hiding import Hiding
 

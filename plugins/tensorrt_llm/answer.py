@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vswa_plugin.engine import ChunkDict
+from vswa_plugin.engine.contract import ChunkDict
 
 #: TensorRT-LLM's finish reason -> Dynamo's.
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "cancelled", "timeout": "error"}

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import (
     MODES,
     WORKER_ONLY,
     ChunkDict,
@@ -25,7 +26,6 @@ from vswa_plugin.engine import (
     RequestDict,
 )
 from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable, unknown_choice
-from vswa_plugin.layout import CacheLayout
 
 from . import handover, package
 from .answer import Answer

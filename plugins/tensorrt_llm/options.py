@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from vswa_plugin.engine.options import Section
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.option_sections import Section
 
 SECTION = "vswa"
 #: The embedded engine's section of a file that serves both.

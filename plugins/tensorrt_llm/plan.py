@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.layout import CacheGroup
 
 from .model_shape import ModelShape
 from .options import TrtllmOptions

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vswa_plugin.engine import EventSink
+from vswa_plugin.engine.contract import EventSink
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine import RequestDict
+from vswa_plugin.engine.contract import RequestDict
+from vswa_plugin.engine.requests import Fields, dp_rank, is_number, outside, prefill_result, token_ids
 from vswa_plugin.errors import InvalidRequest
-from vswa_plugin.request_fields import Fields, dp_rank, is_number, outside, prefill_result, token_ids
 
 #: Dynamo's sampling option -> TensorRT-LLM's; both mean the same.
 SAMPLING = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vswa_plugin.engine import EventAdapter
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import EventAdapter
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.layout import CacheLayout
 
 from .adapter import LORA_SERVED, TrtllmEventAdapter
 from .hashing import HASH_ALGO, block_key, chain_keys, salt_id

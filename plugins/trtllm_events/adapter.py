@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import (
     NO_SUCH_GROUP,
     BlocksMoved,
     BlocksRemoved,
@@ -24,7 +25,6 @@ from vswa_plugin.engine import (
     RawEvent,
 )
 from vswa_plugin.errors import ProtocolError, unknown_choice
-from vswa_plugin.layout import CacheLayout
 
 from . import fields
 from .chains import Chains, Run

@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import NamedTuple
 
-from vswa_plugin.engine import EngineHash
+from vswa_plugin.engine.contract import EngineHash
 
 from .fields import Stored, StoredBlock
 from .hashing import block_key

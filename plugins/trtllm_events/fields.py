@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine import EngineHash
+from vswa_plugin.engine.contract import EngineHash
 from vswa_plugin.errors import ProtocolError
 
 #: TensorRT-LLM's cache levels.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.layout import CacheLayout
 
 from . import fields
 

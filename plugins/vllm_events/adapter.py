@@ -19,7 +19,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from vswa_plugin.engine import (
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import (
     BlocksRemoved,
     BlocksStored,
     EngineBlock,
@@ -29,7 +30,6 @@ from vswa_plugin.engine import (
     GroupCreated,
 )
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.layout import CacheLayout
 
 from . import digests, fields
 from .fields import Cleared, RawVllmEvent, Removed, Stored

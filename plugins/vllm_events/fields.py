@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from vswa_plugin.engine import EngineHash
+from vswa_plugin.engine.contract import EngineHash
 from vswa_plugin.errors import ProtocolError, unknown_choice
 
 #: A map with the key ``type`` (vLLM 0.24 and later), or an array that begins with it.

@@ -10,14 +10,14 @@ from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, TypeVar
 
-from vswa_plugin import control
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.events import VERSION, Batch, Event, Rank, Source, Stored, encode, layout_event
+from vswa_plugin.following.subscriber import Subscriber
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.registry import Entry
-from vswa_plugin.subscriber import Subscriber
-from vswa_plugin.transport import subject
+from vswa_plugin.wire import control
+from vswa_plugin.wire.events import VERSION, Batch, Event, Rank, Source, Stored, encode, layout_event
+from vswa_plugin.wire.transport import subject
 
 T = TypeVar("T")
 

@@ -12,17 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vswa_plugins.gemma3_cpu.checkpoint import DEFAULT_CONFIG, make_checkpoint
-from vswa_plugins.gemma3_cpu.config import load_config, parse_config
-from vswa_plugins.gemma3_cpu.gguf_file import GgufFile
-from vswa_plugins.gemma3_cpu.gguf_import import read_config
-from vswa_plugins.gemma3_cpu.weights import SafetensorsSource
+from vswa_plugins.gemma3_cpu.model.config import load_config, parse_config
+from vswa_plugins.gemma3_cpu.weights.checkpoint import DEFAULT_CONFIG, make_checkpoint
+from vswa_plugins.gemma3_cpu.weights.gguf_file import GgufFile
+from vswa_plugins.gemma3_cpu.weights.gguf_import import read_config
+from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource
 
 from tests.cases import mended_by
 from tests.gemma3_gguf_helpers import MODEL, needs_gguf, write_gguf
 from vswa_plugin.accuracy.trace import open_trace
-from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.worker.engine_args import load_engine_args
 
 #: What is no refusal but a fault of the reader.
 FAULTS = (RecursionError, MemoryError, ArithmeticError, ValueError, TypeError, LookupError)

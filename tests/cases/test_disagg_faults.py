@@ -30,18 +30,18 @@ from tests.gemma3_engine_helpers import prompt_of, request_for, tokens_of
 from tests.gemma3_engine_helpers import small as small
 from tests.gemma3_transfer_helpers import FULL, OFFERED, Decode, Prefill, connect, expected_blocks
 from tests.test_router_forward import FakeCall
-from vswa_plugin.cluster import Cluster, ClusterSettings
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.engine import ChunkDict
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
+from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import Unavailable
-from vswa_plugin.events import Rank
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.processes import Child
-from vswa_plugin.router.accuracy import Accuracy
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
-from vswa_plugin.topologies import Routing, WorkerGroup
+from vswa_plugin.wire.events import Rank
 
 # -- a worker that lacks -----------------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ from vswa_plugins.trtllm_events import TrtllmEventAdapter
 from vswa_plugins.vllm_events import VllmEventAdapter
 
 from tests.cases import mended_by
-from vswa_plugin.engine import BlocksStored, EventAdapter
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksStored, EventAdapter
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.residency import Residency, Restart
+from vswa_plugin.publishing.residency import Residency, Restart
 
 BLOCK = 4
 SLIDING, GLOBAL = 0, 1

@@ -22,14 +22,14 @@ from tests.cases.follower_helpers import (
     snapshot,
     source_of_worker,
 )
-from vswa_plugin.events import Layout, Rank, Stored, layout_event
-from vswa_plugin.fleet import Fleet
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.subscriber import Subscriber
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.router.http.dump import Asked, dump
-from vswa_plugin.subscriber import Subscriber
-from vswa_plugin.transport import Transport
+from vswa_plugin.wire.events import Layout, Rank, Stored, layout_event
+from vswa_plugin.wire.transport import Transport
 
 #: Longer than any silence that is allowed, shorter than what is forgotten.
 LONG_S = 20.0

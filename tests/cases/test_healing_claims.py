@@ -10,13 +10,13 @@ import pytest
 
 from tests.cases import mended_by
 from tests.e2e_helpers import eventually
-from vswa_plugin.engine import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent, EventsLost
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent, EventsLost
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.events import Batch, Cleared, Layout, Removed, Source, Stored, decode
-from vswa_plugin.healing import Claim
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.publisher import Publisher, PublisherOptions
-from vswa_plugin.residency import Residency
+from vswa_plugin.publishing.healing import Claim
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Batch, Cleared, Layout, Removed, Source, Stored, decode
 
 #: A window of two blocks of two tokens, and global attention.
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, None, 2)), "trtllm_v2", "m")

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vswa_plugins.gemma3_cpu.options
+import vswa_plugins.gemma3_cpu.serving.options
 import vswa_plugins.tensorrt_llm.options
 
 from tests.cases import mended_by
-from vswa_plugin.engine_args import load_engine_args
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.worker.engine_args import load_engine_args
 
 #: A refusal is read by a person: a few lines at most.
 MAX_REFUSAL = 2_000
 
 
 def for_gemma3_cpu(options: dict[str, Any], source: str, mode: str) -> object:
-    return vswa_plugins.gemma3_cpu.options.parse_options(options, source)
+    return vswa_plugins.gemma3_cpu.serving.options.parse_options(options, source)
 
 
 Parse = Callable[[dict[str, Any], str, str], object]

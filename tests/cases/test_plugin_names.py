@@ -10,10 +10,10 @@ import pytest
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
 from tests.cases import mended_by
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.hookspecs import NAME
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.plugin_loading import load_host
-from vswa_plugin.plugin_set import PluginStatus
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.host.registered import PluginStatus
 
 OURS = "trtllm_events"
 CODE = """from vswa_plugin.hookspecs import hookimpl

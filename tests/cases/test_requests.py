@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import vswa_plugins.tensorrt_llm.request
-from vswa_plugins.gemma3_cpu.request import Limits, parse_request
-from vswa_plugins.gemma3_cpu.sampling import SamplingParams, parse_sampling
+from vswa_plugins.gemma3_cpu.model.sampling import SamplingParams, parse_sampling
+from vswa_plugins.gemma3_cpu.serving.request import Limits, parse_request
 
 from tests.cases import mended_by
 from tests.gemma3_engine_helpers import prompt_of, request_for, running_engine, tokens_of

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from tests.cases import mended_by
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import RequestError
-from vswa_plugin.events import Rank, Stored
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
 from vswa_plugin.router.decide import Decider, Pool
 from vswa_plugin.selection import LoadBook, Weights
+from vswa_plugin.wire.events import Rank, Stored
 
 BLOCK = 32
 RANKS = (Rank(7), Rank(8))
@@ -120,8 +120,8 @@ FLOOD = """
 import resource
 import sys
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-from vswa_plugin.router.load_messages import Put, State, encode
-from vswa_plugin.router.shared_load import SharedLoad
+from vswa_plugin.router.replicas.messages import Put, State, encode
+from vswa_plugin.router.replicas.load import SharedLoad
 
 def mebibytes():
     with open("/proc/self/statm") as file:

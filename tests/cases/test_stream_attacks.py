@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from tests.cases import mended_by
-from vswa_plugin import control
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.events import Batch, Event, Rank, Removed, Source, Stored, encode, layout_event
-from vswa_plugin.fleet import Fleet
-from vswa_plugin.history import History, HistoryOptions
-from vswa_plugin.layout import CacheGroup, CacheLayout
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.reader import Apply, Ask, Effect, Reader, Reset
+from vswa_plugin.publishing.history import History, HistoryOptions
+from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Change, Connected, Entry, Joined, Left
-from vswa_plugin.residency import Residency
-from vswa_plugin.stream import Apply, Ask, Effect, Reader, Reset
-from vswa_plugin.transport import source_of, subject
+from vswa_plugin.wire import control
+from vswa_plugin.wire.events import Batch, Event, Rank, Removed, Source, Stored, encode, layout_event
+from vswa_plugin.wire.transport import source_of, subject
 
 LAYOUT = CacheLayout((CacheGroup(0, None, 32),), "trtllm_v2", "m")
 HONEST = Source("n", "c", 1)

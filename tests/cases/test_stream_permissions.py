@@ -13,11 +13,11 @@ from tests.cases import mended_by
 from tests.conftest import Run
 from tests.e2e_helpers import eventually
 from tests.stream_helpers import Following, Publishing, running
-from vswa_plugin.embedded import _binary, _listens
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.events import Batch, Source, encode
-from vswa_plugin.processes import Child, free_port
-from vswa_plugin.transport import Transport, events_of, subject
+from vswa_plugin.launch.brokers import _binary, _listens
+from vswa_plugin.launch.processes import Child, free_port
+from vswa_plugin.wire.events import Batch, Source, encode
+from vswa_plugin.wire.transport import Transport, events_of, subject
 
 VICTIM, OTHER = Source("n", "c", 1), Source("n", "c", 2)
 #: Far above any wall clock in nanoseconds.

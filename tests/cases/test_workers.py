@@ -22,22 +22,22 @@ from tests.host_helpers import clock as clock
 from tests.host_helpers import failing, plugin
 from tests.host_helpers import host as host
 from tests.standin_engine import StandinEngine
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes
-from vswa_plugin.engine import BlocksStored, EngineBlock, EventAdapter
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EventAdapter
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.events import Batch, Rank, Source, Stored, decode
-from vswa_plugin.host import PluginHost
+from vswa_plugin.host.host import PluginHost
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.nodes import NodeTable
-from vswa_plugin.processes import Child
-from vswa_plugin.publisher import Publisher, PublisherOptions
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.publishing.nodes import NodeTable
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
+from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry.file import FileRegistry
-from vswa_plugin.residency import Residency
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse as parse_router
 from vswa_plugin.router.decide import Decider, Pool
 from vswa_plugin.selection import LoadBook, Weights
+from vswa_plugin.wire.events import Batch, Rank, Source, Stored, decode
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import parse
 

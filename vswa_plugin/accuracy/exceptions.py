@@ -6,9 +6,9 @@ window needs: one token before a block's edge it needs one block less at its sta
 
 from __future__ import annotations
 
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import ReuseRule, resumable
 from vswa_plugin.index import Explanation
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.reuse import ReuseRule, resumable
 
 #: A part of some other block matched, up to one token short of its edge: promised less than reused.
 PARTIAL_MATCH = "partial match"

@@ -72,7 +72,7 @@ def accuracy_report(engine_trace: Trace, request: pytest.FixtureRequest) -> Repo
 
 def _replay(trace: Trace, rule: str | None) -> Report:
     from vswa_plugin.accuracy.replay import replay_with
-    from vswa_plugin.plugin_loading import load_host
+    from vswa_plugin.host.loading import load_host
 
     with load_host() as host:
         return replay_with(host, trace, rule=rule)

@@ -13,15 +13,15 @@ from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, Prompt, Scor
 from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
 from vswa_plugin.accuracy.views import View
 from vswa_plugin.accuracy.waiting import Arrivals, Waiting
-from vswa_plugin.dynamo import namespaced_block_hash
-from vswa_plugin.engine import EventAdapter
+from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
+from vswa_plugin.dynamo.runtime import namespaced_block_hash
+from vswa_plugin.engine.contract import EventAdapter
 from vswa_plugin.errors import ConfigError, ProtocolError, VswaError
-from vswa_plugin.hashing import sequence_hashes, sequence_hashes_of_tokens
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.reuse import RULES, ReuseRule, rule_named
 
 if TYPE_CHECKING:
-    from vswa_plugin.host import PluginHost
+    from vswa_plugin.host.host import PluginHost
 
 #: (event format, layout) -> adapter, as ``PluginHost.event_adapter``.
 AdapterFor: TypeAlias = Callable[[str, CacheLayout], EventAdapter]

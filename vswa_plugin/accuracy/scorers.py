@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from vswa_plugin.engine import BlocksStored
-from vswa_plugin.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
+from vswa_plugin.engine.contract import BlocksStored
 from vswa_plugin.index import Explanation, WindowIndex
-from vswa_plugin.layout import CacheGroup, CacheLayout
-from vswa_plugin.nodes import Node
-from vswa_plugin.reuse import RULES, ReuseRule, rule_named
+from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
 
 EXACT = "exact"
 #: Requests after which the approximate scorer forgets a prompt.

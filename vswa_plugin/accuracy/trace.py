@@ -16,8 +16,8 @@ from typing import IO, Annotated, Any, Literal, TypeAlias
 import msgspec
 
 from vswa_plugin.accuracy import jsonl
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.layout import CacheGroup, CacheLayout
 
 #: Event format -> the reuse rule of its engine, unless the trace or the user names another.
 DEFAULT_RULES = {"trtllm": "trtllm_v2", "vllm": "vllm"}

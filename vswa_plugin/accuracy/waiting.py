@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from vswa_plugin.accuracy.exceptions import LAG, exception_of
 from vswa_plugin.accuracy.scorers import Exact, Prompt
-from vswa_plugin.events import Cleared, Event, Layout, Moved, Removed, Stored
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.index import Explanation
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.reuse import ReuseRule
+from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Removed, Stored
 
 
 class _Moment(NamedTuple):

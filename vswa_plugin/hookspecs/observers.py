@@ -9,10 +9,10 @@ from vswa_plugin.hookspecs.marks import hookspec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vswa_plugin.engine import BlocksStored, RawEvent, RequestDict
-    from vswa_plugin.events import Batch, Source
-    from vswa_plugin.nodes import Node
-    from vswa_plugin.records import RequestRecord
+    from vswa_plugin.engine.contract import BlocksStored, RawEvent, RequestDict
+    from vswa_plugin.engine.records import RequestRecord
+    from vswa_plugin.publishing.nodes import Node
+    from vswa_plugin.wire.events import Batch, Source
 
 
 @hookspec

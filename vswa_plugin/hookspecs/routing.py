@@ -9,9 +9,9 @@ from vswa_plugin.hookspecs.marks import hookspec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vswa_plugin.events import Rank
-    from vswa_plugin.reuse import ReuseRule
+    from vswa_plugin.blocks.reuse import ReuseRule
     from vswa_plugin.selection import RoutedRequest, Scored
+    from vswa_plugin.wire.events import Rank
 
 
 @hookspec
@@ -26,7 +26,8 @@ def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
         message names both owners.
     Errors: all rules of that plugin are left out; counted, logged once per plugin and minute.
 
-    :returns: by name, objects with the shape of ``vswa_plugin.reuse.ReuseRule``; a layout names its rule.
+    :returns: by name, objects with the shape of ``vswa_plugin.blocks.reuse.ReuseRule``; a layout names its
+        rule.
 
     .. versionadded:: 0.1
     """

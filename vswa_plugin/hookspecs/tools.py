@@ -9,11 +9,11 @@ from vswa_plugin.hookspecs.marks import hookspec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vswa_plugin.accuracy.ranks import RankSetup, SimulatedRank
     from vswa_plugin.accuracy.scorers import Scorer
-    from vswa_plugin.commands import Commands
-    from vswa_plugin.layout import CacheLayout
-    from vswa_plugin.reuse import ReuseRule
+    from vswa_plugin.blocks.layout import CacheLayout
+    from vswa_plugin.blocks.reuse import ReuseRule
+    from vswa_plugin.cli import Commands
+    from vswa_plugin.simulation.presets import RankSetup, SimulatedRank
 
 
 @hookspec
@@ -45,7 +45,7 @@ def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
         plugin's answer; counted, logged once per plugin and minute.
 
     :param setup: frozen; cache groups, reuse rule, blocks of each group.
-    :returns: an object with the shape of ``vswa_plugin.accuracy.ranks.SimulatedRank``, or None.
+    :returns: an object with the shape of ``vswa_plugin.simulation.presets.SimulatedRank``, or None.
 
     .. versionadded:: 0.1
     """

@@ -10,9 +10,9 @@ from vswa_plugin.hookspecs.marks import hookspec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vswa_plugin.engine import Engine, EngineInfo, EngineSettings, EventAdapter
-    from vswa_plugin.layout import CacheLayout
-    from vswa_plugin.reuse import ReuseRule
+    from vswa_plugin.blocks.layout import CacheLayout
+    from vswa_plugin.blocks.reuse import ReuseRule
+    from vswa_plugin.engine.contract import Engine, EngineInfo, EngineSettings, EventAdapter
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from vswa_plugin.layout import CacheLayout
+from vswa_plugin.blocks.layout import CacheLayout
 
 DUMP_VERSION = 1
 

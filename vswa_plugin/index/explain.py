@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from vswa_plugin.events import Rank
+from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.index.part import Part
 from vswa_plugin.index.plans import Boundaries, boundaries_for, run_starts
-from vswa_plugin.layout import CacheGroup
+from vswa_plugin.wire.events import Rank
 
 
 class GroupExplanation(msgspec.Struct, frozen=True):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.errors import InvariantError, StreamError
-from vswa_plugin.events import TIERS, Rank
 from vswa_plugin.index.plans import Plan, boundaries_for, plan_for, run_starts
 from vswa_plugin.index.python_table import PythonTable
 from vswa_plugin.index.tables import Hashes, KernelTable, Table, ranks_of
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.reuse import ReuseRule
+from vswa_plugin.wire.events import TIERS, Rank
 
 DEVICE = TIERS[0]
 #: Bits of cleared ranks that wait for their sweep; more are swept at once, so that masks stay short.

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vswa_plugin.layout import CacheLayout
-from vswa_plugin.reuse import RULES, Needs, ReuseRule
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.reuse import RULES, Needs, ReuseRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
 from operator import and_
 
-from vswa_plugin.events import Rank
 from vswa_plugin.index.plans import Plan
 from vswa_plugin.index.tables import ALL_GROUPS, Hashes, ranks_of
+from vswa_plugin.wire.events import Rank
 
 _FIRST_CHUNK, _LAST_CHUNK = 16, 256
 #: Masks are shared between blocks; no more than so many are remembered for that.

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
-from vswa_plugin.events import Rank
 from vswa_plugin.index.plans import Plan
+from vswa_plugin.wire.events import Rank
 
 #: Sequence hashes; the kernel also takes them packed, as its own ``sequence_hashes`` makes them.
 Hashes: TypeAlias = Sequence[int]

@@ -9,17 +9,17 @@ from typing import Any
 
 import msgspec
 
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.kernel import load_kernel, require_kernel
+from vswa_plugin.blocks.layout import HASH_SCHEME, CacheLayout
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
 from vswa_plugin.errors import ConfigError, StreamError
-from vswa_plugin.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored
-from vswa_plugin.hashing import block_hashes, sequence_hashes
 from vswa_plugin.index.dump import DUMP_VERSION, GroupDump, IndexDump, RankDump
 from vswa_plugin.index.explain import Explanation, explain_part
 from vswa_plugin.index.part import DEVICE, Part, check_tier
 from vswa_plugin.index.plans import boundaries_for
 from vswa_plugin.index.tables import UNLIMITED, Hashes
-from vswa_plugin.kernel import load_kernel, require_kernel
-from vswa_plugin.layout import HASH_SCHEME, CacheLayout
-from vswa_plugin.reuse import RULES, ReuseRule, rule_named
+from vswa_plugin.wire.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored
 
 
 class IndexStats(msgspec.Struct, frozen=True):

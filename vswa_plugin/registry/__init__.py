@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
+from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import InvariantError, ProtocolError
-from vswa_plugin.events import Rank
-from vswa_plugin.layout import CacheGroup
+from vswa_plugin.wire.events import Rank
 
 if TYPE_CHECKING:
     from vswa_plugin.registry.watching import Watcher

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vswa_plugin import dynamo
-from vswa_plugin.plugin_loading import load_host
-from vswa_plugin.programs import run_program, set_up_logging
+from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse
-from vswa_plugin.router.http.selector import Selector
+from vswa_plugin.router.selector.app import Selector
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -10,14 +10,13 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin import dynamo
-from vswa_plugin.dynamo_client import namespaced_sequence_hashes, shut_down
+from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes, shut_down
 from vswa_plugin.errors import VswaError
-from vswa_plugin.events import Rank
-from vswa_plugin.host import PluginHost
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.program.status import Status
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach, reach_discovery
-from vswa_plugin.router.accuracy import Accuracy
 from vswa_plugin.router.args import RouterArgs
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.following import fleet_of
@@ -25,9 +24,10 @@ from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.models import Models
-from vswa_plugin.router.replicas import Replicas
-from vswa_plugin.transport import Transport
-from vswa_plugin.worker.status import Status
+from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.replicas.exchange import Replicas
+from vswa_plugin.wire.events import Rank
+from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo import EndpointName
+from vswa_plugin.dynamo.runtime import EndpointName
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.plugin_loading import add_plugin_arguments
-from vswa_plugin.program_args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
+from vswa_plugin.host.loading import add_plugin_arguments
+from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
 from vswa_plugin.router.http.options import HttpArgs, add_http_arguments, http_args
 from vswa_plugin.selection import Weights
-from vswa_plugin.transport import check_name
+from vswa_plugin.wire.transport import check_name
 
 _EXAMPLE = """\
 example, with nats-server and etcd running. The frontend must not see the workers themselves, so they get a

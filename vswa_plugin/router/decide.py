@@ -10,11 +10,10 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine import RequestDict
+from vswa_plugin.engine.contract import RequestDict
+from vswa_plugin.engine.requests import Fields, unchecked_token_ids
 from vswa_plugin.errors import InvalidRequest
-from vswa_plugin.events import Rank
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.request_fields import Fields, unchecked_token_ids
 from vswa_plugin.selection import (
     Candidate,
     Constraints,
@@ -32,6 +31,7 @@ from vswa_plugin.selection import (
     overridden,
     scored,
 )
+from vswa_plugin.wire.events import Rank
 
 #: (token ids, block size, cache salt, LoRA) -> sequence hashes of the full blocks
 Hasher = Callable[[Sequence[int], int, str | None, str | None], Sequence[int]]

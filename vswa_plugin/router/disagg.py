@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vswa_plugin.dynamo_client import Refused
-from vswa_plugin.engine import ChunkDict, RequestDict
-from vswa_plugin.events import Rank
+from vswa_plugin.dynamo.client import Refused
+from vswa_plugin.engine.contract import ChunkDict, RequestDict
+from vswa_plugin.wire.events import Rank
 
 #: Prefill workers that are tried for one request before its frontend is told.
 PREFILL_TRIES = 3

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from vswa_plugin.fleet import Fleet
-from vswa_plugin.host import PluginHost
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.subscriber import SubscriberOptions
+from vswa_plugin.following.view import ViewOptions
+from vswa_plugin.host.host import PluginHost
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Registry
 from vswa_plugin.router.args import RouterArgs
-from vswa_plugin.subscriber import SubscriberOptions
-from vswa_plugin.transport import Transport
-from vswa_plugin.view import ViewOptions
+from vswa_plugin.wire.transport import Transport
 
 
 def fleet_of(args: RouterArgs, host: PluginHost, registry: Registry, transport: Transport) -> Fleet:

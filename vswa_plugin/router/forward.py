@@ -9,11 +9,9 @@ from contextlib import contextmanager
 
 import msgspec
 
-from vswa_plugin.dynamo_client import Call, FrontEndpoint, ModelCard, WorkerClient
-from vswa_plugin.engine import ChunkDict, RequestDict
+from vswa_plugin.dynamo.client import Call, FrontEndpoint, ModelCard, WorkerClient
+from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, RequestError, Unavailable, unknown_choice
-from vswa_plugin.events import Rank
-from vswa_plugin.router.accuracy import Accuracy, Outcome
 from vswa_plugin.router.decide import Decider, Decision, Pool
 from vswa_plugin.router.disagg import (
     PREFILL_TRIES,
@@ -22,8 +20,10 @@ from vswa_plugin.router.disagg import (
     decode_request,
     prefill_request,
 )
+from vswa_plugin.router.promises import Accuracy, Outcome
 from vswa_plugin.router.under_way import UnderWay
 from vswa_plugin.selection import LoadBook, NoCandidate
+from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 from xxhash import xxh3_64_hexdigest
 
-from vswa_plugin.dynamo import EndpointName
-from vswa_plugin.dynamo_client import FrontEndpoint, ModelCard, WorkerClient
-from vswa_plugin.engine import MODES
-from vswa_plugin.events import Rank
+from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
+from vswa_plugin.dynamo.runtime import EndpointName
+from vswa_plugin.engine.contract import MODES
 from vswa_plugin.registry import Entry
 from vswa_plugin.router.forward import Forwarder, Model
 from vswa_plugin.selection import LoadBook
+from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
 

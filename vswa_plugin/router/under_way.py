@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from vswa_plugin.dynamo_client import Call
-from vswa_plugin.engine import ChunkDict, RequestDict
-from vswa_plugin.events import Rank
+from vswa_plugin.dynamo.client import Call
+from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.router.decide import Decision, Pool
 from vswa_plugin.router.disagg import PrefillAnswer, cached_tokens_of, tell_cached_tokens
+from vswa_plugin.wire.events import Rank
 
 if TYPE_CHECKING:
     from vswa_plugin.router.forward import Forwarder, Model

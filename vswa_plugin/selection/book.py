@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import msgspec
 
 from vswa_plugin.errors import InvariantError
-from vswa_plugin.events import Rank
+from vswa_plugin.wire.events import Rank
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):

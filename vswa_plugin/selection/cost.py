@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from vswa_plugin.errors import InvalidRequest, RequestError
-from vswa_plugin.events import Rank
 from vswa_plugin.selection.book import Load
 from vswa_plugin.selection.weights import Weights
+from vswa_plugin.wire.events import Rank
 
 _NOTHING: frozenset[str] = frozenset()
 _NO_LOAD = Load()

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import msgspec
 
-from vswa_plugin.events import Rank
 from vswa_plugin.selection.cost import Scored
+from vswa_plugin.wire.events import Rank
 
 
 class RoutedRequest(msgspec.Struct, frozen=True):

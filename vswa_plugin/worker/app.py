@@ -11,23 +11,23 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from vswa_plugin import dynamo
-from vswa_plugin.engine import Engine, RawEvent
+from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.engine.contract import Engine, RawEvent
 from vswa_plugin.errors import ConfigError, ConnectError, VswaError
-from vswa_plugin.events import Rank, Source
 from vswa_plugin.hookspecs import WorkerContext
-from vswa_plugin.host import PluginHost
-from vswa_plugin.nodes import NodeTable
-from vswa_plugin.publisher import Publisher, PublisherOptions, check_batch_bytes
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.program.status import Status, StatusServer
+from vswa_plugin.publishing.nodes import NodeTable
+from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
+from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry, Registry, last_epoch
 from vswa_plugin.registry.opening import reach, reach_discovery
-from vswa_plugin.residency import Residency
-from vswa_plugin.transport import Transport, subject
+from vswa_plugin.wire.events import Rank, Source
+from vswa_plugin.wire.transport import Transport, subject
 from vswa_plugin.worker.args import WorkerArgs
 from vswa_plugin.worker.handler import RequestHandler
 from vswa_plugin.worker.liveness import WATCH_INTERVAL_S, Stall, end_at_any_rate
 from vswa_plugin.worker.metrics import render
-from vswa_plugin.worker.status import Status, StatusServer
 
 logger = logging.getLogger(__name__)
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import msgspec
 
-from vswa_plugin.dynamo import (
+from vswa_plugin.dynamo.runtime import (
     REASONING_PARSER,
     TOOL_CALL_PARSER,
     EndpointName,
     check_parser,
     default_endpoint,
 )
-from vswa_plugin.engine import MODES, EngineSettings
-from vswa_plugin.engine_args import load_engine_args
+from vswa_plugin.engine.contract import MODES, EngineSettings
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.plugin_loading import add_plugin_arguments
-from vswa_plugin.program_args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
-from vswa_plugin.transport import check_name
+from vswa_plugin.host.loading import add_plugin_arguments
+from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
+from vswa_plugin.wire.transport import check_name
+from vswa_plugin.worker.engine_args import load_engine_args
 
 #: How a worker shows itself, and which router it works behind.
 REGISTER_ENV, ROUTER_ENV = "VSWA_REGISTER", "VSWA_ROUTER"

@@ -9,12 +9,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import cast
 
-from vswa_plugin.engine import WORKER_ONLY, ChunkDict, Engine, RequestDict
+from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict, Engine, RequestDict
+from vswa_plugin.engine.records import RequestRecord
+from vswa_plugin.engine.requests import Fields, unchecked_token_ids
 from vswa_plugin.errors import RequestError, Unavailable
-from vswa_plugin.healing import Claim
-from vswa_plugin.publisher import Publisher
-from vswa_plugin.records import RequestRecord
-from vswa_plugin.request_fields import Fields, unchecked_token_ids
+from vswa_plugin.publishing.healing import Claim
+from vswa_plugin.publishing.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 

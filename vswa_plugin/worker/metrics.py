@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vswa_plugin.engine import Engine
-from vswa_plugin.publisher import Publisher
+from vswa_plugin.engine.contract import Engine
+from vswa_plugin.publishing.publisher import Publisher
 
 _PUBLISHER_HELP = {
     "batches": "batches with events that were numbered",

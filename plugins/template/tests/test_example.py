@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import vswa_example
 
-from vswa_plugin.host import PluginHost
-from vswa_plugin.records import RequestRecord
+from vswa_plugin.engine.records import RequestRecord
+from vswa_plugin.host.host import PluginHost
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
+from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.records import RequestRecord
 
 _registry = CollectorRegistry()
 _cold = Counter("example_cold_requests", "Requests that reused no KV.", registry=_registry)

@@ -8,11 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from vswa_plugin.engine import MODES
+from vswa_plugin.blocks.hashing import sequence_hashes
+from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
-from vswa_plugin.events import Rank, Source
-from vswa_plugin.fleet import Fleet, RankStatus
-from vswa_plugin.hashing import sequence_hashes
+from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.index import Explanation, WindowIndex
 from vswa_plugin.registry import Entry
 from vswa_plugin.router.decide import Hasher
@@ -28,7 +27,8 @@ from vswa_plugin.router.http.messages import (
     WorkerAnswer,
 )
 from vswa_plugin.router.models import grouped
-from vswa_plugin.transport import subject
+from vswa_plugin.wire.events import Rank, Source
+from vswa_plugin.wire.transport import subject
 
 #: Blocks times ranks times groups that one explanation may look at: some 100 ms.
 MAX_EXPLAINED = 300_000

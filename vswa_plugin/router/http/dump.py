@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from vswa_plugin.events import TIERS, Rank
-from vswa_plugin.fleet import Fleet
+from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.index.dump import DUMP_VERSION
-from vswa_plugin.layout import CacheGroup
 from vswa_plugin.router.http.answers import TooLarge
 from vswa_plugin.router.http.messages import DumpLayout, GroupDump, RankDump
+from vswa_plugin.wire.events import TIERS, Rank
 
 #: Taking one rank looks at all blocks of its groups, whoever holds them; so many take most of a second.
 MAX_VISITS = 4_000_000

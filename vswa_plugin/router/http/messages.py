@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.index import IndexStats
-from vswa_plugin.layout import CacheGroup
 
 #: Limits of a request. A body of the largest lists fits into the largest body.
 MAX_BODY_BYTES = 4 << 20

@@ -16,12 +16,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from vswa_plugin.fleet import Fleet
-from vswa_plugin.fleet_metrics import FleetCollector
-from vswa_plugin.router.accuracy import BOUNDS, Accuracy
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.metrics import FleetCollector
 from vswa_plugin.router.decide import Decider, Pool
-from vswa_plugin.router.reservations import Reservations
-from vswa_plugin.router.shared_load import SharedLoad
+from vswa_plugin.router.promises import BOUNDS, Accuracy
+from vswa_plugin.router.replicas.load import SharedLoad
+from vswa_plugin.router.selector.reservations import Reservations
 
 _RANK = ("worker", "dp_rank")
 

@@ -12,7 +12,8 @@ import msgspec
 from aiohttp import web
 
 from vswa_plugin.errors import ConfigError, InvalidRequest, Overloaded, RequestError
-from vswa_plugin.fleet import Fleet
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.program.status import Status
 from vswa_plugin.router.decide import Hasher
 from vswa_plugin.router.http.answers import (
     TooLarge,
@@ -27,11 +28,10 @@ from vswa_plugin.router.http.answers import (
 from vswa_plugin.router.http.dump import Asked, dump
 from vswa_plugin.router.http.messages import MAX_BODY_BYTES, ErrorAnswer, HashQuery, HealthAnswer, Query
 from vswa_plugin.router.http.metrics import RouterMetrics
+from vswa_plugin.router.http.openapi import document
 from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation
-from vswa_plugin.router.http.selection import Selection
-from vswa_plugin.router.openapi import document
-from vswa_plugin.router.reservations import SelectionIdTaken, UnknownReservation
-from vswa_plugin.worker.status import Status
+from vswa_plugin.router.selector.choices import Selection
+from vswa_plugin.router.selector.reservations import SelectionIdTaken, UnknownReservation
 
 logger = logging.getLogger(__name__)
 

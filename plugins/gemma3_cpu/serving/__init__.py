@@ -1,0 +1,1 @@
+"""The engine: requests, scheduling, ranks with their pools, prefill and decode."""

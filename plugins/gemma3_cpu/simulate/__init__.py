@@ -1,0 +1,1 @@
+"""The cache managers without a model: ``vswa simulate`` and simulated ranks."""

@@ -1,0 +1,317 @@
+"""``vswa simulate``: requests through cache managers without a model, as fast as they go."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, cast
+
+import msgspec
+
+from vswa_plugin.errors import ConfigError
+
+from ..serving.options import RULES
+
+# The managers are imported when they are needed: every other command of a plugin configures this one too.
+if TYPE_CHECKING:
+    from ..cache.spec import GroupSpec
+    from .requests import Record, Request, SimulatedWorker, Totals
+
+_DESCRIPTION = """\
+Run requests through the cache managers of gemma3_cpu without computing anything: what is reused, what every
+window stores, evicts and moves, and the KV events an engine would send. The layers are those of gemma-3-1b
+unless told otherwise. trtllm_v2 has been run beside the real manager; the V1 rules have only been read."""
+
+_EXAMPLES = """\
+examples:
+  vswa simulate                                     1,000 made-up requests through one worker
+  vswa simulate --rule trtllm_v1_contiguous         the same through another engine's rules
+  vswa simulate --blocks 512=64,global=400          a sliding pool too small for what is asked again
+  vswa simulate --from trace.jsonl.gz --json        the requests of a recorded engine
+  vswa simulate --out trace.jsonl.gz                write what happened as an engine trace
+
+A file given with --from has one JSON object per line: {"token_ids": [...], "output_len": 16}. In an engine
+trace these are the lines of type "request"; headers and events are passed over. A made-up answer ends each
+request; the next turns of made-up conversations contain it.
+"""
+
+#: Lines of an engine trace that are no requests.
+_PASSED_OVER = ("header", "event")
+_GLOBAL = "global"
+
+
+class _RequestLine(msgspec.Struct):
+    token_ids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...]
+    output_len: Annotated[int, msgspec.Meta(ge=1)]
+
+
+def configure_simulate(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = _DESCRIPTION
+    parser.epilog = _EXAMPLES
+    add = parser.add_argument
+    add("--rule", default=RULES[0], help=f"reuse rule: {', '.join(RULES)} (default: {RULES[0]})")
+    add(
+        "--windows",
+        default="512,512,512,512,512,global",
+        metavar="W,W,...",
+        help="window of each layer in tokens, or 'global'; repeats over the layers (default: %(default)s)",
+    )
+    add("--layers", type=_positive, default=26, metavar="N", help="layers of the model (default: 26)")
+    add("--block-size", type=_positive, default=32, metavar="TOKENS", help="per block (default: 32)")
+    add("--blocks", default="512", metavar="N|W=N,...", help="per window (default: 512 of each)")
+    add("--host-blocks", default="0", metavar="N|W=N,...", help="host tier, per window (default: none)")
+    add("--chunk", type=_positive, default=512, metavar="TOKENS", help="prefilled at once (default: 512)")
+    add("--max-seq-len", type=_positive, default=32768, metavar="TOKENS", help="(default: 32768)")
+    add("--workers", type=_positive, default=1, metavar="N", help="served in turn (default: 1)")
+    add("--requests", type=_positive, metavar="N", help="stop after N (default: 1000, or all of the file)")
+    add("--seed", type=int, default=0, help="of the made-up requests (default: 0)")
+    add("--from", dest="source", metavar="FILE", help="JSON Lines of requests, .gz or not; '-': stdin")
+    add("--out", metavar="FILE", help="write an engine trace, compressed where it ends in .gz")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Run, and print what came of it."""
+    from .requests import Simulation
+
+    windows = _windows(args)
+    groups = _groups(windows, args)
+    _check_files(args)
+    try:
+        with contextlib.ExitStack() as stack:
+            requests = _requests(args, stack)
+            record = _recorder(args, groups, windows, stack)
+            started = time.perf_counter()
+            workers = [_worker(args, groups, rank) for rank in range(args.workers)]
+            totals = Simulation(workers, record).run(requests)
+            seconds = time.perf_counter() - started
+    except OSError as error:
+        # What is wrong with the requests' file has been told where it is read.
+        raise ConfigError(f"{args.out}: expected room for the trace, got {error}") from error
+    if args.json:
+        sys.stdout.write(msgspec.json.encode(_summary(args, groups, totals, seconds)).decode() + "\n")
+    else:
+        sys.stdout.write(_table(args, groups, totals, seconds))
+    return 0
+
+
+def _worker(args: argparse.Namespace, groups: Sequence[GroupSpec], rank: int) -> SimulatedWorker:
+    from .requests import SimulatedWorker, manager_for
+
+    manager = manager_for(
+        args.rule,
+        groups,
+        args.block_size,
+        args.max_seq_len,
+        max_chunk_tokens=args.chunk,
+        dp_rank=rank if args.workers > 1 else None,
+    )
+    return SimulatedWorker(manager, args.block_size, args.chunk)
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def _windows(args: argparse.Namespace) -> list[int | None]:
+    """Window of each layer; None: global, as every one is that no sequence is longer than."""
+    pattern = [_window(word.strip(), "--windows") for word in args.windows.split(",")]
+    pattern = [None if w is None or w >= args.max_seq_len else w for w in pattern]
+    return [pattern[layer % len(pattern)] for layer in range(args.layers)]
+
+
+def _groups(windows: Sequence[int | None], args: argparse.Namespace) -> list[GroupSpec]:
+    """A group per window, in order of their first layers, as TensorRT-LLM numbers them."""
+    from ..cache.spec import GroupSpec
+
+    distinct = list(dict.fromkeys(windows))
+    blocks = _per_window(args.blocks, distinct, "--blocks")
+    host = _per_window(args.host_blocks, distinct, "--host-blocks")
+    return [
+        GroupSpec(i, window, blocks[window], windows.count(window), host[window])
+        for i, window in enumerate(distinct)
+    ]
+
+
+def _per_window(text: str, windows: Sequence[int | None], option: str) -> dict[int | None, int]:
+    if text.isdigit():
+        return dict.fromkeys(windows, int(text))
+    counts: dict[int | None, int] = {}
+    for part in text.split(","):
+        label, _, count = part.strip().partition("=")
+        if not count.isdigit():
+            raise ConfigError(f"{option}: expected a number, or window=number for each, got {part!r}")
+        counts[_window(label, option)] = int(count)
+    if set(counts) != set(windows):
+        shown = " and ".join(_label(window) for window in windows)
+        raise ConfigError(f"{option}: expected a number for each of the windows {shown}, got {text!r}")
+    return counts
+
+
+def _window(word: str, option: str) -> int | None:
+    if word == _GLOBAL:
+        return None
+    if not word.isdigit() or int(word) < 1:
+        raise ConfigError(f"{option}: expected a window in tokens or 'global', got {word!r}")
+    return int(word)
+
+
+def _label(window: int | None) -> str:
+    return _GLOBAL if window is None else str(window)
+
+
+def _requests(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Request]:
+    from .requests import Workload
+
+    if args.source is None:
+        return islice(Workload(args.seed), args.requests or 1000)
+    lines = sys.stdin.buffer if args.source == "-" else stack.enter_context(_opened(args.source, "rb"))
+    return islice(_read(lines, args.source), args.requests)
+
+
+def _read(lines: IO[bytes], name: str) -> Iterator[Request]:
+    decoder = msgspec.json.Decoder()
+    try:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{name}, line {number}"
+            try:
+                record = decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeError) as error:
+                raise ConfigError(f"{where}: expected a JSON object, got {error}") from error
+            if not isinstance(record, dict) or record.get("type") not in _PASSED_OVER:
+                yield _request(record, where)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{name}: expected JSON Lines, plain or compressed, got {error}") from error
+
+
+def _request(record: object, where: str) -> Request:
+    from .requests import Request
+
+    try:
+        read = msgspec.convert(record, _RequestLine)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f'{where}: expected {{"token_ids": [...], "output_len": n}} with token ids in [0, 2**32) and n '
+            f"of 1 or more: {error}"
+        ) from error
+    return Request(read.token_ids, read.output_len)
+
+
+# -- what came of it -------------------------------------------------------------------------------
+
+
+def _recorder(
+    args: argparse.Namespace,
+    groups: Sequence[GroupSpec],
+    windows: Sequence[int | None],
+    stack: contextlib.ExitStack,
+) -> Callable[[Record], None]:
+    if args.out is None:
+        return lambda line: None
+    file = stack.enter_context(_opened(args.out, "wb"))
+    encoder = msgspec.json.Encoder()
+
+    def record(line: Record) -> None:
+        file.write(encoder.encode(line) + b"\n")
+
+    record(_header(args, groups, windows))
+    return record
+
+
+def _header(
+    args: argparse.Namespace, groups: Sequence[GroupSpec], windows: Sequence[int | None]
+) -> dict[str, Any]:
+    """As recorded engines have it, and which rule and how many workers."""
+    sliding = [group for group in groups if group.window_size is not None]
+    one = len(sliding) == 1
+    kinds = {g.window_size: "swa" if one and g.window_size else g.label for g in groups}
+    return {
+        "type": "header",
+        "format": "trtllm",
+        "engine": "gemma3_cpu, simulated",
+        "rule": args.rule,
+        "tokens_per_block": args.block_size,
+        "max_attention_window": sliding[0].window_size if one else [g.window_size for g in sliding],
+        "layers": [kinds[window] for window in windows],
+        "chunk_size": args.chunk,
+        "max_seq_len": args.max_seq_len,
+        "gpu_blocks": {kinds[g.window_size]: g.num_blocks for g in groups},
+        "host_blocks": {kinds[g.window_size]: g.host_blocks for g in groups if g.host_blocks} or None,
+        "workers": args.workers,
+    }
+
+
+def _summary(
+    args: argparse.Namespace, groups: Sequence[GroupSpec], totals: Totals, seconds: float
+) -> dict[str, Any]:
+    return {
+        "rule": args.rule,
+        "workers": args.workers,
+        "requests": totals.requests,
+        "prompt_tokens": totals.prompt_tokens,
+        "reused_tokens": totals.reused_tokens,
+        "hit_rate": round(totals.hit_rate, 4),
+        "requests_per_second": round(totals.requests / seconds, 1),
+        "windows": [
+            {
+                "window": group.window_size,
+                "blocks": group.num_blocks,
+                "host_blocks": group.host_blocks,
+                **msgspec.to_builtins(totals.windows[group.window_size or args.max_seq_len]),
+            }
+            for group in groups
+        ],
+    }
+
+
+def _table(args: argparse.Namespace, groups: Sequence[GroupSpec], totals: Totals, seconds: float) -> str:
+    summary = _summary(args, groups, totals, seconds)
+    lines = [
+        f"rule {args.rule}, workers {args.workers}, blocks of {args.block_size} tokens, "
+        f"chunks of {args.chunk}",
+        f"requests       {totals.requests:>12,}",
+        f"prompt tokens  {totals.prompt_tokens:>12,}",
+        f"reused tokens  {totals.reused_tokens:>12,}  {totals.hit_rate:.1%}",
+        f"requests/s     {summary['requests_per_second']:>12,}",
+        "",
+        "window     blocks    on host     stored    removed      moved",
+    ]
+    for row in summary["windows"]:
+        numbers = [row[key] for key in ("blocks", "host_blocks", "stored", "removed", "moved")]
+        lines.append(f"{_label(row['window']):<6}" + "".join(f"{number:>11,}" for number in numbers))
+    return "\n".join(lines) + "\n"
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse to write over what is being read."""
+    if args.out is None or args.source in (None, "-"):
+        return
+    source, out = Path(args.source), Path(args.out)
+    if source.exists() and out.exists() and source.samefile(out):
+        raise ConfigError(f"--out: expected another file than --from, got {out} for both")
+
+
+def _opened(path: str, mode: str) -> IO[bytes]:
+    try:
+        if path.endswith(".gz"):
+            return cast(IO[bytes], gzip.open(path, mode))
+        return cast(IO[bytes], Path(path).open(mode))
+    except OSError as error:
+        doing = "read" if mode == "rb" else "written"
+        raise ConfigError(f"{Path(path)}: expected a file that can be {doing}, got {error}") from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return value

@@ -1,0 +1,1 @@
+"""Where weights come from: safetensors, GGUF, packages with named models."""

@@ -1,0 +1,210 @@
+"""A GGUF file: metadata, and tensors as float32 NumPy arrays.
+
+The container is read here, because the package ``gguf`` takes many seconds over the metadata of a vocabulary
+of 262,144 pieces, and an engine has to know layers and windows before it starts. That package does what is
+laborious: it undoes the quantization.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vswa_plugin.errors import ConfigError
+
+from .safetensors import Float32
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32
+_INSTALL = "pip install 'vswa-plugin[gguf]'"
+
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+#: Type number of a metadata value -> its layout.
+_NUMBERS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "?", 10: "<u8", 11: "<i8",
+    12: "<f8",
+}  # fmt: skip
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+class GgufTensor(NamedTuple):
+    """Where one tensor lies.
+
+    :param shape: as NumPy has it, i.e. the file's dimensions in reverse.
+    :param type_id: GGML's number of its type.
+    :param offset: bytes from the beginning of the file.
+    """
+
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether ``path`` is a file that begins like a GGUF file, or says so by its name."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC or path.suffix.lower() == ".gguf"
+
+
+def require_gguf() -> None:
+    """Raise ConfigError where the package ``gguf`` is not installed."""
+    if find_spec("gguf") is None:
+        raise ConfigError(f"a GGUF file needs the package gguf, which is not installed: {_INSTALL}")
+
+
+class GgufFile:
+    """Metadata and tensor directory of one file; tensors are read one by one.
+
+    :raises ConfigError: not a GGUF file, one of an unknown version, or a truncated one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        #: Values by key: numbers, strings, lists of strings, NumPy arrays of numbers.
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        try:
+            self._size = self.path.stat().st_size
+            with self.path.open("rb") as file:
+                start = file.read(len(MAGIC))
+                if start != MAGIC:
+                    raise self._error(f"expected a GGUF file, which begins with {MAGIC!r}, got {start!r}")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    self._parse(_Cursor(data))
+        except OSError as error:
+            raise self._error(f"expected a GGUF file, got: {error}") from error
+        except (struct.error, EOFError) as error:
+            raise self._error(
+                f"the file ends after {self._size} bytes within its header: copy it again"
+            ) from error
+        except (UnicodeDecodeError, KeyError) as error:
+            raise self._error(f"expected a GGUF file, got metadata that cannot be read: {error!r}") from error
+
+    def read(self, name: str) -> Float32:
+        """One tensor, dequantized, as a float32 array that the caller may keep and change.
+
+        :raises ConfigError: the package ``gguf`` is missing or does not know the type, or the file
+            ends early.
+        """
+        gguf, tensor = _package(), self.tensors[name]
+        quant, blocks, block_bytes = self._type(gguf, name, tensor)
+        columns = tensor.shape[-1]
+        if columns % blocks:
+            raise self._error(f"tensor {name}: expected rows of whole blocks of {blocks}, got {columns}")
+        shape = (*tensor.shape[:-1], columns // blocks * block_bytes)
+        size = int(np.prod(shape, dtype=np.int64))
+        if tensor.offset + size > self._size:
+            raise self._error(
+                f"tensor {name}: expected {size} bytes at {tensor.offset}, the file has {self._size}: "
+                "it is truncated; copy it again"
+            )
+        raw = np.memmap(self.path, np.uint8, "r", tensor.offset, shape)
+        try:
+            values = gguf.quants.dequantize(_as_stored(raw, quant.name), quant)
+        except NotImplementedError as error:
+            raise self._error(
+                f"tensor {name}: the package gguf cannot dequantize type {quant.name}"
+            ) from error
+        return np.array(values, dtype=np.float32).reshape(tensor.shape)
+
+    def type_name(self, name: str) -> str:
+        """GGML's name of a tensor's type, e.g. ``Q8_0``."""
+        return str(self._type(_package(), name, self.tensors[name])[0].name)
+
+    def _type(self, gguf: Any, name: str, tensor: GgufTensor) -> tuple[Any, int, int]:
+        """The type, its values per block and its bytes per block."""
+        try:
+            quant = gguf.GGMLQuantizationType(tensor.type_id)
+            blocks, block_bytes = gguf.GGML_QUANT_SIZES[quant]
+        except (ValueError, KeyError) as error:
+            raise self._error(
+                f"tensor {name}: the installed package gguf does not know type {tensor.type_id}; "
+                "upgrade it: pip install --upgrade gguf"
+            ) from error
+        return quant, blocks, block_bytes
+
+    def _parse(self, cursor: _Cursor) -> None:
+        version = cursor.u32()
+        if version not in _VERSIONS:
+            raise self._error(f"expected GGUF version 2 or 3 (little-endian), got {version}")
+        tensors, entries = cursor.u64(), cursor.u64()
+        for _ in range(entries):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.u32())
+        found = []
+        for _ in range(tensors):
+            name = cursor.string()
+            shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
+            found.append((name, shape, cursor.u32(), cursor.u64()))
+        alignment = int(self.metadata.get("general.alignment", _ALIGNMENT))
+        data = -(-cursor.at // alignment) * alignment
+        self.tensors = {name: GgufTensor(shape, kind, data + offset) for name, shape, kind, offset in found}
+
+    def _error(self, message: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {message}")
+
+
+class _Cursor:
+    """Reads the header from the beginning; raises EOFError or struct.error at the end of the data."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self.at = len(MAGIC)
+
+    def u32(self) -> int:
+        (value,) = _U32.unpack_from(self._data, self.at)
+        self.at += _U32.size
+        return int(value)
+
+    def u64(self) -> int:
+        (value,) = _U64.unpack_from(self._data, self.at)
+        self.at += _U64.size
+        return int(value)
+
+    def string(self) -> str:
+        return self._take(self.u64()).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array(self.u32(), self.u64())
+        dtype = np.dtype(_NUMBERS[kind])
+        return np.frombuffer(self._take(dtype.itemsize), dtype)[0].item()
+
+    def _array(self, kind: int, count: int) -> list[str] | NDArray[Any]:
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        dtype = np.dtype(_NUMBERS[kind])
+        return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+
+    def _take(self, size: int) -> bytes:
+        if size > len(self._data) - self.at:
+            raise EOFError
+        taken = self._data[self.at : self.at + size]
+        self.at += size
+        return taken
+
+
+def _package() -> Any:
+    """The package ``gguf``: imported here only, so that all else works without it."""
+    require_gguf()
+    import_module("gguf.quants")
+    return import_module("gguf")
+
+
+def _as_stored(raw: NDArray[np.uint8], type_name: str) -> NDArray[Any]:
+    """Bytes as the package wants them: plain floats as such, quantized rows as bytes."""
+    plain = {"F32": "<f4", "F16": "<f2"}.get(type_name)
+    return raw if plain is None else raw.view(plain)

@@ -1,0 +1,258 @@
+"""Reuse rules: how far an engine can resume a prompt, from which blocks each cache group holds. Pure.
+
+A rule knows the *boundaries* of a prompt, counted in blocks, at which its engine could resume, and which
+blocks each cache group must then hold. The answer for a prompt is the deepest boundary whose blocks are
+all resident. The length of the prompt takes part, because an engine computes at least its last token: eight
+full blocks and eight full blocks plus five tokens have equal hashes and differ in what can be reused.
+
+What hashes alone cannot show, because engines also reuse parts of blocks:
+
+* a partial match of some *other* block that ends one token short of its edge: we promise less;
+* a repeated prompt of whole blocks whose last block the engine does not match (partial reuse off, 32 or more
+  siblings, or a sibling that matches as far and came first): we may promise more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.errors import ConfigError, unknown_choice
+
+#: Which blocks of one prompt a group holds: by index, or a function of it. Beyond the end: not held.
+Held: TypeAlias = Callable[[int], bool] | Sequence[bool]
+
+
+class Needs(msgspec.Struct, frozen=True):
+    """How many blocks before a boundary must be resident, per group in the layout's order.
+
+    Fewer blocks before the boundary: all of them. None: all from block 0.
+
+    :param trailing: at any boundary but the one below.
+    :param at_prompt_end: at the boundary at the very end of a prompt that is a whole number of blocks, for
+        rules that have such a boundary.
+    """
+
+    trailing: tuple[int | None, ...]
+    at_prompt_end: tuple[int | None, ...]
+
+
+class ReuseRule(Protocol):
+    """How one family of engines resumes a prompt. Stateless; called from any thread.
+
+    Boundaries are counted in blocks: at boundary b the blocks [0, b) are behind. A boundary at which no group
+    needs any block is never resumable: nothing shows that the engine knows this prefix.
+    """
+
+    @property
+    def name(self) -> str:
+        """What layouts name it by."""
+
+    @property
+    def provenance(self) -> str:
+        """``run``: compared with the engine's own core; ``read``: taken from its sources, not run."""
+
+    def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+        """The deepest boundary of a prompt of that many tokens; 0 is always one, and needs nothing.
+
+        :raises ConfigError: the groups of ``layout`` do not have one block size.
+        """
+
+    def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+        """Cached tokens of a prompt resumed at ``boundary``: less than ``prompt_len``; 0 at boundary 0."""
+
+    def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+        """Blocks [first_needed, ``boundary``) of ``group`` must be resident."""
+
+    def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+        """The same as numbers, or None where they depend on the boundary.
+
+        :raises ConfigError: the rule cannot be applied to ``layout``.
+        """
+
+
+class _Trtllm:
+    """What TensorRT-LLM's rules share: it looks up all tokens but the last, and reuses parts of blocks.
+
+    So a repeated prompt that is a whole number of blocks is resumed one token before its end.
+    """
+
+    name: str
+    provenance: str
+
+    def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+        block_size = layout.block_size
+        # A block of one token has no part.
+        whole = prompt_len if block_size > 1 else prompt_len - 1
+        return max(0, whole // block_size)
+
+    def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+        return _resumed_at(layout.block_size, boundary, prompt_len)
+
+    def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+        if group.window_size is None or boundary == 0:
+            return 0
+        resumed_at = _resumed_at(group.block_size, boundary, prompt_len)
+        first = self._first_in_window(resumed_at, group.window_size, group.block_size)
+        # A boundary whose own block nobody needs would be taken without evidence (windows of one token).
+        return max(0, min(first, boundary - 1))
+
+    def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+        layout.check()
+        size = layout.block_size
+        windows = [group.window_size for group in layout.groups]
+        return Needs(
+            tuple(None if w is None else self._trailing(w, size) for w in windows),
+            tuple(None if w is None else self._at_prompt_end(w, size) for w in windows),
+        )
+
+    def _first_in_window(self, resumed_at: int, window: int, block_size: int) -> int:
+        raise NotImplementedError
+
+    def _trailing(self, window: int, block_size: int) -> int | None:
+        raise NotImplementedError
+
+    def _at_prompt_end(self, window: int, block_size: int) -> int | None:
+        raise NotImplementedError
+
+
+class TrtllmV2(_Trtllm):
+    """KV cache manager V2, the default for Gemma 3 aggregated: what the token at the boundary can see."""
+
+    name = "trtllm_v2"
+    provenance = "run"
+
+    def _first_in_window(self, resumed_at: int, window: int, block_size: int) -> int:
+        return (resumed_at + 1 - window) // block_size
+
+    def _trailing(self, window: int, block_size: int) -> int:
+        return max(1, _blocks_of(window - 1, block_size))
+
+    def _at_prompt_end(self, window: int, block_size: int) -> int:
+        return _blocks_of(window, block_size)
+
+
+class TrtllmV1(_Trtllm):
+    """KV cache manager V1 since it looks past what has slid out: a whole window without a hole.
+
+    It counts from the boundary and not from the token there, so that one token before the end of a block it
+    needs one block more than V2. Its one pass over the windows can promise more where there are several
+    sliding ones, and then reads blocks that are gone; here all windows must agree.
+    """
+
+    name = "trtllm_v1"
+    provenance = "read"
+
+    def _first_in_window(self, resumed_at: int, window: int, block_size: int) -> int:
+        return (resumed_at - window) // block_size
+
+    def _trailing(self, window: int, block_size: int) -> int:
+        return _blocks_of(window, block_size)
+
+    def _at_prompt_end(self, window: int, block_size: int) -> int:
+        return _blocks_of(window, block_size) + 1
+
+
+class TrtllmV1Contiguous(_Trtllm):
+    """KV cache manager V1 of the 1.2 line: every window from block 0, however little attention reads."""
+
+    name = "trtllm_v1_contiguous"
+    provenance = "read"
+
+    def _first_in_window(self, resumed_at: int, window: int, block_size: int) -> int:
+        return 0
+
+    def _trailing(self, window: int, block_size: int) -> None:
+        return None
+
+    def _at_prompt_end(self, window: int, block_size: int) -> None:
+        return None
+
+
+class Vllm:
+    """vLLM's hybrid KV cache: whole blocks only, at least one token is left to compute.
+
+    Cache groups with different block sizes, which vLLM resumes at common multiples, are refused.
+    """
+
+    name = "vllm"
+    provenance = "run"
+
+    def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+        return max(0, prompt_len - 1) // layout.block_size
+
+    def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+        return boundary * layout.block_size
+
+    def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+        if group.window_size is None:
+            return 0
+        return max(0, boundary - self._trailing(group.window_size, group.block_size))
+
+    def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+        size = layout.check().block_size
+        windows = [group.window_size for group in layout.groups]
+        trailing = tuple(None if w is None else self._trailing(w, size) for w in windows)
+        return Needs(trailing, trailing)
+
+    @staticmethod
+    def _trailing(window: int, block_size: int) -> int:
+        return max(1, _blocks_of(window - 1, block_size))
+
+
+def _resumed_at(block_size: int, boundary: int, prompt_len: int) -> int:
+    return max(0, min(boundary * block_size, prompt_len - 1))
+
+
+def _blocks_of(tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens before a block's edge."""
+    return -(-tokens // block_size)
+
+
+#: The rules that come with the package, by name; plugins add theirs through ``vswa_reuse_rules``.
+RULES: Mapping[str, ReuseRule] = MappingProxyType(
+    {rule.name: rule for rule in (TrtllmV2(), TrtllmV1(), TrtllmV1Contiguous(), Vllm())}
+)
+
+
+def rule_named(name: str, rules: Mapping[str, ReuseRule] = RULES) -> ReuseRule:
+    """The rule of that name.
+
+    :raises ConfigError: there is none; the known ones are listed.
+    """
+    rule = rules.get(name)
+    if rule is None:
+        raise ConfigError(f"{unknown_choice('reuse rule', name, rules)}; a plugin can add one")
+    return rule
+
+
+def resumable(rule: ReuseRule, layout: CacheLayout, held: Mapping[int, Held], prompt_len: int) -> int:
+    """Cached tokens of a prompt, by looking at every boundary from the deepest: slow, and the reference.
+
+    :param held: group id -> which blocks of the prompt that group holds; a group left out holds none.
+    :param prompt_len: tokens of the prompt.
+    :raises ConfigError: the rule cannot be applied to ``layout``.
+    """
+    layout.check()
+    holds = {group.group_id: _as_function(held.get(group.group_id, ())) for group in layout.groups}
+    for boundary in range(rule.boundaries(layout, prompt_len), 0, -1):
+        needed = [
+            (holds[group.group_id], range(rule.first_needed(group, boundary, prompt_len), boundary))
+            for group in layout.groups
+        ]
+        if any(blocks for _, blocks in needed) and all(
+            is_held(block) for is_held, blocks in needed for block in blocks
+        ):
+            return rule.tokens(layout, boundary, prompt_len)
+    return 0
+
+
+def _as_function(held: Held) -> Callable[[int], bool]:
+    if callable(held):
+        return held
+    blocks = held
+    return lambda block: block < len(blocks) and bool(blocks[block])

@@ -1,0 +1,226 @@
+"""``vswa accuracy route``: what better promises are worth, by simulation."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import msgspec
+
+from vswa_plugin.accuracy.showing import check_plot, console, progress
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.host.host import PluginHost
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.simulation.costs import CostModel
+from vswa_plugin.simulation.policies import ORACLE
+from vswa_plugin.simulation.presets import PRESETS
+from vswa_plugin.simulation.report import Report, as_data, conclusions, plot, summary, tables
+from vswa_plugin.simulation.sweep import DEFAULT_POLICIES, Bench, Case, Plan, Run, cases
+from vswa_plugin.simulation.workloads import WORKLOADS
+
+_EXAMPLES = """\
+examples:
+  vswa accuracy route forks                                  1,000 requests, 4 ranks, three sizes of memory
+  vswa accuracy route chat forks --model gpt-oss --blocks 512,4096
+  vswa accuracy route mooncake.jsonl --requests 500          a file in Mooncake's format
+  vswa accuracy route forks --seeds 10 --json > route.json
+
+Nothing is computed: caches and their events are simulated, times come from a cost model whose numbers are
+options. What matters are differences between policies, not seconds. A difference of some percent is worth
+believing only if it comes with many seeds: --seeds 10.
+
+The cost model: prefill = fixed + per token * computed tokens + per pair * pairs of a computed token and one
+before it; then a time per output token. The defaults are calibrated on NVIDIA's published times of Llama 3.3
+70B in fp8 on two H100 (docs/accuracy.md). For another engine: measure the first token of two prompt lengths.
+"""
+
+_DESCRIPTION = """\
+Simulates ranks behind routers that differ in one thing, what they believe each rank would reuse: nothing
+(random, round robin), the global groups (as Dynamo does), one tree for all groups (boundary projection),
+every group by the engine's rule (exact), or what the caches really hold (oracle)."""
+
+_COST_OPTIONS = (
+    ("fixed_s", "SECONDS", "of every prompt"),
+    ("per_token_s", "SECONDS", "of each computed prompt token"),
+    ("per_pair_s", "SECONDS", "of each computed prompt token and token before it"),
+    ("per_output_token_s", "SECONDS", "of each generated token"),
+)
+
+
+def configure_route(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add, plan = parser.add_argument, Plan("")
+    known = ", ".join(WORKLOADS)
+    add("workloads", nargs="+", metavar="WORKLOAD", help=f"{known}, or a file in Mooncake's format")
+    add("--requests", type=int, metavar="N", help="(default: 1000, or all of the file)")
+    add("--workers", type=int, default=plan.ranks, metavar="N", help="ranks (default: %(default)s)")
+    add(
+        "--model",
+        default="gemma-3-1b",
+        metavar="M,...",
+        help=f"of {', '.join(PRESETS)} (default: %(default)s)",
+    )
+    add(
+        "--blocks",
+        default="1024,2048,4096",
+        metavar="N,...",
+        help="of each rank, for global attention (default: %(default)s)",
+    )
+    add(
+        "--sliding-share",
+        type=float,
+        default=plan.sliding_share,
+        metavar="SHARE",
+        help="blocks of a sliding window, as a share of those (default: %(default)s)",
+    )
+    add("--block-size", type=int, default=plan.block_size, metavar="TOKENS", help="(default: %(default)s)")
+    add(
+        "--policies",
+        metavar="P,...",
+        help=f"(default: {', '.join(DEFAULT_POLICIES)}); also every other scorer",
+    )
+    add("--rate", type=float, metavar="R", help="requests a second (default: by --load; of a file, its own)")
+    add(
+        "--load",
+        type=float,
+        default=plan.load,
+        metavar="L",
+        help="seconds of prefill that arrive per second and rank, were nothing cached (default: %(default)s)",
+    )
+    for name, unit, help_ in _COST_OPTIONS:
+        option = f"--cost-{name.removesuffix('_s').replace('_', '-')}"
+        default = getattr(plan.cost, name)
+        add(
+            option,
+            dest=name,
+            type=float,
+            default=default,
+            metavar=unit,
+            help=f"{help_} (default: {default:g})",
+        )
+    add(
+        "--seed", type=int, default=0, help="of requests and times (not of a file's) and of ties (default: 0)"
+    )
+    add("--seeds", type=int, default=1, metavar="N", help="run each with N seeds from --seed on (default: 1)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per CPU)")
+    add("--json", action="store_true", help="one JSON object: averages, and comparisons by seed")
+    add("--plot", metavar="FILE", help="also draw it: .png, .svg or .pdf; needs matplotlib")
+
+
+def run_route(args: argparse.Namespace) -> int:
+    wanted = [(_plan(args, workload), case) for workload in args.workloads for case in _cases(args)]
+    plugins = (tuple(args.plugin), tuple(args.no_plugin))
+    if args.plot:
+        check_plot(Path(args.plot))
+    with progress(counted=True) as bar:
+        task = bar.add_task("runs", total=len(wanted))
+        runs = _run_all(wanted, plugins, args.jobs, lambda: bar.advance(task))
+    reports: dict[str, Report] = {}
+    for (plan, _), run in zip(wanted, runs, strict=True):
+        reports.setdefault(plan.workload, Report(plan, [])).runs.append(run)
+    if args.json:
+        print(msgspec.json.encode(as_data(list(reports.values()))).decode())
+    else:
+        _show(list(reports.values()))
+    if args.plot:
+        plot(list(reports.values()), Path(args.plot))
+    return 0
+
+
+def _plan(args: argparse.Namespace, workload: str) -> Plan:
+    requests = args.requests
+    if requests is None and workload in WORKLOADS:
+        requests = 1_000
+    return Plan(
+        workload=workload,
+        requests=requests,
+        ranks=args.workers,
+        block_size=args.block_size,
+        sliding_share=args.sliding_share,
+        rate=args.rate,
+        load=args.load,
+        cost=CostModel(**{name: getattr(args, name) for name, _, _ in _COST_OPTIONS}),
+    ).check()
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    names = list(DEFAULT_POLICIES) if args.policies is None else _words(args.policies)
+    if ORACLE not in names:
+        names.append(ORACLE)
+    blocks = []
+    for word in _words(args.blocks):
+        if not word.isdigit() or int(word) < 1:
+            raise ConfigError(f"--blocks: expected numbers of at least 1, got {word!r}")
+        blocks.append(int(word))
+    if args.seeds < 1 or args.jobs < 1:
+        raise ConfigError(f"--seeds, --jobs: expected at least 1, got {args.seeds} and {args.jobs}")
+    return cases(_words(args.model), blocks, names, range(args.seed, args.seed + args.seeds))
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+# -- running -----------------------------------------------------------------------------------------
+
+_Plugins = tuple[tuple[str, ...], tuple[str, ...]]
+_host: PluginHost | None = None
+
+
+def _run_all(
+    wanted: Sequence[tuple[Plan, Case]], plugins: _Plugins, jobs: int, advance: Callable[[], None]
+) -> list[Run]:
+    """The runs of all cases, in their order."""
+    if jobs == 1 or len(wanted) == 1:
+        runs = []
+        with load_host(*plugins) as host:
+            for plan, case in wanted:
+                runs.append(Bench(plan, host).run(case))
+                advance()
+        return runs
+    with ProcessPoolExecutor(
+        min(jobs, len(wanted)), get_context("spawn"), initializer=_begin, initargs=plugins
+    ) as pool:
+        futures = [pool.submit(_run_one, plan, case) for plan, case in wanted]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _begin(plugin: Sequence[str], no_plugin: Sequence[str]) -> None:
+    """Of one process: its own plugins, for as long as it lives."""
+    global _host
+    _host = load_host(plugin, no_plugin)
+
+
+def _run_one(plan: Plan, case: Case) -> Run:
+    assert _host is not None, "the process has begun"
+    return Bench(plan, _host).run(case)
+
+
+# -- showing -----------------------------------------------------------------------------------------
+
+
+def _show(reports: Sequence[Report]) -> None:
+    out = console()
+    for number, report in enumerate(reports):
+        if number:
+            out.print()
+        out.print(summary(report), style="bold")
+        for title, table in tables(report, terminal=out.is_terminal):
+            out.print()
+            out.print(title)
+            out.print(table)
+        out.print()
+        for line in conclusions(report):
+            out.print(line)

@@ -1,0 +1,1 @@
+"""``vswa demo``: the whole system once, with what each request reused."""

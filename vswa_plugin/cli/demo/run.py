@@ -1,0 +1,286 @@
+"""``vswa demo``: the whole system once, from a chat request to per-window events, and a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from vswa_plugin.cli import local
+from vswa_plugin.cli.demo.report import (
+    Answer,
+    Tally,
+    Transfers,
+    checks_of_all,
+    checks_of_transfers,
+    show_answer,
+    show_moved,
+    show_windows,
+    verdict,
+)
+from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, show_choice, show_choices
+from vswa_plugin.dynamo.runtime import COMPONENTS
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress, status_url
+from vswa_plugin.launch.serving import progress_from
+from vswa_plugin.launch.topologies import chosen_router, find_topology
+from vswa_plugin.registry import Entry
+from vswa_plugin.wire.events import decode
+from vswa_plugin.wire.transport import Transport, events_of, source_of
+
+#: Small enough that three documents do not fit into the sliding pool of one worker, so that blocks go.
+_OVERRIDE = {"gemma3_cpu": {"kv_blocks": {"512": 96, "global": 200}}}
+#: One document and the last window of another; the global windows of all.
+_ROUTED_OVERRIDE = {"gemma3_cpu": {"kv_blocks": {"512": 80, "global": 320}}}
+_SENTENCES = ("Once upon a time", "Water boils at a temperature of", "2 + 2 =")
+_DOCUMENTS = ("harbour", "orchard", "railway", "library", "theatre")
+#: Which document each request asks about; the third question about one is the first that must hit.
+_PLAN = tuple(_DOCUMENTS[which] for which in (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0))
+#: Where requests are routed: two turns of a conversation about each document, the first one of another, and
+#: back to the first conversation.
+_ROUTED_PLAN = (
+    *(name for name in _DOCUMENTS for _ in range(2)),
+    *(f"{name} 2" for name in _DOCUMENTS),
+    *_DOCUMENTS,
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "What happens: an embedded nats-server and etcd, Dynamo's frontend and gemma3_cpu workers start on\n"
+        "free loopback ports; chat requests about three long documents are streamed; what each worker\n"
+        "stored and removed per window is counted from its events on NATS; everything stops.\n"
+        "  disagg: the requests are conversations, and what each moved from a prefill to a decode worker is\n"
+        "shown beside what a full cache would have moved.\n"
+        "  agg_router, disagg_router: so they are, and for each is shown which worker was chosen, what was\n"
+        "promised, what was reused, and what the global layers alone would have promised. The same for\n"
+        "Dynamo's own router: --router stock, and as it is without us: VSWA_DYNAMO_EVENTS=global.\n"
+        "Exit code 0: all of it was seen to work."
+    )
+    local.add_arguments(parser)
+    parser.add_argument("--max-tokens", type=int, default=12, help="length of each answer (12)")
+
+
+def run(args: argparse.Namespace) -> int:
+    return asyncio.run(_demo(args))
+
+
+async def _demo(args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    progress = progress_from(began)
+    small = args.model is None or local.is_named(args.model)
+    topology = find_topology(args.topology)
+    routing = chosen_router(args, topology, os.environ)
+    override = _ROUTED_OVERRIDE if topology.routed else _OVERRIDE
+    groups = local.worker_groups(args, topology, override if small else {})
+    with tempfile.TemporaryDirectory(prefix="vswa-demo-") as folder:
+        settings = ClusterSettings(
+            model_path=str(await local.model_path(args, Path(folder), progress)),
+            served_model_name=args.served_model_name,
+            groups=groups,
+            http_port=args.http_port,
+            routing=routing,
+            worker_options=("--heartbeat", "0.1", "--status-port", "0"),
+            router_options=("--log-level", "debug"),
+        )
+        cluster = Cluster(settings, local.log_folder(args, Path(folder)), progress)
+        seen = await _watch(cluster, args, progress)
+    apart = "prefill" in topology.modes
+    show_windows(seen.tally, seen.modes if apart else {})
+    asked = _ROUTED_PLAN if topology.routed else _PLAN
+    checks = checks_of_all(seen.answers, len(asked), seen.tally, seen.codes)
+    if apart:
+        show_moved(seen.answers)
+        checks |= checks_of_transfers(seen.answers, seen.modes, seen.tally, seen.failures, seen.held)
+    if seen.choices is not None:
+        show_choices(seen.answers, seen.choices)
+        checks |= checks_of_choices(seen.answers, seen.choices, pressed=small)
+    return verdict(checks, time.monotonic() - began)
+
+
+@dataclass
+class _Seen:
+    """What one run showed; ``modes`` by worker id, ``codes`` by name of the process."""
+
+    tally: Tally = field(default_factory=Tally)
+    answers: list[Answer] = field(default_factory=list)
+    modes: dict[int, str] = field(default_factory=dict)
+    codes: dict[str, int] = field(default_factory=dict)
+    failures: float = 0.0
+    held: float = 0.0
+    choices: Choices | None = None
+
+
+async def _watch(cluster: Cluster, args: argparse.Namespace, progress: Progress) -> _Seen:
+    """Start everything, ask, and stop everything."""
+    seen = _Seen()
+    transport: Transport | None = None
+    try:
+        await cluster.start_brokers()
+        transport = await _listen(cluster, seen.tally)
+        await cluster.start()
+        routed = cluster.settings.routing.router is not None
+        plan = _ROUTED_PLAN if routed else _PLAN
+        progress(f"ready; sending {len(plan)} chat requests about {len(_DOCUMENTS)} documents, streamed")
+        if args.model is not None:
+            await _continue_sentences(cluster)
+        entries = await cluster.entries()
+        seen.modes = {entry.worker_id: entry.mode for entry in entries}
+        apart = "prefill" in seen.modes.values()
+        transfers = await _transfers(cluster, entries) if apart else None
+        seen.choices = _choices(cluster, seen.tally, entries) if routed else None
+        asking = _Asking(cluster, seen.tally, transfers, seen.choices)
+        async with aiohttp.ClientSession() as session:
+            for number, name in enumerate(plan):
+                seen.answers.append(await asking.ask(session, number, name, args.max_tokens))
+        if transfers is not None:
+            seen.failures, seen.held = await transfers.failures(), await transfers.held()
+        cluster.check()
+    finally:
+        progress("stopping")
+        if transport is not None:
+            await transport.close()
+        seen.codes = await cluster.stop()
+    return seen
+
+
+async def _transfers(cluster: Cluster, entries: Sequence[Entry]) -> Transfers:
+    """Read from the workers' /metrics from now on what goes from prefill to decode."""
+    urls: dict[str, list[str]] = {"prefill": [], "decode": []}
+    for child in cluster.workers:
+        urls[child.name.partition("-")[0]].append(await status_url(child))
+    made = Transfers(urls["prefill"], urls["decode"], entries[0].groups)
+    await made.begin()
+    return made
+
+
+async def _listen(cluster: Cluster, tally: Tally) -> Transport:
+    """Count from before the first worker starts, so that nothing is missed."""
+    transport = Transport(cluster.nats_server, "vswa demo")
+    await transport.connect()
+
+    async def count(event_subject: str, payload: bytes) -> None:
+        tally.add(source_of(event_subject), decode(payload))
+
+    await transport.subscribe(events_of(cluster.settings.namespace), count)
+    await transport.flush()
+    return transport
+
+
+def document(name: str) -> str:
+    """A document of well over 1,000 tokens that differs from the first line on."""
+    lines = [f"Rules of the {name}."]
+    lines += [
+        f"Rule {number} of the {name}: whoever comes before dawn on day {number} shall ring bell "
+        f"{number % 7} and wait for {number * 3} minutes."
+        for number in range(1, 41)
+    ]
+    return "\n".join(lines)
+
+
+def _choices(cluster: Cluster, tally: Tally, entries: Sequence[Entry]) -> Choices:
+    """Who of the workers that compute prompts is chosen from now on."""
+    computing = [entry for entry in entries if entry.mode != "decode"]
+    logs = [router.log for router in cluster.routers]
+    return Choices(tally, computing, logs)
+
+
+class _Asking:
+    """One question after the other; where phases run apart or requests are routed, in conversations."""
+
+    def __init__(
+        self, cluster: Cluster, tally: Tally, transfers: Transfers | None, choices: Choices | None
+    ) -> None:
+        self._cluster, self._tally, self._transfers, self._choices = cluster, tally, transfers, choices
+        # What a decode worker stores came from a prefill worker, whose blocks decide what is computed.
+        self._computes = COMPONENTS["prefill" if transfers else "agg"]
+        self._conversations: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+
+    async def ask(self, session: aiohttp.ClientSession, number: int, name: str, max_tokens: int) -> Answer:
+        """The answer to question ``number`` in the conversation ``name`` about the document so called."""
+        question = f"Question {number}: which bell on day {number + 3}?"
+        goes_on = self._transfers is not None or self._choices is not None
+        before = self._conversations[name] if goes_on else []
+        content = question if before else f"{document(name.partition(' ')[0])}\n{question}"
+        messages = [*before, {"role": "user", "content": content}]
+        body = {
+            "model": self._cluster.settings.served_model_name,
+            "messages": messages,
+            "max_tokens": max_tokens,
+        }
+        recomputed = self._tally.recomputed[self._computes]
+        if self._choices is not None:
+            self._choices.begin()
+        answer = await stream_chat(session, self._cluster.url, body)
+        await self._tally.settled()
+        answer.overpromise = self._tally.recomputed[self._computes] - recomputed
+        self._conversations[name] = [*messages, {"role": "assistant", "content": answer.text}]
+        if self._transfers is not None:
+            answer.moved, answer.full = await self._transfers.take(answer.prompt_tokens)
+        if self._choices is not None:
+            answer.choice = self._choices.take(answer)
+            show_choice(number + 1, name, answer, self._choices)
+        else:
+            show_answer(number + 1, name, answer)
+        return answer
+
+
+async def _continue_sentences(cluster: Cluster) -> None:
+    """Let a model with learnt weights say something; prompts too short for a block, so without events."""
+    async with aiohttp.ClientSession() as session:
+        for start in _SENTENCES:
+            body = {
+                "model": cluster.settings.served_model_name,
+                # The completions endpoint adds no <bos>, without which Gemma is not itself.
+                "prompt": f"<bos>{start}",
+                "max_tokens": 20,
+                "temperature": 0,
+            }
+            async with session.post(f"{cluster.url}/v1/completions", json=body) as response:
+                answer = await response.json()
+            text = (
+                answer["choices"][0]["text"] if response.status == 200 else f" [{response.status}: {answer}]"
+            )
+            print(f"  {start!r} goes on: {text!r}", flush=True)
+
+
+async def stream_chat(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
+    """Send one streamed chat request and gather what comes."""
+    began = time.monotonic()
+    body = {
+        "temperature": 0,
+        "ignore_eos": True,
+        "nvext": {"extra_fields": ["worker_id", "timing"]},
+        **body,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+        answer = Answer(response.status)
+        async for line in response.content:
+            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                continue
+            chunk = json.loads(line[6:])
+            answer.request_id = str(chunk.get("id", "")).partition("-")[2]
+            answer.nvext |= chunk.get("nvext") or {}
+            if "error" in chunk:
+                answer.status = chunk["error"].get("code", 500)
+            for choice in chunk.get("choices", []):
+                text = choice["delta"].get("content") or ""
+                if text and not answer.text:
+                    answer.first_token_s = time.monotonic() - began
+                answer.text += text
+            if usage := chunk.get("usage"):
+                answer.prompt_tokens = usage["prompt_tokens"]
+                answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return answer

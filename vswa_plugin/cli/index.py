@@ -1,0 +1,140 @@
+"""``vswa index``: what every rank holds, per window, live."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from typing import Any
+
+import msgspec
+
+from vswa_plugin.dynamo.runtime import NATS_ENV
+from vswa_plugin.following.fleet import Fleet, RankStatus
+from vswa_plugin.host.loading import load_host
+from vswa_plugin.index import WindowIndex
+from vswa_plugin.registry.opening import registry_from_env
+from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
+
+_EXAMPLES = """\
+examples:
+  vswa index                     a table that keeps up, until Ctrl-C
+  vswa index --once              the table once, when every rank is known exactly
+  vswa index --once --json       the same for scripts
+  vswa index --status-port 9091  also serve /health, /ready and /metrics of reader and index
+
+NATS_SERVER and ETCD_ENDPOINTS (or VSWA_REGISTRY) say where the deployment is.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    parser.add_argument("--namespace", help="only workers of this Dynamo namespace")
+    parser.add_argument("--once", action="store_true", help="print once and end")
+    parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
+    parser.add_argument(
+        "--check", action="store_true", help="with --once: verify every invariant of the index"
+    )
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait with --once (10)")
+    parser.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
+
+
+def run(args: argparse.Namespace) -> int:
+    return asyncio.run(_run(args))
+
+
+def fleet_for(args: argparse.Namespace) -> Fleet:
+    """A fleet of the brokers that the environment names, with the plugins' reuse rules; not connected yet."""
+    transport = Transport(os.environ.get(NATS_ENV, DEFAULT_SERVER), "vswa index")
+    with load_host(args.plugin, args.no_plugin) as host:
+        index = WindowIndex(rules=host.reuse_rules())
+    return Fleet(transport, registry_from_env(), namespace=args.namespace, index=index)
+
+
+async def _run(args: argparse.Namespace) -> int:
+    fleet = fleet_for(args)
+    try:
+        await fleet.start(args.timeout)
+        if args.once:
+            return await _once(fleet, args)
+        await _live(fleet, args)
+        return 0
+    finally:
+        await fleet.stop()
+
+
+async def _once(fleet: Fleet, args: argparse.Namespace) -> int:
+    exact = await fleet.settled(args.timeout)
+    if args.check:
+        fleet.index.check()
+    statuses, stats = fleet.statuses(time.time_ns()), fleet.index.stats()
+    if args.json:
+        shown = {"exact": exact, "ranks": statuses, "index": stats}
+        print(msgspec.json.encode(shown).decode())
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(_table(statuses, stats, terminal=console.is_terminal))
+    return 0 if exact else 1
+
+
+async def _live(fleet: Fleet, args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from vswa_plugin.following.metrics import render
+    from vswa_plugin.program.status import Status, StatusServer
+
+    server = StatusServer(Status(ready=True), lambda: render(fleet))
+    if args.status_port is not None:
+        await server.start("127.0.0.1", args.status_port)
+    console = Console(highlight=False)
+    try:
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            while True:
+                table = _table(fleet.statuses(time.time_ns()), fleet.index.stats(), terminal=True)
+                live.update(table, refresh=True)
+                await asyncio.sleep(0.5)
+    finally:
+        await server.stop()
+
+
+def _table(statuses: list[RankStatus], stats: Any, *, terminal: bool) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    kernel = "compiled kernel" if stats.kernel else "pure Python"
+    left_out = f", {stats.left_out} blocks left out for lack of room" if stats.left_out else ""
+    caption = f"{stats.ranks} ranks, {stats.nbytes / 1e6:.1f} MB, {kernel}{left_out}"
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, caption=caption)
+    for heading in (
+        "worker",
+        "rank",
+        "model",
+        "state",
+        "window",
+        "blocks",
+        "tiers",
+        "lag",
+        "epoch",
+        "next id",
+    ):
+        table.add_column(heading, justify="right" if heading in ("blocks", "lag", "next id") else "left")
+    for status in statuses:
+        for number, (window, tiers) in enumerate(status.blocks.items() or [("-", {})]):
+            first = number == 0
+            lag = "" if status.lag_ms is None else f"{status.lag_ms:.0f} ms"
+            slow = " ".join(f"{tier} {count}" for tier, count in tiers.items() if count)
+            whose = (f"{status.source.worker_id:x}", str(status.source.dp_rank), status.model, status.state)
+            stream = (lag, str(status.epoch), str(status.next_event_id))
+            table.add_row(
+                *(whose if first else [""] * 4),
+                window,
+                str(sum(tiers.values())),
+                slow,
+                *(stream if first else [""] * 3),
+            )
+    return table

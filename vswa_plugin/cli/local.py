@@ -1,0 +1,94 @@
+"""What ``vswa demo`` and ``vswa serve`` share: their options, the default model, progress lines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+from vswa_plugin.errors import VswaError
+from vswa_plugin.launch.cluster import Progress
+from vswa_plugin.launch.processes import python_module
+from vswa_plugin.launch.topologies import (
+    TOPOLOGIES,
+    Topology,
+    WorkerGroup,
+    add_router,
+    add_worker_counts,
+    worker_counts,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a checkpoint's directory, a GGUF file, or a name for `vswa get-model`, which installs it "
+        "(default: a small random model is made)",
+    )
+    parser.add_argument("--served-model-name", default="gemma", help="what clients call the model (gemma)")
+    parser.add_argument(
+        "--topology",
+        default="agg",
+        metavar="|".join(TOPOLOGIES),
+        help="agg: each worker does all (default); disagg: prefill workers hand over to decode workers; "
+        "agg_router, disagg_router: and requests go where their prefix is cached",
+    )
+    add_worker_counts(parser, several=2)
+    add_router(parser)
+    parser.add_argument("--http-port", type=int, default=0, help="port of the frontend (default: a free one)")
+    parser.add_argument(
+        "--engine-args", metavar="FILE", help="engine options, as --extra-engine-args of a worker"
+    )
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+
+
+def worker_groups(
+    args: argparse.Namespace, topology: Topology, override: dict[str, Any] | None = None
+) -> tuple[WorkerGroup, ...]:
+    """The workers that were asked for, all with the same engine options."""
+    counts = worker_counts(args, topology)
+    return tuple(WorkerGroup(mode, count, args.engine_args, override or {}) for mode, count in counts.items())
+
+
+async def model_path(args: argparse.Namespace, folder: Path, progress: Progress) -> Path:
+    """The model that was asked for, or a small random one in ``folder``."""
+    if is_named(args.model):
+        return await _get_model(args.model, progress)
+    if args.model is not None:
+        return Path(args.model)
+    directory = folder / "model"
+    progress(f"making a small random Gemma 3 in {directory}: its words mean nothing, all else is real")
+    # Through the command line, because the host knows no engine: gemma3_cpu's plugin provides it.
+    command = python_module("vswa_plugin", "make-model", str(directory))
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+    if await process.wait() != 0:
+        raise VswaError("`vswa make-model` failed; its message is above")
+    return directory
+
+
+def is_named(model: str | None) -> bool:
+    """Whether ``model`` is a name rather than a place: no such file, and nothing of a path in it."""
+    return model is not None and _NAME.fullmatch(model) is not None and not Path(model).exists()
+
+
+async def _get_model(name: str, progress: Progress) -> Path:
+    """The directory of a model by name; its terms and its progress go to standard error."""
+    progress(f"model {name}: installed and converted where that has not been done")
+    command = python_module("vswa_plugin", "get-model", name)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    if process.returncode != 0:
+        raise VswaError(f"`vswa get-model {name}` failed; its message is above")
+    return Path(output.decode().strip())
+
+
+def log_folder(args: argparse.Namespace, scratch: Path) -> Path:
+    """Where logs go: kept where the user asked, else thrown away with ``scratch``."""
+    folder = Path(args.log_dir) if args.log_dir else scratch
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,299 @@
+"""Everything that touches NVIDIA Dynamo. The only module that imports dynamo.
+
+Dynamo's runtime is imported when it is first needed: the commands that do not talk to Dynamo start fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vswa_plugin.blocks.hashing import block_hash
+from vswa_plugin.engine.contract import ChunkDict, EngineInfo, RequestDict
+from vswa_plugin.errors import (
+    ConfigError,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    Unavailable,
+    unknown_choice,
+)
+
+logger = logging.getLogger(__name__)
+
+#: What Dynamo reads its addresses from; ours are the same, so that one environment serves both.
+NATS_ENV, ETCD_ENV = "NATS_SERVER", "ETCD_ENDPOINTS"
+DEFAULT_ETCD = "http://127.0.0.1:2379"
+#: Keeps every socket of Dynamo on this machine: for demos and tests.
+LOOPBACK_ENV = {
+    "DYN_TCP_RPC_HOST": "127.0.0.1",
+    "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+    "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+    # The other one, ZeroMQ, listens on all addresses whatever the host above.
+    "DYN_EVENT_PLANE": "nats",
+    "DYN_SELF_HOST_METADATA": "0",
+}
+#: Options of Dynamo's own workers.
+TOOL_CALL_PARSER, REASONING_PARSER = "--dyn-tool-call-parser", "--dyn-reasoning-parser"
+ROUTER_MODES = ("round-robin", "random", "kv", "direct")
+
+#: (request, request id, future that is done when the client has gone) -> chunks
+Handler = Callable[[RequestDict, str, Awaitable[bool]], AsyncIterator[ChunkDict]]
+
+
+class EndpointName(msgspec.Struct, frozen=True):
+    """``dyn://namespace.component.endpoint``."""
+
+    namespace: str
+    component: str
+    endpoint: str
+
+    @classmethod
+    def parse(cls, text: str) -> EndpointName:
+        parts = text.removeprefix("dyn://").split(".")
+        if len(parts) != 3 or not all(parts):
+            raise ConfigError(f"--endpoint: expected dyn://namespace.component.endpoint, got {text!r}")
+        return cls(*parts)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}.{self.component}.{self.endpoint}"
+
+
+#: Where the workers of each mode stand within a namespace, as those of Dynamo's own backends do.
+COMPONENTS = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
+#: The same for routers of ours.
+ROUTER_COMPONENT = "router"
+
+
+def default_endpoint(mode: str, namespace: str = "dynamo") -> EndpointName:
+    """The endpoint of workers of ``mode`` that were given none."""
+    return EndpointName(namespace, COMPONENTS[mode], "generate")
+
+
+def namespaced_block_hash(
+    token_ids: Sequence[int], cache_salt: str | None = None, lora_name: str | None = None
+) -> int:
+    """Dynamo's block hash, of plain text or in the namespace of a cache salt or LoRA."""
+    if not cache_salt and not lora_name:
+        return block_hash(token_ids)
+    from dynamo.llm import compute_block_hash_for_seq
+
+    hashes: list[int] = compute_block_hash_for_seq(
+        list(token_ids), len(token_ids), lora_name=lora_name or None, cache_namespace=cache_salt or None
+    )
+    return hashes[0]
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run ``main`` on uvloop, as Dynamo's own components do; its result is the exit code."""
+    import uvloop
+
+    code: int = uvloop.run(main)
+    return code
+
+
+def connect() -> Any:
+    """Dynamo's distributed runtime on this event loop.
+
+    Blocks the loop and retries for two minutes where etcd or NATS are away: probe them before.
+    """
+    from dynamo.runtime import DistributedRuntime
+
+    discovery = os.environ.get("DYN_DISCOVERY_BACKEND", "etcd")
+    request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
+    return DistributedRuntime(asyncio.get_running_loop(), discovery, request_plane)
+
+
+def check_parser(option: str, name: str | None) -> str | None:
+    """``name`` itself, where Dynamo's frontend has such a parser; raises ConfigError.
+
+    :param option: :data:`TOOL_CALL_PARSER` or :data:`REASONING_PARSER`.
+    """
+    if name is None:
+        return None
+    from dynamo._core import get_reasoning_parser_names, get_tool_parser_names
+
+    known = get_tool_parser_names() if option == TOOL_CALL_PARSER else get_reasoning_parser_names()
+    if name not in known:
+        raise ConfigError(f"{option}: {unknown_choice('parser', name, known)}")
+    return name
+
+
+class ShownModel(msgspec.Struct, frozen=True):
+    """How a worker shows its model to Dynamo's frontends.
+
+    :param model_path: directory with config and tokenizer.
+    :param mode: of the worker: agg, prefill or decode.
+    :param tool_call_parser: by which the frontend finds tool calls in the text; ``reasoning_parser``: the
+        reasoning.
+    """
+
+    name: str
+    model_path: str
+    mode: str
+    taints: tuple[str, ...] = ()
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+
+
+class WorkerEndpoint:
+    """One served endpoint of this process, and the model that is registered on it."""
+
+    def __init__(self, runtime: Any, name: EndpointName) -> None:
+        self._runtime = runtime
+        self._endpoint = runtime.endpoint(str(name))
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def worker_id(self) -> int:
+        """Dynamo's instance id: the number by which routers address this worker."""
+        return int(self._endpoint.connection_id())
+
+    @property
+    def raw(self) -> Any:
+        """Dynamo's own object, for plugins."""
+        return self._endpoint
+
+    def serve(self, handler: Handler) -> asyncio.Task[None]:
+        """Serve requests in the returned task, which ends when the runtime does."""
+
+        # Dynamo looks the parameters up by these names.
+        async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[ChunkDict]:
+            try:
+                async for chunk in handler(request, context.id(), context.async_killed_or_stopped()):
+                    yield chunk
+            except Exception as error:
+                raise dynamo_error(error) from None  # Dynamo prints the whole chain
+
+        async def serving() -> None:
+            await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
+
+        self._serving = asyncio.create_task(serving(), name="serve_endpoint")
+        return self._serving
+
+    async def register(self, model: ShownModel, info: EngineInfo) -> None:
+        """Show the model to Dynamo's frontends."""
+        from dynamo.llm import ModelInput, ModelRuntimeConfig, register_model
+
+        role = _role(model.mode)
+        config = ModelRuntimeConfig()
+        config.context_length = info.context_length
+        config.total_kv_blocks = info.total_kv_blocks
+        config.max_num_seqs = info.max_num_seqs
+        config.max_num_batched_tokens = info.max_num_batched_tokens
+        config.data_parallel_size = info.data_parallel_size
+        config.taints = set(model.taints)
+        config.tool_call_parser = model.tool_call_parser
+        config.reasoning_parser = model.reasoning_parser
+        await register_model(
+            ModelInput.Tokens,
+            role.model_type,
+            self._endpoint,
+            model.model_path,
+            model.name,
+            worker_type=role.worker_type,
+            needs=role.needs,
+            kv_cache_block_size=info.layout.block_size,
+            runtime_config=config,
+            ignore_weights=True,
+        )
+
+    async def withdraw(self) -> None:
+        """Take endpoint, and model where it is shown, out of discovery; requests under way go on."""
+        if self._serving is not None and self._serving.done():
+            return  # the runtime has ended, and its lease with it
+        from dynamo.llm import unregister_model
+
+        for step in (unregister_model(self._endpoint), self._endpoint.unregister_endpoint_instance()):
+            try:
+                await asyncio.wait_for(step, 5)
+            except Exception as error:  # Dynamo raises plain Exception; its lease ends what is left
+                logger.warning("could not leave Dynamo's discovery, its lease will end it: %s", error)
+
+    async def shutdown(self) -> None:
+        """End the runtime and the serving task."""
+        self._runtime.shutdown()
+        if self._serving is not None:
+            await asyncio.wait({self._serving}, timeout=10)
+
+
+class _Role(NamedTuple):
+    """What Dynamo is told of a worker; ``needs``: sets of peers, of which it must find one to serve."""
+
+    model_type: Any
+    worker_type: Any
+    needs: list[list[Any]] | None
+
+
+def _role(mode: str) -> _Role:
+    from dynamo.llm import ModelType, WorkerType
+
+    text = ModelType.Chat | ModelType.Completions
+    return {
+        "agg": _Role(text, WorkerType.Aggregated, None),
+        "prefill": _Role(ModelType.Prefill, WorkerType.Prefill, [[WorkerType.Decode]]),
+        "decode": _Role(text, WorkerType.Decode, [[WorkerType.Prefill]]),
+    }[mode]
+
+
+def dynamo_error(error: Exception) -> Exception:
+    """The exception by which Dynamo's frontend does the right thing with a request that failed.
+
+    InvalidRequest: 400 with our message. Overloaded: 503. Unavailable: the frontend goes on with it on
+    another worker, as often as its --migration-limit allows, then 503. All else: 500. The frontend keeps the
+    messages of 5xx to itself; workers log them.
+    """
+    from dynamo.llm import HttpError
+    from dynamo.llm.exceptions import Disconnected, InvalidArgument
+
+    message = str(error)
+    mapped: Exception
+    if isinstance(error, InvalidRequest):
+        mapped = InvalidArgument(message)
+    elif isinstance(error, Overloaded):
+        mapped = HttpError(503, message)
+    elif isinstance(error, Unavailable):
+        mapped = Disconnected(message)
+    elif isinstance(error, RequestError):
+        mapped = HttpError(500, message)
+    else:  # left alone, a ValueError out of an engine's bug would be the client's fault: 400
+        mapped = HttpError(500, f"{type(error).__name__}: {message}")
+    return mapped
+
+
+class FrontendSettings(msgspec.Struct, frozen=True):
+    """Dynamo's OpenAI HTTP frontend."""
+
+    http_host: str
+    http_port: int
+    router_mode: str = "round-robin"
+    namespace: str | None = None
+    migration_limit: int = 3
+
+
+async def serve_frontend(runtime: Any, settings: FrontendSettings) -> None:
+    """Run Dynamo's own frontend until the runtime is shut down. Models are found through discovery."""
+    from dynamo.llm import EngineType, EntrypointArgs, RouterConfig, RouterMode, make_engine, run_input
+
+    modes = {
+        "round-robin": RouterMode.RoundRobin,
+        "random": RouterMode.Random,
+        "kv": RouterMode.KV,
+        "direct": RouterMode.Direct,
+    }
+    if settings.router_mode not in modes:
+        raise ConfigError(unknown_choice("router mode", settings.router_mode, modes))
+    arguments = EntrypointArgs(
+        EngineType.Dynamic,
+        http_host=settings.http_host,
+        http_port=settings.http_port,
+        router_config=RouterConfig(modes[settings.router_mode]),
+        namespace=settings.namespace,
+        migration_limit=settings.migration_limit,
+    )
+    await run_input(runtime, "http", await make_engine(runtime, arguments))

@@ -1,0 +1,7 @@
+"""The contract of an engine: all that an engine author imports.
+
+contract.py   settings, requests and chunks, KV events, and the shape of an engine and of an event adapter
+options.py    an engine's options file, section by section
+requests.py   the fields of a request, checked
+records.py    what is noted of a finished request
+"""

@@ -1,0 +1,181 @@
+"""The contract between the host and an engine plugin: settings in, chunks and KV events out.
+
+An engine plugin answers the hook ``vswa_engine`` with an object that has the shape of :class:`Engine`.
+Requests and chunks have Dynamo's own shapes (``PreprocessedRequest`` and ``LLMEngineOutput`` as plain
+dicts), so a worker passes them on as they are. The engine's KV events stay in the engine's own format;
+an :class:`EventAdapter`, found through the hook ``vswa_event_adapter``, turns each into the neutral
+:data:`EngineEvent` below. Engine hashes and token ids never leave the worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
+
+from vswa_plugin.blocks.layout import CacheLayout
+
+#: An engine's own name of a block; opaque to us, unique per token prefix within one engine.
+EngineHash: TypeAlias = int | str
+#: One event as the engine gave it, e.g. TensorRT-LLM's JSON object as a dict.
+RawEvent: TypeAlias = Mapping[str, Any]
+#: Called by the engine, from any thread, with (dp_rank, events); must return at once and never raise.
+EventSink: TypeAlias = Callable[[int, Sequence[RawEvent]], None]
+#: Dynamo's PreprocessedRequest / LLMEngineOutput as plain dicts.
+RequestDict: TypeAlias = Mapping[str, Any]
+ChunkDict: TypeAlias = dict[str, Any]
+
+MODES = ("agg", "prefill", "decode")
+
+#: Key of a request's first chunk for what only the worker is told; it is taken off before Dynamo sees the
+#: chunk. A mapping that may hold ``dp_rank``, the rank that serves the request, and ``transferred_tokens``,
+#: the prompt tokens that another worker computed and this one received (``cached_tokens`` is then that
+#: worker's count, not this one's).
+WORKER_ONLY = "vswa"
+
+
+class EngineSettings(msgspec.Struct, frozen=True):
+    """What a worker was asked to run; given to ``vswa_engine``.
+
+    :param engine: the name given to ``--engine``.
+    :param mode: one of :data:`MODES`.
+    :param model_path: directory (or file) of the model.
+    :param served_model_name: the name clients use.
+    :param options: the engine's own options: ``--extra-engine-args`` file merged with
+        ``--override-engine-args``.
+    :param options_source: where ``options`` came from, for error messages.
+    :param data_parallel_size: ranks to serve, each with a cache of its own.
+    """
+
+    engine: str
+    mode: str
+    model_path: str
+    served_model_name: str
+    options: dict[str, Any] = {}
+    options_source: str = "no --extra-engine-args"
+    data_parallel_size: int = 1
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine states about itself before it starts. Token counts unless said otherwise."""
+
+    layout: CacheLayout
+    context_length: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    #: Blocks of the global group (the number Dynamo calls total_kv_blocks), of one rank.
+    total_kv_blocks: int
+    data_parallel_size: int = 1
+    #: Directory with config and tokenizer for Dynamo, where it is not the model path itself; there once the
+    #: engine has started.
+    model_dir: str | None = None
+
+
+class Engine(Protocol):
+    """One running model. Built by ``vswa_engine`` with local checks only; ``start`` does the slow part."""
+
+    #: What ``vswa_event_adapter`` is asked for, e.g. ``"trtllm"``.
+    event_format: str
+    info: EngineInfo
+
+    def start(self, on_events: EventSink) -> None:
+        """Load the model and begin to serve. Called once, in a thread; may take minutes.
+
+        :raises ConfigError: what the user can correct.
+        """
+
+    def stop(self) -> None:
+        """End all requests and free what is held. Called once, in a thread, after the last request."""
+
+    def generate(self, request: RequestDict) -> AsyncIterator[ChunkDict]:
+        """Yield chunks for one request, as an async generator on the worker's event loop.
+
+        The last chunk has ``finish_reason`` and ``completion_usage`` with
+        ``prompt_tokens_details.cached_tokens``; in mode ``prefill`` ``disaggregated_params`` too, which
+        the request of mode ``decode`` brings back in ``prefill_result``. An engine of several ranks says
+        in the first chunk, under :data:`WORKER_ONLY`, which one serves. Closing the generator cancels the
+        request and frees its blocks: an engine does its clean-up in ``finally``.
+
+        :raises InvalidRequest: the request can never be served.
+        :raises Overloaded: not now; the queue is full.
+        :raises Unavailable: the engine stops or has failed.
+        """
+
+    def failure(self) -> str | None:
+        """Why the engine cannot serve any more, or None while it can. Cheap; a worker asks it often."""
+
+    def stats(self) -> dict[str, float]:
+        """Gauges by name (``running``, ``waiting``, ``blocks_used``...), cheap, from any thread."""
+
+
+class EngineBlock(msgspec.Struct, frozen=True, gc=False):
+    """One block of a ``stored`` event. Fewer tokens than the block size: a partial block."""
+
+    hash: EngineHash
+    token_ids: tuple[int, ...]
+
+
+class BlocksStored(msgspec.Struct, frozen=True):
+    """Consecutive blocks now resident in one group; the first one's parent is ``parent_hash``."""
+
+    group_id: int
+    parent_hash: EngineHash | None
+    blocks: tuple[EngineBlock, ...]
+    tier: str = "device"
+    cache_salt: str | None = None
+    lora_name: str | None = None
+    dp_rank: int = 0
+
+
+class BlocksRemoved(msgspec.Struct, frozen=True):
+    """Blocks gone from every tier of one group. May name blocks that were never announced."""
+
+    group_id: int
+    hashes: tuple[EngineHash, ...]
+    dp_rank: int = 0
+
+
+class BlocksMoved(msgspec.Struct, frozen=True):
+    """Blocks now on another tier: ``device``, ``host`` or ``disk``; still resident."""
+
+    group_id: int
+    hashes: tuple[EngineHash, ...]
+    tier: str
+    dp_rank: int = 0
+
+
+#: Window in a :class:`GroupCreated` that says: there is no group of that id, though one was declared.
+NO_SUCH_GROUP = 0
+
+
+class GroupCreated(msgspec.Struct, frozen=True):
+    """The engine's own word on one group, to be compared with the layout that it declared.
+
+    :param window_size: in tokens; None: global; or NO_SUCH_GROUP.
+    """
+
+    group_id: int
+    window_size: int | None
+    dp_rank: int = 0
+
+
+class EventsLost(msgspec.Struct, frozen=True):
+    """The engine's event ids skipped: its buffer overflowed, and what was lost cannot be asked for."""
+
+    expected_id: int
+    got_id: int
+    dp_rank: int = 0
+
+
+EngineEvent: TypeAlias = BlocksStored | BlocksRemoved | BlocksMoved | GroupCreated | EventsLost
+
+
+class EventAdapter(Protocol):
+    """Turns one engine's raw events into :data:`EngineEvent`; keeps what state that needs."""
+
+    def feed(self, raw: RawEvent) -> list[EngineEvent]:
+        """Events that ``raw`` means, in order; empty for one that carries nothing we use.
+
+        :raises ProtocolError: ``raw`` is not an event of this format; says the field and what came.
+        """

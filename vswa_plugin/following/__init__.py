@@ -1,0 +1,8 @@
+"""The router's side of the event stream: from messages on NATS to what every rank holds.
+
+reader.py       the stream of one rank: what to apply, what is missing, how to repair it (no I/O)
+view.py         whether a rank may be scored (no I/O)
+subscriber.py   all ranks: messages in, index kept
+fleet.py        registry, subscriber and index together
+metrics.py      of all that, for Prometheus
+"""

@@ -1,0 +1,154 @@
+"""All ranks of a deployment, followed: registry, event streams and window index put together.
+
+What a router, ``vswa index`` and ``vswa explain`` have in common.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable
+
+import msgspec
+
+from vswa_plugin.following.subscriber import Subscriber, SubscriberOptions
+from vswa_plugin.index import WindowIndex
+from vswa_plugin.registry import Connected, Disconnected, Entry, Joined, Left, Registry, Updated
+from vswa_plugin.wire.events import Rank, Source
+from vswa_plugin.wire.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """One rank as the fleet sees it now.
+
+    :param state: ``live``, ``stale``, ``silent``, ``unreadable`` or ``waiting``.
+    :param blocks: window label -> tier -> blocks held.
+    :param lag_ms: age of what was heard last, by the two machines' clocks; None before anything was.
+    """
+
+    source: Source
+    model: str
+    state: str
+    reason: str
+    registered: bool
+    epoch: int
+    next_event_id: int
+    lag_ms: float | None
+    blocks: dict[str, dict[str, int]]
+
+
+class Fleet:
+    """Follows one namespace, or all. ``start`` connects, ``stop`` gives everything back."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        registry: Registry,
+        *,
+        namespace: str | None = None,
+        options: SubscriberOptions | None = None,
+        index: WindowIndex | None = None,
+    ) -> None:
+        self.index = index if index is not None else WindowIndex()
+        self.subscriber = Subscriber(transport, self.index, namespace=namespace, options=options)
+        #: Live workers by registry key.
+        self.entries: dict[str, Entry] = {}
+        self._transport = transport
+        self._registry = registry
+        self._namespace = namespace
+        self._listed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self, timeout: float = 10.0) -> None:
+        """Connect and follow; returns when the registry has been listed once, or after ``timeout`` s.
+
+        :raises ConnectError: NATS cannot be reached.
+        """
+        await self._transport.connect(timeout)
+        await self.subscriber.start()
+        self._watching = asyncio.create_task(self._watch(), name="fleet registry")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._listed.wait(), timeout)
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.subscriber.stop()
+        await self._registry.close()
+        await self._transport.close()
+
+    async def settled(self, timeout: float) -> bool:
+        """Wait until every registered rank is live; False if one still was not after ``timeout`` s."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not self._all_live():
+                    self.subscriber.changed.clear()
+                    await self.subscriber.changed.wait()
+        return self._all_live()
+
+    def statuses(self, now_ns: int) -> list[RankStatus]:
+        """All ranks, sorted. ``now_ns`` is the wall clock, for the lag figure."""
+        now = asyncio.get_running_loop().time()
+        found = []
+        for view in self.subscriber.views():
+            reader = view.reader
+            heard_ns = reader.last_published_at_ns
+            found.append(
+                RankStatus(
+                    source=view.source,
+                    model=view.layout.model if view.layout else "",
+                    state=view.state(now),
+                    reason=view.stale_reason if view.stale_since is not None else view.broken or "",
+                    registered=view.registered,
+                    epoch=reader.epoch,
+                    next_event_id=reader.next_event_id,
+                    lag_ms=(now_ns - heard_ns) / 1e6 if heard_ns else None,
+                    blocks=self._blocks(view.source.rank) if view.layout else {},
+                )
+            )
+        return sorted(found, key=lambda status: (str(status.source), status.epoch))
+
+    def _blocks(self, rank: Rank) -> dict[str, dict[str, int]]:
+        layout = self.index.layout(rank)
+        totals: dict[str, dict[str, int]] = {}
+        for group_id, tiers in self.index.blocks(rank).items():
+            of_window = totals.setdefault(layout.group(group_id).label, {})
+            for tier, count in tiers.items():
+                of_window[tier] = of_window.get(tier, 0) + count
+        return totals
+
+    def _all_live(self) -> bool:
+        views = [self.subscriber.view(rank) for entry in self.entries.values() for rank in _ranks(entry)]
+        return all(view is not None and view.layout is not None and not view.reader.stale for view in views)
+
+    async def _watch(self) -> None:
+        async with self._registry.watch(self._namespace) as changes:
+            async for change in changes:
+                match change:
+                    case Joined() | Updated():
+                        self._joined(change.entry)
+                    case Left():
+                        self._left(change.entry)
+                    case Connected():
+                        self._listed.set()
+                    case Disconnected():
+                        logger.warning("registry away, what it said last stands: %s", change.reason)
+
+    def _joined(self, entry: Entry) -> None:
+        self.entries[entry.key] = entry
+        for dp_rank, epoch in entry.epochs.items():
+            source = Source(entry.namespace, entry.component, entry.worker_id, dp_rank)
+            self.subscriber.announce(source, epoch)
+
+    def _left(self, entry: Entry) -> None:
+        self.entries.pop(entry.key, None)
+        for rank in _ranks(entry):
+            self.subscriber.withdraw(rank)
+
+
+def _ranks(entry: Entry) -> Iterable[Rank]:
+    return (Rank(entry.worker_id, dp_rank) for dp_rank in entry.epochs)

@@ -1,0 +1,275 @@
+"""The plugin host: one typed method per hook, which asks each plugin on its own and joins the answers.
+
+Hooks are called through these methods, never through pluggy's own relay: there, one exception would discard
+the answers of all plugins and name none. How plugins get into the host is in plugin_set.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from vswa_plugin.blocks.reuse import RULES, ReuseRule
+from vswa_plugin.cli import Command, Commands
+from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
+from vswa_plugin.host import checks as plugin_checks
+from vswa_plugin.host import sources as plugin_sources
+from vswa_plugin.host.calls import FAILURES_METRIC, Lost
+from vswa_plugin.host.registered import PluginSet
+from vswa_plugin.host.registered import PluginStatus as PluginStatus
+
+if TYPE_CHECKING:
+    from vswa_plugin.accuracy.scorers import Scorer
+    from vswa_plugin.blocks.layout import CacheLayout
+    from vswa_plugin.engine.contract import (
+        BlocksStored,
+        Engine,
+        EngineSettings,
+        EventAdapter,
+        RawEvent,
+        RequestDict,
+    )
+    from vswa_plugin.engine.records import RequestRecord
+    from vswa_plugin.hookspecs import WorkerContext
+    from vswa_plugin.publishing.nodes import Node
+    from vswa_plugin.selection import RoutedRequest, Scored
+    from vswa_plugin.simulation.presets import RankSetup, SimulatedRank
+    from vswa_plugin.wire.events import Batch, Rank, Source
+
+logger = logging.getLogger(__name__)
+
+ENGINE_BUDGET_S = 2.0
+
+
+class PluginHost(PluginSet):
+    """All plugins of one process, and the answers of all of them.
+
+    Load first, from one thread; after that the hook methods may be called from any thread. Those on a hot
+    path cost a dictionary look-up where no plugin implements the hook.
+    """
+
+    def engine(self, settings: EngineSettings) -> Engine:
+        """The engine that ``settings.engine`` names: ``vswa_engine``.
+
+        :raises ConfigError: from the engine's plugin, unchanged; or no plugin has such an engine.
+        :raises PluginError: the plugin that should have answered failed.
+        """
+        lost: list[Lost] = []
+        for implementation in self._calls["vswa_engine"]:
+            began = self._clock()
+            answer = self._isolation.call(
+                implementation, {"settings": settings}, plugin_checks.check_engine, through=(ConfigError,)
+            )
+            if (took := self._clock() - began) > ENGINE_BUDGET_S:
+                logger.warning(
+                    "plugin %r took %.1f s in vswa_engine, expected at most %.0f s: only local checks "
+                    "belong there, the slow part in the engine's start()",
+                    implementation.plugin,
+                    took,
+                    ENGINE_BUDGET_S,
+                )
+            if isinstance(answer, Lost):
+                lost.append(answer)
+            elif answer is not None:
+                return cast("Engine", answer)
+        raise self._no_engine(settings.engine, lost)
+
+    def engine_names(self) -> list[str]:
+        """All names that ``--engine`` takes, sorted: ``vswa_engine_names``."""
+        answers = self._ask_all("vswa_engine_names", {}, plugin_checks.check_names)
+        return sorted({name for names in answers for name in names})
+
+    def event_adapter(self, event_format: str, layout: CacheLayout) -> EventAdapter:
+        """A new adapter for one engine's events: ``vswa_event_adapter``.
+
+        :raises PluginError: no plugin reads this format; names those that failed.
+        """
+        arguments = {"event_format": event_format, "layout": layout}
+        adapter, lost = self._ask_first("vswa_event_adapter", arguments, plugin_checks.check_adapter)
+        if adapter is not None:
+            return cast("EventAdapter", adapter)
+        raise PluginError(
+            f"no plugin reads KV events of the format {event_format!r}{self._why_not(lost)}; "
+            f"see `vswa plugins`"
+        )
+
+    def worker_connected(self, worker: WorkerContext) -> None:
+        """Tell all plugins of a worker that has connected: ``vswa_worker_connected``.
+
+        :raises ConfigError: from a plugin, unchanged.
+        """
+        for implementation in self._calls["vswa_worker_connected"]:
+            self._isolation.call(
+                implementation, {"worker": worker}, plugin_checks.check_answer, through=(ConfigError,)
+            )
+
+    def reuse_rules(self) -> dict[str, ReuseRule]:
+        """All reuse rules by name, the built-in ones and those of plugins: ``vswa_reuse_rules``."""
+        owners = dict.fromkeys(RULES, "vswa-plugin")
+        rules = dict(RULES)
+        for implementation in self._calls["vswa_reuse_rules"]:
+            check = partial(plugin_checks.check_rules, owners=owners)
+            answer = self._isolation.call(implementation, {}, check)
+            if answer is None or isinstance(answer, Lost):
+                continue
+            added = dict(cast("Mapping[str, ReuseRule]", answer))
+            rules.update(added)
+            owners.update(dict.fromkeys(added, implementation.plugin))
+        return rules
+
+    def selection_hooks(self) -> PluginHost | None:
+        """This host, where a plugin has a say in the choice of workers; None: nobody need be asked."""
+        return self if self.implements("vswa_score") or self.implements("vswa_select_worker") else None
+
+    def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> dict[Rank, float]:
+        """Blocks to add to the cost of some candidates: ``vswa_score``. Never raises."""
+        totals: dict[Rank, float] = {}
+        if self._calls["vswa_score"]:
+            check = partial(plugin_checks.check_scores, ranks={each.rank for each in candidates})
+            arguments = {"request": request, "candidates": candidates}
+            for answer in self._ask_all("vswa_score", arguments, check):
+                for rank, blocks in answer.items():
+                    totals[rank] = totals.get(rank, 0.0) + blocks
+        return totals
+
+    def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+        """The candidate that a plugin has chosen: ``vswa_select_worker``. Never raises."""
+        if not self._calls["vswa_select_worker"]:
+            return None
+        check = partial(plugin_checks.check_rank, ranks={each.rank for each in candidates})
+        arguments = {"request": request, "candidates": candidates}
+        return cast("Rank | None", self._ask_first("vswa_select_worker", arguments, check)[0])
+
+    def accuracy_scorers(self, layout: CacheLayout, rules: Mapping[str, ReuseRule]) -> list[Scorer]:
+        """New scorers for one trace, those of all plugins: ``vswa_accuracy_scorers``."""
+        scorers: list[Scorer] = []
+        for implementation in self._calls["vswa_accuracy_scorers"]:
+            check = partial(plugin_checks.check_scorers, taken=[each.name for each in scorers])
+            answer = self._isolation.call(implementation, {"layout": layout, "rules": rules}, check)
+            if answer is not None and not isinstance(answer, Lost):
+                scorers += cast("Sequence[Scorer]", answer)
+        return scorers
+
+    def simulated_rank(self, setup: RankSetup) -> SimulatedRank:
+        """The cache of one rank without its model: ``vswa_simulated_rank``.
+
+        :raises ConfigError: from a plugin, unchanged.
+        :raises PluginError: no plugin simulates this reuse rule; names those that failed.
+        """
+        rank, lost = self._ask_first(
+            "vswa_simulated_rank",
+            {"setup": setup},
+            plugin_checks.check_simulated_rank,
+            through=(ConfigError,),
+        )
+        if rank is not None:
+            return cast("SimulatedRank", rank)
+        rule = setup.layout.rule
+        raise PluginError(
+            f"no plugin simulates ranks with the reuse rule {rule!r}{self._why_not(lost)}; see `vswa plugins`"
+        )
+
+    def kv_batch(self, source: Source, batch: Batch) -> None:
+        """Show one numbered batch to all observers: ``vswa_kv_batch``. Never raises."""
+        if self._calls["vswa_kv_batch"]:
+            self._show("vswa_kv_batch", {"source": source, "batch": batch})
+
+    def kv_stored(self, source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
+        """Show announced blocks with their tokens to all observers: ``vswa_kv_stored``. Never raises."""
+        if self._calls["vswa_kv_stored"]:
+            self._show("vswa_kv_stored", {"source": source, "stored": stored, "nodes": nodes})
+
+    def engine_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
+        """Show an engine's own events to all observers: ``vswa_engine_events``. Never raises."""
+        if self._calls["vswa_engine_events"]:
+            self._show("vswa_engine_events", {"dp_rank": dp_rank, "events": events})
+
+    def request_arrived(self, request_id: str, request: RequestDict) -> None:
+        """Show one request to all observers: ``vswa_request_arrived``. Never raises."""
+        if self._calls["vswa_request_arrived"]:
+            self._show("vswa_request_arrived", {"request_id": request_id, "request": request})
+
+    def request_finished(self, record: RequestRecord) -> None:
+        """Show one finished request to all observers: ``vswa_request_finished``. Never raises."""
+        if self._calls["vswa_request_finished"]:
+            self._show("vswa_request_finished", {"record": record})
+
+    def metrics(self) -> str:
+        """Prometheus text of all plugins, and the host's own failure counters: ``vswa_metrics``."""
+        taken = {FAILURES_METRIC}
+
+        def check(answer: object) -> None:
+            plugin_checks.check_answer(answer)
+            if not isinstance(answer, str):
+                raise TypeError(f"expected Prometheus text, got {type(answer).__name__}")
+            taken.update(plugin_checks.metric_families(answer, taken))
+
+        texts = self._ask_all("vswa_metrics", {}, check)
+        return (
+            "".join(text if text.endswith("\n") else text + "\n" for text in texts)
+            + self._isolation.metrics()
+        )
+
+    def commands(self, taken: Mapping[str, str]) -> list[Command]:
+        """The subcommands that plugins add: ``vswa_register_commands``.
+
+        :param taken: built-in command -> owner; plugins cannot replace these.
+        """
+        owners = dict(taken)
+        added: list[Command] = []
+        for implementation in self._calls["vswa_register_commands"]:
+            commands = Commands(implementation.plugin, owners)
+            arguments = {"commands": commands}
+            if isinstance(self._isolation.call(implementation, arguments, plugin_checks.check_answer), Lost):
+                continue
+            added += commands.added
+            owners.update({command.name: command.owner for command in commands.added})
+        return added
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _show(self, hook: str, arguments: Mapping[str, object]) -> None:
+        for each in self._calls[hook]:
+            self._isolation.call(each, arguments, plugin_checks.check_answer)
+
+    def _ask_first(
+        self,
+        hook: str,
+        arguments: Mapping[str, object],
+        check: Callable[[object], None],
+        through: tuple[type[Exception], ...] = (),
+    ) -> tuple[Any, list[Lost]]:
+        """The first answer, or None; and the plugins that failed before it."""
+        lost: list[Lost] = []
+        for implementation in self._calls[hook]:
+            answer = self._isolation.call(implementation, arguments, check, through=through)
+            if isinstance(answer, Lost):
+                lost.append(answer)
+            elif answer is not None:
+                return answer, lost
+        return None, lost
+
+    def _ask_all(
+        self, hook: str, arguments: Mapping[str, object], check: Callable[[object], None]
+    ) -> list[Any]:
+        answers = [self._isolation.call(each, arguments, check) for each in self._calls[hook]]
+        return [answer for answer in answers if answer is not None and not isinstance(answer, Lost)]
+
+    def _no_engine(self, engine: str, lost: Sequence[Lost]) -> ConfigError:
+        known = self.engine_names()
+        if engine in known:
+            reason = self._why_not(lost) or ": its plugin names it, but gave no engine"
+            return PluginError(f"engine {engine!r} cannot be used{reason}; see `vswa plugins`")
+        return ConfigError(f"{unknown_choice('engine', engine, known)}{self._why_not(lost)}")
+
+    def _why_not(self, lost: Sequence[Lost]) -> str:
+        """What may be the reason that nobody answered."""
+        reasons = [f"plugin {each.plugin!r} failed: {plugin_sources.reason_of(each.error)}" for each in lost]
+        reasons += [
+            f"plugin {status.name!r} is {status.state}: {status.reason}"
+            for status in self.plugins()
+            if status.state != "loaded"
+        ]
+        return f" ({'; '.join(reasons)})" if reasons else ""

@@ -1,0 +1,197 @@
+"""The plugins of one process: loaded, checked, put in order, listed and forgotten."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from vswa_plugin import hookspecs
+from vswa_plugin.errors import PluginError
+from vswa_plugin.host import checks as plugin_checks
+from vswa_plugin.host import sources as plugin_sources
+from vswa_plugin.host.calls import Implementation, Isolation
+
+if TYPE_CHECKING:
+    from typing import Self
+
+# The host's: who lists the plugins switches its warnings off by that name.
+logger = logging.getLogger("vswa_plugin.host.host")
+
+
+@dataclass(frozen=True)
+class PluginStatus:
+    """One line of ``vswa plugins``. ``state`` is ``loaded``, ``disabled`` or ``failed``."""
+
+    name: str
+    version: str
+    hooks: tuple[str, ...]
+    source: str
+    state: str
+    reason: str = ""
+
+
+class PluginSet:
+    """Which plugins there are, and for each hook the implementations in the order of their calls.
+
+    :param disabled: names that are not loaded, wherever they come from.
+    :param trace: log every call of every implementation with its duration.
+    :param clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        disabled: Collection[str] = (),
+        trace: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.NAME)
+        self._manager.add_hookspecs(hookspecs)
+        self._specs = {hook.__name__: tuple(inspect.signature(hook).parameters) for hook in hookspecs.HOOKS}
+        self._calls: dict[str, tuple[Implementation, ...]] = dict.fromkeys(self._specs, ())
+        self._statuses: list[PluginStatus] = []
+        self._disabled = frozenset(disabled)
+        self._clock = clock
+        self._isolation = Isolation(trace=trace, clock=clock)
+
+    def register(self, plugin: object, name: str, *, version: str = "", source: str = "code") -> None:
+        """Add one plugin, a module or an object. A refused one leaves no trace; a disabled one is listed.
+
+        :raises PluginError: it breaks the contract of a hook, or its name is taken.
+        """
+        plugin_checks.check_name(name)
+        if name in self._disabled:
+            self._statuses.append(PluginStatus(name, version, (), source, "disabled", "switched off by name"))
+            return
+        self._refuse_twice(plugin, name, source)
+        try:
+            hooks = plugin_checks.check_plugin(self._manager, plugin, name, self._specs)
+        except PluginError:
+            raise
+        except Exception as error:
+            reason = plugin_sources.reason_of(error)
+            raise PluginError(f"plugin {name!r} cannot be examined: {reason}") from error
+        self._manager.register(plugin, name)
+        self._statuses.append(PluginStatus(name, version, hooks, source, "loaded"))
+        self._plan(hooks)
+
+    def load_entry_points(self, *, only: Collection[str] | None = None) -> None:
+        """Load the plugins of installed packages (entry point group ``vswa_plugin``).
+
+        One that cannot be loaded is logged and listed as failed, and costs no other.
+
+        :param only: load these and no others; None for all.
+        """
+        for entry in plugin_sources.installed():
+            if entry.name in self._disabled:
+                self._list(entry, "disabled", "switched off by name")
+            elif only is not None and entry.name not in only:
+                self._list(entry, "disabled", "not named in VSWA_PLUGINS")
+            else:
+                self._load_entry_point(entry)
+
+    def load_local(self, where: str) -> None:
+        """Load one plugin from a ``.py`` file or a dotted module name.
+
+        :raises PluginError: it cannot be imported, or breaks the contract: the user named it.
+        """
+        name = plugin_sources.local_name(where)
+        if name in self._disabled:
+            self._statuses.append(PluginStatus(name, "", (), where, "disabled", "switched off by name"))
+            return
+        module = plugin_sources.load_local(where)
+        try:
+            self.register(module, name, version=str(getattr(module, "__version__", "")), source=where)
+        except PluginError:
+            plugin_sources.forget_local(module)
+            raise
+
+    def plugins(self) -> list[PluginStatus]:
+        """All plugins that were found, also the disabled and failed ones, by name."""
+        return sorted(self._statuses, key=lambda status: (status.name, status.source))
+
+    def implements(self, hook: str) -> bool:
+        """Whether any plugin implements ``hook``: what only it is told need not be made where none does."""
+        return bool(self._calls[hook])
+
+    def failures(self) -> dict[tuple[str, str], int]:
+        """(plugin, hook) -> calls that failed."""
+        return self._isolation.failures()
+
+    def close(self) -> None:
+        """Forget all plugins; later calls find none. May be called twice."""
+        for name, plugin in self._manager.list_name_plugin():
+            self._manager.unregister(name=name)
+            plugin_sources.forget_local(plugin)
+        self._calls = dict.fromkeys(self._specs, ())
+        self._statuses.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _refuse_twice(self, plugin: object, name: str, source: str) -> None:
+        for status in self._statuses:
+            if status.name == name and status.state == "loaded":
+                raise PluginError(
+                    f"two plugins are named {name!r}: one from {status.source}, one from {source}; "
+                    f"rename or uninstall one of them"
+                )
+        if (other := self._manager.get_name(plugin)) is not None:
+            raise PluginError(f"plugin {name!r} is loaded already, under the name {other!r}")
+
+    def _load_entry_point(self, entry: EntryPoint) -> None:
+        try:
+            plugin = entry.load()
+        except plugin_sources.IMPORT_FAILURES as error:
+            self._list(
+                entry, "failed", f"cannot import {entry.value}: {plugin_sources.reason_of(error)}", error
+            )
+            return
+        try:
+            source = _source_of(entry)
+            self.register(plugin, entry.name, version=plugin_sources.version_of(entry), source=source)
+        except PluginError as error:
+            self._list(entry, "failed", str(error), error)
+
+    def _list(self, entry: EntryPoint, state: str, reason: str, error: BaseException | None = None) -> None:
+        source = _source_of(entry)
+        version = plugin_sources.version_of(entry)
+        self._statuses.append(PluginStatus(entry.name, version, (), source, state, reason))
+        if error is not None:
+            # The traceback is for the plugin's author; everybody else gets one line per start.
+            details = error if logger.isEnabledFor(logging.DEBUG) else None
+            logger.warning(
+                "plugin %r from %s is not loaded, the others are: %s",
+                entry.name,
+                source,
+                reason,
+                exc_info=details,
+            )
+
+    def _plan(self, hooks: Iterable[str]) -> None:
+        """Fix the order of calls: by tier and name, whatever the order of loading was."""
+        for hook in hooks:
+            impls = sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=_rank)
+            self._calls[hook] = tuple(
+                Implementation(impl.plugin_name, hook, impl.function, tuple(impl.argnames)) for impl in impls
+            )
+
+
+def _source_of(entry: EntryPoint) -> str:
+    return f"{plugin_sources.package_of(entry)} ({entry.value})"
+
+
+def _rank(impl: pluggy.HookImpl) -> tuple[int, str]:
+    return (0 if impl.tryfirst else 2 if impl.trylast else 1, impl.plugin_name)

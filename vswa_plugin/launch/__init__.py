@@ -1,0 +1,1 @@
+"""A whole deployment on this machine: brokers, frontend, routers and workers as child processes."""

@@ -1,0 +1,158 @@
+"""``python -m vswa_plugin.launch TOPOLOGY``: one deployment, kept alive until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.launch.cluster import Cluster
+from vswa_plugin.launch.serving import keep_serving, progress_from
+from vswa_plugin.launch.settings import ClusterSettings, check_settings
+from vswa_plugin.launch.topologies import (
+    TOPOLOGIES,
+    Routing,
+    Topology,
+    WorkerGroup,
+    add_router,
+    add_worker_counts,
+    chosen_router,
+    find_topology,
+    worker_counts,
+)
+from vswa_plugin.program.args import make_parser
+from vswa_plugin.program.run import run_program, set_up_logging
+
+_EPILOG = """\
+topologies:
+{topologies}
+
+environment, as the guide "Gemma3 Sliding Window" sets it:
+  MODEL_PATH                                directory of the model (or --model-path)
+  SERVED_MODEL_NAME                         what clients call it (default: the directory's name)
+  AGG_ENGINE_ARGS                           engine options of the workers, a YAML file
+  PREFILL_ENGINE_ARGS, DECODE_ENGINE_ARGS   the same for each kind of disaggregated workers
+  NATS_SERVER, ETCD_ENDPOINTS               brokers (several etcd with commas); embedded ones where not set
+  DYN_HTTP_HOST, DYN_HTTP_PORT              where the frontend listens (127.0.0.1, 8000)
+  VSWA_ENGINE                               the engine (gemma3_cpu)
+  ROUTER                                    of agg_router and disagg_router: exact or stock (or --router)
+  DYN_ROUTER_*                              cost options of exact routers, see their --help
+  VSWA_DYNAMO_EVENTS                        what stock is told: boundary (default), or global as Dynamo today
+
+example:
+  vswa make-model /tmp/gemma
+  export MODEL_PATH=/tmp/gemma SERVED_MODEL_NAME=gemma
+  export PREFILL_ENGINE_ARGS=engine_configs/gemma3/vswa_prefill.yaml
+  export DECODE_ENGINE_ARGS=engine_configs/gemma3/vswa_decode.yaml
+  python -m vswa_plugin.launch disagg --decode-workers 2 -- --heartbeat 0.5
+
+What follows -- is given to every worker; --heartbeat, --registry and plugins of it also to exact routers.
+Ctrl-C or SIGTERM stops workers, then routers, frontend and brokers; a second one does not wait for requests
+under way. A worker, router or frontend that fails is started again, after 1, 2, 4 ... 30 seconds. An embedded
+broker that fails ends everything: bring your own for what has to last.
+
+exit codes: 0 after a signal, 1 when a broker failed, 2 for what you can correct.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    shown = (f"  {name:<16}{each.about}" for name, each in TOPOLOGIES.items())
+    made = make_parser(
+        "python -m vswa_plugin.launch",
+        "Start frontend, routers and workers of one topology, and keep them alive.",
+        _EPILOG.replace("{topologies}", "\n".join(shown)),
+    )
+    made.add_argument("topology", metavar="|".join(TOPOLOGIES), help="what is started, see below")
+    environ = os.environ.get
+    made.add_argument("--model-path", default=environ("MODEL_PATH"), help="default: MODEL_PATH")
+    made.add_argument("--served-model-name", default=environ("SERVED_MODEL_NAME"), metavar="NAME")
+    made.add_argument("--engine", default=environ("VSWA_ENGINE", "gemma3_cpu"), help="default: gemma3_cpu")
+    add_worker_counts(made, several=1)
+    add_router(made)
+    made.add_argument("--http-host", default=environ("DYN_HTTP_HOST", "127.0.0.1"), help="default: 127.0.0.1")
+    made.add_argument("--http-port", type=int, default=environ("DYN_HTTP_PORT", "8000"), help="default: 8000")
+    made.add_argument(
+        "--router-mode",
+        metavar="|".join(dynamo.ROUTER_MODES),
+        help="agg, disagg: how the frontend chooses workers (round-robin)",
+    )
+    made.add_argument("--namespace", default=environ("DYN_NAMESPACE", "dynamo"), help="default: dynamo")
+    made.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+    return made
+
+
+def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[ClusterSettings, str | None]:
+    """What the command line and environment ask for, and the folder for logs; nothing is started.
+
+    :raises ConfigError: whatever can be found wrong without starting a process.
+    """
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    given = parser().parse_args(argv[:split])
+    topology = find_topology(given.topology)
+    if not given.model_path:
+        raise ConfigError(
+            "MODEL_PATH: expected the directory of a model, got nothing; "
+            "`vswa make-model DIR` writes a small random one"
+        )
+    routing = chosen_router(given, topology, environ)
+    settings = ClusterSettings(
+        model_path=given.model_path,
+        served_model_name=given.served_model_name or Path(given.model_path).resolve().name,
+        groups=_groups(topology, worker_counts(given, topology), environ),
+        engine=given.engine,
+        namespace=given.namespace,
+        http_host=given.http_host,
+        http_port=given.http_port,
+        router_mode=_router_mode(given.router_mode, topology, routing),
+        routing=routing,
+        worker_options=tuple(argv[split + 1 :]),
+        keep=True,
+    )
+    check_settings(settings)
+    return settings, given.log_dir
+
+
+def _router_mode(given: str | None, topology: Topology, routing: Routing) -> str:
+    if given is None:
+        return "kv" if routing.router == "stock" else "round-robin"
+    if topology.routed:
+        raise ConfigError(f"--router-mode: {topology.name!r} has its own, got {given!r}; use --router")
+    if given not in dynamo.ROUTER_MODES:
+        raise ConfigError(f"--router-mode: {unknown_choice('mode', given, dynamo.ROUTER_MODES)}")
+    return given
+
+
+def _groups(
+    topology: Topology, counts: Mapping[str, int], environ: Mapping[str, str]
+) -> tuple[WorkerGroup, ...]:
+    return tuple(
+        WorkerGroup(mode, counts[mode], environ.get(f"{mode.upper()}_ENGINE_ARGS") or None)
+        for mode in topology.modes
+    )
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Launch what the command line asks for; the exit code."""
+    settings, log_dir = settings_from(sys.argv[1:] if argv is None else argv, os.environ)
+    set_up_logging("warning")
+    progress = progress_from(time.monotonic())
+    with tempfile.TemporaryDirectory(prefix="vswa-launch-") as scratch:
+        folder = Path(log_dir or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        cluster = Cluster(settings, folder, progress)
+        return asyncio.run(keep_serving(cluster, progress))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program("vswa launch", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

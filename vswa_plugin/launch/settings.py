@@ -1,0 +1,118 @@
+"""What a cluster is asked to start, and the command lines that come of it; no process is started here."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import msgspec
+
+from vswa_plugin.dynamo.runtime import ROUTER_COMPONENT, EndpointName, default_endpoint
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.launch.topologies import Routing, WorkerGroup
+from vswa_plugin.router import args as router_args
+from vswa_plugin.router.models import slug_of
+from vswa_plugin.worker import args as worker_args
+
+#: Read by the plugin dynamo_events: what a worker tells Dynamo's own router.
+PROJECTION_ENV = "VSWA_DYNAMO_EVENTS"
+
+
+class ClusterSettings(msgspec.Struct, frozen=True):
+    """What to start.
+
+    :param groups: the workers; see topologies.py.
+    :param http_port: port of the frontend; 0 for a free one.
+    :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, told
+        of the workers' blocks. Neither: the frontend chooses by ``router_mode``.
+    :param worker_options: added to the command line of every worker; ``router_options``: of every router.
+    :param keep: start frontend, routers and workers again when they fail, and wait for them without end.
+    """
+
+    model_path: str
+    served_model_name: str
+    groups: tuple[WorkerGroup, ...] = (WorkerGroup(),)
+    engine: str = "gemma3_cpu"
+    namespace: str = "dynamo"
+    http_host: str = "127.0.0.1"
+    http_port: int = 0
+    router_mode: str = "round-robin"
+    routing: Routing = Routing()
+    worker_options: tuple[str, ...] = ()
+    router_options: tuple[str, ...] = ()
+    keep: bool = False
+
+
+def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]:
+    """The command line of a worker of ``group``."""
+    arguments = ["--mode", group.mode, "--engine", settings.engine, "--model-path", settings.model_path]
+    arguments += ["--served-model-name", settings.served_model_name]
+    arguments += ["--endpoint", f"dyn://{default_endpoint(group.mode, settings.namespace)}"]
+    if group.engine_args:
+        arguments += ["--extra-engine-args", group.engine_args]
+    if group.override:
+        arguments += ["--override-engine-args", json.dumps(group.override)]
+    return [*arguments, *settings.worker_options]
+
+
+def router_endpoint(settings: ClusterSettings) -> EndpointName:
+    """Where all routers of the model stand, and those of no other."""
+    model = slug_of(settings.served_model_name)
+    return EndpointName(settings.namespace, ROUTER_COMPONENT, f"generate-{model}")
+
+
+def router_arguments(settings: ClusterSettings) -> list[str]:
+    """The command line of a router of ours, each of which stands for all the others."""
+    arguments = ["--endpoint", f"dyn://{router_endpoint(settings)}"]
+    arguments += ["--served-model-name", settings.served_model_name]
+    workers = _parsed(settings)[0]
+    arguments += ["--heartbeat", f"{workers.heartbeat_s:g}"]
+    if workers.registry:
+        arguments += ["--registry", workers.registry]
+    for option, names in (("--plugin", workers.plugin), ("--no-plugin", workers.no_plugin)):
+        for name in names:
+            arguments += [option, name]
+    return [*arguments, *settings.router_options]
+
+
+def named_registry(settings: ClusterSettings) -> str | None:
+    """The registry that the workers' command lines name; None: that of the environment."""
+    return _parsed(settings)[0].registry
+
+
+def router_address(settings: ClusterSettings) -> tuple[str, int]:
+    """Host and port of a router's HTTP API; port 0: a free one."""
+    http = router_args.parse(router_arguments(settings)).http
+    return http.host, http.port or 0
+
+
+def routing_environment(routing: Routing) -> dict[str, str]:
+    """What tells workers which router they work behind, whatever our own environment says."""
+    told = {worker_args.ROUTER_ENV: routing.router or ""}
+    if routing.router == "stock":
+        told[PROJECTION_ENV] = os.environ.get(PROJECTION_ENV) or "boundary"
+    return told
+
+
+def check_settings(settings: ClusterSettings) -> None:
+    """Raise ConfigError for whatever can be found wrong without starting a process."""
+    hidden = settings.routing.router == "exact"
+    for workers in _parsed(settings):
+        if workers.showing.visible == hidden:
+            raise ConfigError(
+                f"--register ({workers.showing.reason}): "
+                + (
+                    "expected hidden workers behind our router, else the frontend sends requests past it"
+                    if hidden
+                    else "expected workers that the frontend can see, nothing else sends them requests"
+                )
+                + "; leave it at auto"
+            )
+    if hidden:
+        router_args.parse(router_arguments(settings))
+
+
+def _parsed(settings: ClusterSettings) -> list[worker_args.WorkerArgs]:
+    """The workers' command lines, as a worker of each group reads its own."""
+    environ = {**os.environ, **routing_environment(settings.routing)}
+    return [worker_args.parse(worker_arguments(settings, group), environ) for group in settings.groups]

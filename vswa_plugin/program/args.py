@@ -1,0 +1,110 @@
+"""What our programs' command lines share: how help looks, and the options of workers and routers alike."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from vswa_plugin import __version__
+from vswa_plugin.dynamo.runtime import NATS_ENV
+from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.program.run import LEVELS
+from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
+from vswa_plugin.wire.transport import DEFAULT_SERVER
+
+#: For ``--help`` of whatever speaks to the brokers.
+ENVIRONMENT_HELP = f"""\
+  NATS_SERVER      where workers publish their batches   (default {DEFAULT_SERVER})
+  NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD | NATS_AUTH_TOKEN | NATS_AUTH_NKEY | NATS_AUTH_CREDENTIALS_FILE
+  NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
+{ENVIRONMENT}  DYN_LOG          level of Dynamo's own log
+  VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
+"""
+
+
+class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker or router runs.
+
+    :param registry: as VSWA_REGISTRY; None: what the environment says.
+    :param heartbeat_s: between a worker's heartbeats.
+    :param drain_timeout_s: how long SIGTERM waits for requests under way.
+    """
+
+    nats_server: str
+    registry: str | None
+    heartbeat_s: float
+    drain_timeout_s: float
+    log_level: str
+    plugin: list[str]
+    no_plugin: list[str]
+
+
+def make_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with ``--version`` and an epilog that is shown as it is written."""
+    made = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=__version__)
+    return made
+
+
+def add_log_level(parser: argparse._ActionsContainer) -> None:
+    """Add ``--log-level``, which :func:`check_log_level` checks."""
+    parser.add_argument(
+        "--log-level", default="info", metavar="LEVEL", help="debug, info (default), warning or error"
+    )
+
+
+def check_log_level(level: str) -> str:
+    """``level`` itself; raises ConfigError where it is none."""
+    if level not in LEVELS:
+        raise ConfigError(f"--log-level: {unknown_choice('level', level, LEVELS)}")
+    return level
+
+
+def add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what :func:`run_args` reads, but for the options of plugins."""
+    group.add_argument(
+        "--registry",
+        metavar="etcd|file:DIR",
+        help=f"where workers announce themselves (default: {REGISTRY_ENV})",
+    )
+    group.add_argument(
+        "--heartbeat",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="between a worker's heartbeats; routers must be told the same (1)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long SIGTERM waits for requests under way (30)",
+    )
+    add_log_level(group)
+
+
+def run_args(given: argparse.Namespace, environ: Mapping[str, str]) -> RunArgs:
+    """Check what was given; raises ConfigError."""
+    if not 0 < given.heartbeat < math.inf:
+        raise ConfigError(f"--heartbeat: expected more than 0 seconds, got {given.heartbeat:g}")
+    if not 0 <= given.drain_timeout < math.inf:
+        raise ConfigError(f"--drain-timeout: expected 0 seconds or more, got {given.drain_timeout:g}")
+    return RunArgs(
+        nats_server=environ.get(NATS_ENV) or DEFAULT_SERVER,
+        registry=given.registry,
+        heartbeat_s=given.heartbeat,
+        drain_timeout_s=given.drain_timeout,
+        log_level=check_log_level(given.log_level),
+        plugin=given.plugin,
+        no_plugin=given.no_plugin,
+    )

@@ -1,0 +1,8 @@
+"""The worker's side of the event stream: from the engine's events to numbered batches.
+
+nodes.py       engine hash -> sequence hash and position
+residency.py   what one rank holds: the engine's events in, net changes out
+healing.py     what finished requests prove after events were lost
+history.py     what readers can ask for: recent batches and snapshots
+publisher.py   all of it on the worker's event loop
+"""

@@ -1,0 +1,98 @@
+"""After an engine's own event buffer overflowed: what finished requests prove is resident again.
+
+A request that reused N tokens proves that every group held the blocks its rule needs at N when it was
+admitted. Such a block is published again unless a removal of it was seen since. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from vswa_plugin.blocks.hashing import sequence_hashes
+from vswa_plugin.blocks.reuse import RULES
+from vswa_plugin.engine.contract import EngineHash
+from vswa_plugin.errors import ConfigError
+from vswa_plugin.publishing.nodes import BlockHasher
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Event, Stored
+
+#: Removals that are remembered; above it healing ends, since a claim could no longer be checked.
+MAX_REMOVALS = 1_000_000
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A finished request. It goes through the inbox, behind the engine's events of its last step.
+
+    :param mark: :attr:`Healing.events` when the request arrived.
+    """
+
+    token_ids: tuple[int, ...]
+    cached_tokens: int
+    mark: int
+    cache_salt: str | None = None
+    lora_name: str | None = None
+
+
+class Healing:
+    """Watches one rank's residency from a restart on. Before the first restart it costs nothing."""
+
+    def __init__(self, residency: Residency, hasher: BlockHasher) -> None:
+        self._residency = residency
+        self._hasher = hasher
+        self.active = False
+        #: Engine events seen: the clock by which claims and removals are ordered.
+        self.events = 0
+        self.blocks_healed = 0
+        self._removed_at: dict[tuple[int, EngineHash], int] = {}
+        self._engine_hashes: dict[int, EngineHash] = {}
+
+    def restarted(self) -> None:
+        """Nothing is resident as far as we know, and the engine holds more."""
+        self.active = True
+        self._removed_at.clear()
+        self._engine_hashes = self._residency.nodes.by_sequence_hash()
+
+    def saw_removed(self, group_id: int, hashes: Sequence[EngineHash]) -> None:
+        """The engine removed blocks, known to us or not."""
+        for engine_hash in hashes:
+            self._removed_at[group_id, engine_hash] = self.events
+        if len(self._removed_at) > MAX_REMOVALS:
+            self.active = False
+            self._removed_at.clear()
+            self._engine_hashes.clear()
+
+    def changes(self, claim: Claim) -> list[Event]:
+        """Stored events for the blocks that ``claim`` proves and that are not known to be resident."""
+        layout = self._residency.layout
+        rule = RULES.get(layout.rule)
+        try:
+            size = layout.block_size
+        except ConfigError:
+            return []
+        blocks = claim.cached_tokens // size
+        if not self.active or rule is None or not blocks:
+            return []
+        tokens = claim.token_ids
+        named = sequence_hashes(
+            self._hasher(tokens[at : at + size], claim.cache_salt, claim.lora_name)
+            for at in range(0, blocks * size, size)
+        )
+        changes: list[Event] = []
+        deepest = -(-claim.cached_tokens // size)
+        for group in layout.groups:
+            first = rule.first_needed(group, deepest, len(tokens))
+            for position in range(first, blocks):
+                changes += self._prove(group.group_id, named[position], claim.mark)
+        return changes
+
+    def _prove(self, group_id: int, sequence_hash: int, mark: int) -> list[Event]:
+        engine_hash = self._engine_hashes.get(sequence_hash)
+        if engine_hash is None or self._removed_at.get((group_id, engine_hash), -1) >= mark:
+            return []  # a later removal could not be recognised, or has been seen already
+        node = self._residency.readmit(group_id, engine_hash)
+        if node is None:
+            return []
+        self.blocks_healed += 1
+        return [Stored(group_id, node.position, node.parent_hash, (node.sequence_hash,))]

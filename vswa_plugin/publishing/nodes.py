@@ -1,0 +1,100 @@
+"""Engine hash -> sequence hash and position: how an engine's own names become names a router knows.
+
+The table depends on content only, so it outlives evictions, clearing and engine overflows: a block that
+comes back under the same engine hash is still the same prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vswa_plugin.blocks.hashing import block_hash, chain
+from vswa_plugin.engine.contract import EngineBlock, EngineHash
+
+#: (token_ids, cache_salt, lora_name) -> block hash in that namespace.
+BlockHasher = Callable[[Sequence[int], str | None, str | None], int]
+
+
+class Node(NamedTuple):
+    """What names one block of one prefix.
+
+    :param sequence_hash: Dynamo's chained hash of all blocks up to this one.
+    :param position: index of the block in its sequence.
+    :param parent_hash: sequence hash of the block before it; None at the root.
+    """
+
+    sequence_hash: int
+    position: int
+    parent_hash: int | None
+
+
+def plain_hasher(token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> int:
+    """Block hash of plain text. Salted and LoRA blocks need Dynamo's own function.
+
+    :raises ValueError: for a salt or a LoRA.
+    """
+    if cache_salt is not None or lora_name is not None:
+        raise ValueError("expected plain text, got a cache salt or LoRA; use Dynamo's hash function")
+    return block_hash(token_ids)
+
+
+class NodeTable:
+    """Nodes of every block that the engine has announced.
+
+    :param limit: how many nodes are kept; above it the oldest that are not resident are forgotten, so
+        that memory follows what the engine can hold and not what it has ever seen.
+    """
+
+    def __init__(self, hasher: BlockHasher = plain_hasher, limit: int = 2_000_000) -> None:
+        self.hasher = hasher
+        self._limit = limit
+        self._nodes: dict[EngineHash, Node] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, engine_hash: EngineHash) -> Node | None:
+        return self._nodes.get(engine_hash)
+
+    def by_sequence_hash(self) -> dict[int, EngineHash]:
+        """The table turned round: sequence hash -> the engine's name."""
+        return {node.sequence_hash: engine_hash for engine_hash, node in self._nodes.items()}
+
+    def add(
+        self, parent: EngineHash | None, block: EngineBlock, cache_salt: str | None, lora_name: str | None
+    ) -> Node | None:
+        """The node of ``block``, made where it is new; None where the parent is unknown.
+
+        A block whose parent we never saw cannot be named, so it is not published: an under-estimate.
+        """
+        known = self._nodes.get(block.hash)
+        if known is not None:
+            return known
+        if parent is None:
+            position, prefix = 0, None
+        else:
+            before = self._nodes.get(parent)
+            if before is None:
+                return None
+            position, prefix = before.position + 1, before.sequence_hash
+        node = Node(chain(prefix, self.hasher(block.token_ids, cache_salt, lora_name)), position, prefix)
+        self._nodes[block.hash] = node
+        return node
+
+    def trim(self, resident: Callable[[EngineHash], bool]) -> int:
+        """Forget the oldest nodes that are not ``resident`` while over the limit; how many went."""
+        excess = len(self._nodes) - self._limit
+        if excess <= 0:
+            return 0
+        # An eighth more than needed, so that this walk stays rare.
+        wanted = excess + self._limit // 8
+        gone: list[EngineHash] = []
+        for engine_hash in self._nodes:
+            if len(gone) == wanted:
+                break
+            if not resident(engine_hash):
+                gone.append(engine_hash)
+        for engine_hash in gone:
+            del self._nodes[engine_hash]
+        return len(gone)

@@ -1,0 +1,378 @@
+"""The worker's side of the event stream: engine events in, numbered batches out, heartbeats between.
+
+The engine hands over its events from its own thread and never waits: :meth:`Publisher.offer` only appends
+to a bounded inbox. Everything else happens on the worker's event loop: the adapter, the residency, the
+numbering, and a bounded queue of encoded batches towards the broker. Wire ids are given before that queue,
+so whatever is dropped there shows to readers as a gap; an inbox that overflows is treated as an engine
+whose own buffer overflowed: nothing is resident, and a new epoch begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineEvent, EventAdapter, RawEvent
+from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
+from vswa_plugin.publishing.healing import Claim, Healing
+from vswa_plugin.publishing.history import History, HistoryOptions
+from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.publishing.residency import Residency, Restart
+from vswa_plugin.wire.events import Batch, Event, Source, decode, encode, layout_event
+from vswa_plugin.wire.numbering import Numbering, split
+
+logger = logging.getLogger(__name__)
+
+#: Engine events turned into wire events before the event loop gets a turn.
+PASS_EVENTS = 2_000
+
+
+class PublisherOptions(msgspec.Struct, frozen=True):
+    """Limits of one publisher.
+
+    :param heartbeat_s: seconds between heartbeats.
+    :param inbox_events: engine events that may wait for the event loop.
+    :param queue_batches: encoded batches that may wait for the broker; the oldest go first.
+    :param queue_bytes: the same in bytes.
+    :param batch_bytes: larger batches are split; must stay below the broker's max payload.
+    """
+
+    heartbeat_s: float = 1.0
+    inbox_events: int = 200_000
+    queue_batches: int = 4_096
+    queue_bytes: int = 64 << 20
+    batch_bytes: int = 256 << 10
+
+
+class PublisherStats(msgspec.Struct):
+    """Counters since start, for /metrics and tests."""
+
+    batches: int = 0
+    events: int = 0
+    heartbeats: int = 0
+    bytes: int = 0
+    dropped_batches: int = 0
+    rejected_events: int = 0
+    restarts: int = 0
+    send_errors: int = 0
+
+
+class Superseded(StreamError):
+    """Another publisher of the same rank has begun a higher epoch; this one must stop."""
+
+
+class Sender(Protocol):
+    """Where encoded batches go; raises ConnectError while it cannot take one."""
+
+    def __call__(self, payload: bytes) -> Awaitable[None]: ...
+
+
+def _never() -> bool:
+    return False
+
+
+class Publisher:
+    """Publishes one rank. Constructing does nothing; :meth:`run` does all, until :meth:`close`.
+
+    :param send: writes one encoded batch.
+    :param observe: told of each batch with its source (the hook ``vswa_kv_batch``); must not raise.
+    :param last_epoch: an epoch of this rank that is known from before; ours is higher.
+    :param ready: whether ``send`` would return without waiting, which saves a turn of the loop.
+    :param observe_stored: told of each event that stored blocks, with the names of its leading blocks, before
+        ``observe`` is told of its batch (the hook ``vswa_kv_stored``); must not raise.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        adapter: EventAdapter,
+        residency: Residency,
+        send: Sender,
+        observe: Callable[[Source, Batch], None],
+        options: PublisherOptions | None = None,
+        last_epoch: int = 0,
+        ready: Callable[[], bool] = _never,
+        observe_stored: Callable[[Source, BlocksStored, Sequence[Node]], None] | None = None,
+    ) -> None:
+        self.source = source
+        self.residency = residency
+        self.options = options or PublisherOptions()
+        self.stats = PublisherStats()
+        self.numbering = Numbering(time.time_ns, last_epoch)
+        message_bytes = self.options.batch_bytes
+        self.history = History(residency, HistoryOptions(message_bytes=message_bytes), time.monotonic)
+        self.healing = Healing(residency, residency.nodes.hasher)
+        self._superseded: Batch | None = None
+        self._begun = False
+        self._adapter = adapter
+        self._send = send
+        self._ready = ready
+        self._observe = observe
+        self._observe_stored = observe_stored
+        self._inbox: deque[RawEvent | Claim] = deque()
+        self._overflowed = False
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._unobserved: deque[Callable[[], None]] = deque()
+        self._failing = False
+        self._sending = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: What :meth:`run` waits for; a bare future, because each step of a wait costs latency.
+        self._waiter: asyncio.Future[None] | None = None
+        self._waking = False
+        self._queue_filled = asyncio.Event()
+        self._closing = False
+
+    def offer(self, events: Sequence[RawEvent]) -> None:
+        """Take the engine's events, from any thread; never waits, never raises."""
+        if len(self._inbox) + len(events) > self.options.inbox_events:
+            self._overflowed = True
+        else:
+            self._inbox.extend(events)
+        self._wake_from_thread()
+
+    def answer(self, payload: bytes) -> bytes:
+        """The answer to a reader's replay or snapshot request. Event loop only."""
+        return self.history.answer(payload)
+
+    def on_foreign(self, payload: bytes) -> None:
+        """A batch on our own subject that is not ours: where its epoch is higher, :meth:`run` ends."""
+        try:
+            batch = decode(payload)
+        except ProtocolError as error:
+            logger.warning("%s: somebody else publishes on our subject: %s", self.source, error)
+            return
+        if batch.epoch > self.numbering.epoch:
+            self._superseded = batch
+            self._wake()
+
+    def claim(self, claim: Claim) -> None:
+        """A finished request proves blocks; of use only after a restart. Event loop only."""
+        if self.healing.active:
+            self._inbox.append(claim)
+            self._wake()
+
+    async def run(self) -> None:
+        """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already.
+
+        :raises Superseded: somebody else publishes this rank with a higher epoch.
+        """
+        self._loop = asyncio.get_running_loop()
+        sender = asyncio.create_task(self._send_queue(), name=f"send {self.source}")
+        self.history.begin_epoch(self.numbering.epoch)
+        self._begin_epoch()
+        try:
+            next_heartbeat = self._loop.time()
+            while not self._closing:
+                if self._superseded is not None:
+                    raise Superseded(
+                        f"{self.source}: another publisher has epoch {self._superseded.epoch}, ours is "
+                        f"{self.numbering.epoch}; is a worker running twice with the same id?"
+                    )
+                self._drain()
+                if self._loop.time() >= next_heartbeat:
+                    self._enqueue(encode(self.numbering.batch()))
+                    self.stats.heartbeats += 1
+                    next_heartbeat = self._loop.time() + self.options.heartbeat_s
+                await self._hand_over()
+                if self._inbox or self._overflowed:
+                    await asyncio.sleep(0)
+                    continue
+                await self._pause(next_heartbeat)
+            while self._inbox or self._overflowed:
+                self._drain()
+        finally:
+            self._closing = True
+            self._queue_filled.set()
+            await sender
+            self._tell_observers()
+
+    async def _hand_over(self) -> None:
+        """Send a lone batch here, without a turn of the loop, or let the sending task do it."""
+        if len(self._queue) == 1 and not self._sending and self._ready():
+            await self._send_next()
+        elif self._queue:
+            self._queue_filled.set()
+        self._tell_observers()
+
+    def close(self) -> None:
+        """Ask :meth:`run` to publish what is in the inbox and return. Any thread."""
+        self._closing = True
+        self._wake_from_thread()
+
+    async def _pause(self, until: float) -> None:
+        """Sleep until that time of the loop, or until woken."""
+        assert self._loop is not None
+        self._waiter = self._loop.create_future()
+        timer = self._loop.call_at(until, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _wake(self) -> None:
+        self._waking = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _wake_from_thread(self) -> None:
+        # One wake-up on its way is enough: it finds all that is in the inbox by then.
+        if self._loop is not None and not self._waking:
+            self._waking = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _begin_epoch(self) -> None:
+        """Take in what came before the first batch, so that event 0 is the engine's own layout."""
+        events = self._net_changes()
+        self._begun = True
+        self._write([layout_event(self.residency.layout), *events])
+
+    def _drain(self) -> None:
+        events = self._net_changes()
+        if events:
+            self._write(events)
+
+    def _net_changes(self) -> list[Event]:
+        """Wire events of all that is in the inbox. A restart among them begins a new epoch."""
+        changes: list[Event] = []
+        if self._overflowed:
+            self._overflowed = False
+            self._inbox.clear()
+            self.residency.clear()
+            changes = self._restart(
+                f"over {self.options.inbox_events} engine events waited: the loop was held up"
+            )
+        for item in self._take():
+            if isinstance(item, Claim):
+                changes += self.healing.changes(item)
+                continue
+            self.healing.events += 1
+            try:
+                engine_events = self._adapter.feed(item)
+            except VswaError as error:
+                self._reject(error)
+                self.residency.clear()
+                changes = self._restart(f"an engine event could not be read: {error}")
+                continue
+            for event in engine_events:
+                self._apply(event, changes)
+        return changes
+
+    def _apply(self, event: EngineEvent, changes: list[Event]) -> None:
+        """Add to ``changes`` what ``event`` amounts to; or begin them anew with a new epoch."""
+        if self.healing.active and isinstance(event, BlocksRemoved):
+            self.healing.saw_removed(event.group_id, event.hashes)
+        try:
+            changes += self.residency.apply(event)
+            if self._observe_stored is not None and isinstance(event, BlocksStored):
+                nodes = self._names_of(event)
+                self._unobserved.append(partial(self._observe_stored, self.source, event, nodes))
+        except Restart as reason:
+            changes[:] = self._restart(str(reason))
+        except VswaError as error:
+            self._reject(error)
+
+    def _names_of(self, event: BlocksStored) -> tuple[Node, ...]:
+        """Of its leading blocks; the others could not be named."""
+        named: list[Node] = []
+        for block in event.blocks:
+            node = self.residency.nodes.get(block.hash)
+            if node is None:
+                break
+            named.append(node)
+        return tuple(named)
+
+    def _take(self) -> Iterator[RawEvent | Claim]:
+        """Up to :data:`PASS_EVENTS` waiting events: the loop has other work too, heartbeats above all."""
+        for _ in range(PASS_EVENTS):
+            if not self._inbox:
+                return
+            yield self._inbox.popleft()
+
+    def _reject(self, error: VswaError) -> None:
+        self.stats.rejected_events += 1
+        if self.stats.rejected_events == 1:
+            logger.error("%s: engine event rejected (further ones are only counted): %s", self.source, error)
+
+    def _restart(self, reason: str) -> list[Event]:
+        """Begin a new epoch; what was gathered before it is void. Its first event is the layout."""
+        if not self._begun:
+            return []  # the first epoch will begin with the layout anyhow
+        if self.numbering.next_event_id:  # else one has begun just now, of which nothing is out yet
+            self.stats.restarts += 1
+            logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
+            self.numbering.new_epoch()
+            self.history.begin_epoch(self.numbering.epoch)
+        self.healing.restarted()
+        return [layout_event(self.residency.layout)]
+
+    def _write(self, events: Sequence[Event]) -> None:
+        for part in split(events, self.options.batch_bytes):
+            batch = self.numbering.batch(part)
+            self.stats.batches += 1
+            self.stats.events += len(part)
+            payload = encode(batch)
+            self.history.ring.add(batch, payload)
+            self._enqueue(payload)
+            self._unobserved.append(partial(self._observe, self.source, batch))
+
+    def _tell_observers(self) -> None:
+        """After sending: what observers do with a batch must not delay it."""
+        while self._unobserved:
+            self._unobserved.popleft()()
+
+    def _enqueue(self, payload: bytes) -> None:
+        self._queue.append(payload)
+        self._queued_bytes += len(payload)
+        limits = self.options
+        while len(self._queue) > limits.queue_batches or self._queued_bytes > limits.queue_bytes:
+            self._queued_bytes -= len(self._queue.popleft())
+            self.stats.dropped_batches += 1
+
+    async def _send_queue(self) -> None:
+        while True:
+            if not self._queue:
+                if self._closing:
+                    return
+                self._queue_filled.clear()
+                await self._queue_filled.wait()
+            elif not await self._send_next():
+                if self._closing:
+                    return
+                await asyncio.sleep(0.1)
+
+    async def _send_next(self) -> bool:
+        """Send the first batch of the queue; False where it was lost because the broker is away."""
+        payload = self._queue.popleft()
+        self._queued_bytes -= len(payload)
+        self._sending = True
+        try:
+            await self._send(payload)
+        except ConnectError as error:
+            self.stats.send_errors += 1
+            if not self._failing:
+                logger.warning("%s: batches are dropped while the broker is away: %s", self.source, error)
+            self._failing = True
+            return False
+        finally:
+            self._sending = False
+        self.stats.bytes += len(payload)
+        self._failing = False
+        return True
+
+
+def check_batch_bytes(options: PublisherOptions, max_payload: int) -> PublisherOptions:
+    """``options`` that fit a broker which takes ``max_payload`` bytes a message."""
+    if max_payload <= 0:
+        raise InvariantError(f"expected a broker with a max payload, got {max_payload}")
+    return msgspec.structs.replace(options, batch_bytes=min(options.batch_bytes, max_payload * 3 // 4))

@@ -1,0 +1,169 @@
+"""What one rank holds, per cache group: the engine's events in, the wire's net changes out. Pure.
+
+Engines announce blocks twice, remove what they never announced, and name blocks by hashes of their own.
+The wire has set semantics: a block is stored once and removed once per group, under its sequence hash.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.contract import (
+    NO_SUCH_GROUP,
+    BlocksMoved,
+    BlocksRemoved,
+    BlocksStored,
+    EngineEvent,
+    EngineHash,
+    EventsLost,
+    GroupCreated,
+)
+from vswa_plugin.publishing.nodes import Node, NodeTable
+from vswa_plugin.wire.events import TIERS, Event, Moved, Removed, Stored
+
+logger = logging.getLogger(__name__)
+
+
+class Restart(Exception):
+    """The view of this rank cannot be carried on: the publisher begins a new epoch with nothing resident."""
+
+
+class Residency:
+    """Blocks that one rank holds, by cache group.
+
+    :attr:`layout` is what the engine declared, corrected by its ``created`` events.
+    :attr:`unattributed` counts blocks that could not be named and were therefore not published.
+    """
+
+    def __init__(self, layout: CacheLayout, nodes: NodeTable | None = None) -> None:
+        self.layout = layout
+        self.nodes = nodes if nodes is not None else NodeTable()
+        self.unattributed = 0
+        self._tiers: dict[int, dict[EngineHash, str]] = {group.group_id: {} for group in layout.groups}
+
+    def apply(self, event: EngineEvent) -> list[Event]:
+        """The wire events that ``event`` amounts to; empty where nothing changes.
+
+        :raises Restart: events were lost, or a group is not what the layout says.
+        """
+        match event:
+            case BlocksStored():
+                return self._stored(event)
+            case BlocksRemoved():
+                return self._removed(event)
+            case BlocksMoved():
+                return self._moved(event)
+            case GroupCreated():
+                self._created(event)
+                return []
+            case EventsLost():
+                self.clear()
+                raise Restart(
+                    f"expected engine event id {event.expected_id}, got {event.got_id}: the engine's event "
+                    "buffer overflowed; raise kv_cache_config.event_buffer_max_size"
+                )
+
+    def clear(self) -> None:
+        """Nothing is resident any more. The node table stays: it depends on content only."""
+        for tiers in self._tiers.values():
+            tiers.clear()
+
+    def readmit(self, group_id: int, engine_hash: EngineHash) -> Node | None:
+        """Note a block as resident that was not announced again; its node, None if nothing changed."""
+        tiers = self._group(group_id)
+        node = self.nodes.get(engine_hash)
+        if node is None or engine_hash in tiers:
+            return None
+        tiers[engine_hash] = TIERS[0]
+        return node
+
+    def resident(self) -> dict[int, set[int]]:
+        """Sequence hashes held, by group id."""
+        return {
+            group_id: {node.sequence_hash for node in map(self.nodes.get, tiers) if node is not None}
+            for group_id, tiers in self._tiers.items()
+        }
+
+    def frozen(self) -> dict[int, tuple[tuple[EngineHash, str], ...]]:
+        """(engine hash, tier) of every block held, by group id, as of now. Cheap: nothing is translated."""
+        return {group_id: tuple(tiers.items()) for group_id, tiers in self._tiers.items()}
+
+    def counts(self) -> dict[int, int]:
+        """How many blocks each group holds."""
+        return {group_id: len(tiers) for group_id, tiers in self._tiers.items()}
+
+    def _stored(self, event: BlocksStored) -> list[Event]:
+        tiers = self._group(event.group_id)
+        changes: list[Event] = []
+        run: list[Node] = []
+        parent = event.parent_hash
+        for index, block in enumerate(event.blocks):
+            node = self.nodes.add(parent, block, event.cache_salt, event.lora_name)
+            if node is None:  # and so none of its descendants in this event can be named
+                self.unattributed += len(event.blocks) - index
+                break
+            parent = block.hash
+            if tiers.get(block.hash) == event.tier:
+                self._end_run(event, run, changes)
+            elif block.hash in tiers:
+                self._end_run(event, run, changes)
+                changes.append(Moved(event.group_id, (node.sequence_hash,), event.tier))
+            else:
+                run.append(node)
+            tiers[block.hash] = event.tier
+        self._end_run(event, run, changes)
+        self.nodes.trim(lambda engine_hash: any(engine_hash in held for held in self._tiers.values()))
+        return changes
+
+    @staticmethod
+    def _end_run(event: BlocksStored, run: list[Node], changes: list[Event]) -> None:
+        if run:
+            hashes = tuple(node.sequence_hash for node in run)
+            changes.append(Stored(event.group_id, run[0].position, run[0].parent_hash, hashes, event.tier))
+            run.clear()
+
+    def _removed(self, event: BlocksRemoved) -> list[Event]:
+        tiers = self._group(event.group_id)
+        gone = tuple(self._named(h) for h in event.hashes if tiers.pop(h, None) is not None)
+        return [Removed(event.group_id, gone)] if gone else []
+
+    def _moved(self, event: BlocksMoved) -> list[Event]:
+        tiers = self._group(event.group_id)
+        moved = [h for h in event.hashes if tiers.get(h, event.tier) != event.tier]
+        for engine_hash in moved:
+            tiers[engine_hash] = event.tier
+        return [Moved(event.group_id, tuple(map(self._named, moved)), event.tier)] if moved else []
+
+    def _named(self, engine_hash: EngineHash) -> int:
+        node = self.nodes.get(engine_hash)
+        assert node is not None, "a resident block is never trimmed from the node table"
+        return node.sequence_hash
+
+    def _group(self, group_id: int) -> dict[EngineHash, str]:
+        tiers = self._tiers.get(group_id)
+        if tiers is None:
+            self.layout.group(group_id)  # raises, listing the declared groups
+            raise AssertionError("unreachable: the layout and the residency have the same groups")
+        return tiers
+
+    def _created(self, event: GroupCreated) -> None:
+        declared = {group.group_id: group for group in self.layout.groups}
+        known = declared.pop(event.group_id, None)
+        absent = event.window_size == NO_SUCH_GROUP
+        if (absent and known is None) or (known is not None and known.window_size == event.window_size):
+            return
+        if not absent:
+            block_size = self.layout.block_size
+            declared[event.group_id] = CacheGroup(event.group_id, event.window_size, block_size)
+        groups = tuple(declared[group_id] for group_id in sorted(declared))
+        self.layout = CacheLayout(
+            groups, self.layout.rule, self.layout.model, self.layout.hash_scheme
+        ).check()
+        self._tiers = {group.group_id: {} for group in groups}
+        expected = f"window {known.window_size}" if known else "no such group"
+        created = "has not created it" if absent else f"created it with window {event.window_size}"
+        raise Restart(
+            f"cache group {event.group_id}: expected {expected}, the engine {created}; the engine's word is "
+            "taken"
+        )

@@ -1,0 +1,149 @@
+"""What was promised against what the engines say they reused, in whole blocks. Pure but for the log.
+
+A worker whose last requests were often wrong is said so once, with the likely cause.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections import deque
+
+import msgspec
+
+from vswa_plugin.wire.events import Rank
+
+logger = logging.getLogger(__name__)
+
+#: Upper bounds of the histogram of promised minus reused blocks; above the last there is one bucket more.
+BOUNDS = (-65, -17, -5, -2, -1, 0, 1, 4, 16, 64)
+#: How many requests of a worker are looked at, and how many of them are needed for a verdict.
+LOOKED_AT, LEAST = 100, 20
+#: Share of wrong ones above which an error is systematic, and below which it is over.
+SYSTEMATIC, OVER = 0.2, 0.1
+
+
+class Outcome(msgspec.Struct, frozen=True, gc=False):
+    """One finished request.
+
+    :param predicted: cached tokens promised when it was routed.
+    :param actual: cached tokens that the engine reported.
+    :param live: whether the view of the rank was live when it was routed.
+    :param busy: whether other requests were active on the rank then.
+    :param in_flight: whether they were computing more of its prompt: what it finds then depends on when it is
+        admitted, and is counted but judged by nobody.
+    """
+
+    rank: Rank
+    block_size: int
+    predicted: int
+    actual: int
+    live: bool = True
+    busy: bool = False
+    in_flight: bool = False
+
+    @property
+    def error(self) -> int:
+        """Promised minus reused, in whole blocks."""
+        return self.predicted // self.block_size - self.actual // self.block_size
+
+
+class RankAccuracy(msgspec.Struct):
+    """Counters of one rank since it came.
+
+    :param over: more was promised than reused; ``under``: less.
+    :param errors: per bucket of :data:`BOUNDS`, and one for above.
+    :param predicted_tokens: sum of what was promised; ``actual_tokens``: of what was reused.
+    :param unreported: finished requests of which the engine reported nothing.
+    """
+
+    exact: int = 0
+    over: int = 0
+    under: int = 0
+    predicted_tokens: int = 0
+    actual_tokens: int = 0
+    unreported: int = 0
+    errors: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+
+
+class Accuracy:
+    """Takes outcomes, keeps counters per rank, and says where an error is systematic."""
+
+    def __init__(self) -> None:
+        self.ranks: dict[Rank, RankAccuracy] = {}
+        self._recent: dict[int, deque[Outcome]] = {}
+        self._told: set[int] = set()
+
+    def record(self, outcome: Outcome) -> None:
+        """One request has finished and its engine reported what it reused."""
+        counts = self.ranks.setdefault(outcome.rank, RankAccuracy())
+        error = outcome.error
+        counts.exact += error == 0
+        counts.over += error > 0
+        counts.under += error < 0
+        counts.predicted_tokens += outcome.predicted
+        counts.actual_tokens += outcome.actual
+        counts.errors[bisect_left(BOUNDS, error)] += 1
+        if not outcome.in_flight:
+            self._judge(outcome)
+
+    def unreported(self, rank: Rank) -> None:
+        """One request has finished without a word on what was reused."""
+        self.ranks.setdefault(rank, RankAccuracy()).unreported += 1
+
+    def drop(self, worker_id: int) -> None:
+        """The worker has gone."""
+        for rank in [rank for rank in self.ranks if rank.worker_id == worker_id]:
+            del self.ranks[rank]
+        self._recent.pop(worker_id, None)
+        self._told.discard(worker_id)
+
+    def systematic(self, worker_id: int) -> bool:
+        """Whether the worker's last requests were wrong too often, as the log has said."""
+        return worker_id in self._told
+
+    def _judge(self, outcome: Outcome) -> None:
+        worker_id = outcome.rank.worker_id
+        recent = self._recent.setdefault(worker_id, deque(maxlen=LOOKED_AT))
+        recent.append(outcome)
+        if outcome.error == 0 and worker_id not in self._told:
+            return
+        wrong = [each for each in recent if each.error]
+        if worker_id in self._told:
+            if len(wrong) < OVER * len(recent):
+                self._told.discard(worker_id)
+                logger.info("worker %x: predictions are right again", worker_id)
+        elif len(recent) >= LEAST and len(wrong) > SYSTEMATIC * len(recent):
+            self._told.add(worker_id)
+            logger.warning(
+                "worker %x: %d of its last %d predictions were wrong, by %+.1f blocks in the mean "
+                "(promised minus reused); likely cause: %s",
+                worker_id,
+                len(wrong),
+                len(recent),
+                sum(each.error for each in wrong) / len(wrong),
+                likely_cause(wrong),
+            )
+
+
+def likely_cause(wrong: list[Outcome]) -> str:
+    """What the wrong ones have in common, in words."""
+    over = sum(each.error > 0 for each in wrong)
+    if sum(not each.live for each in wrong) * 2 > len(wrong):
+        cause = "lag: most were routed while the view of this worker was stale; look at NATS and its load"
+    elif over * 2 <= len(wrong):
+        cause = (
+            "rule mismatch or unpublished blocks: the engine reuses more than the rule of its layout "
+            "says, or its worker cannot attribute its blocks (LoRA, salt); see `vswa explain`"
+        )
+    elif sum(each.error > 0 and each.busy for each in wrong) * 2 > over:
+        cause = (
+            "eviction between choice and admission: the worker was busy each time, its cache is too small "
+            "for what is under way"
+        )
+    else:
+        cause = (
+            "rule mismatch: the worker was idle and reused less than the rule of its layout says; compare "
+            "the rule with the engine's version and its partial-reuse setting"
+        )
+    return cause

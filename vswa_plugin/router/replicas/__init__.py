@@ -1,0 +1,1 @@
+"""Several routers of one model: each tells the others what it has sent where."""

@@ -1,0 +1,83 @@
+"""This router among those of the same workers: what they share of their load, over NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from vswa_plugin.errors import ConnectError
+from vswa_plugin.router.replicas.load import INTERVAL_S, SharedLoad
+from vswa_plugin.wire.events import VERSION
+from vswa_plugin.wire.transport import Transport, check_name
+
+logger = logging.getLogger(__name__)
+
+
+class Replicas:
+    """Thin: :class:`SharedLoad` decides what is said and what it means.
+
+    :param namespace: of the workers; None: all. Routers of other namespaces are not heard.
+    """
+
+    def __init__(
+        self, transport: Transport, namespace: str | None, *, interval_s: float = INTERVAL_S
+    ) -> None:
+        self._wanted = asyncio.Event()
+        self.load = SharedLoad(random.getrandbits(63), self._wanted.set)
+        self._transport = transport
+        self._prefix = f"vswa.v{VERSION}.{check_name('namespace', namespace or 'all')}.routers"
+        self._interval_s = interval_s
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Hear the others and be heard; the transport must be connected. Raises ConnectError."""
+        await self._transport.subscribe(f"{self._prefix}.*.load", self._receive)
+        await self._transport.flush()
+        self._tasks = [
+            asyncio.create_task(self._tick_forever(), name="router load ticks"),
+            asyncio.create_task(self._send_forever(), name="router load"),
+        ]
+
+    async def stop(self) -> None:
+        """Say goodbye; the transport stays open."""
+        self._stopped = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await self._send(self.load.farewell())
+
+    async def _receive(self, _: str, payload: bytes) -> None:
+        if not self._stopped:
+            self.load.receive(payload, asyncio.get_running_loop().time())
+
+    async def _tick_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self.load.tick(loop.time(), self._transport.connected, self._interval_s)
+            await asyncio.sleep(self._interval_s)
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            for payload in self.load.take():
+                await self._send(payload)
+
+    async def _send(self, payload: bytes) -> None:
+        """What cannot be sent is lost: the next digest makes up for it."""
+        stats = self.load.stats
+        if not self._transport.connected:
+            stats.send_errors += 1
+            return
+        try:
+            await self._transport.publish(f"{self._prefix}.{self.load.router:x}.load", payload)
+        except ConnectError as error:
+            stats.send_errors += 1
+            if stats.send_errors == 1:
+                logger.warning("load is not shared (further ones are only counted): %s", error)
+            return
+        stats.sent += 1
+        stats.bytes_sent += len(payload)

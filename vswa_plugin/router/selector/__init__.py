@@ -1,0 +1,1 @@
+"""A router that chooses and does not forward: ``/select`` for gateways."""

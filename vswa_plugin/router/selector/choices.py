@@ -1,0 +1,226 @@
+"""Choices for gateways that pin a request to its workers and keep the data path themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from vswa_plugin.engine.contract import MODES
+from vswa_plugin.errors import RequestError
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.registry import Entry
+from vswa_plugin.router.decide import Decider, Decision, Hasher, Pool
+from vswa_plugin.router.decide import Prompt as KnownPrompt
+from vswa_plugin.router.forward import Model
+from vswa_plugin.router.http.answers import (
+    Prompt,
+    endpoint_of,
+    instance_answer,
+    prompt_of,
+    rank_answers,
+)
+from vswa_plugin.router.http.messages import (
+    Chosen,
+    Release,
+    ReleaseAnswer,
+    SelectAnswer,
+    SelectionWish,
+    SelectQuery,
+)
+from vswa_plugin.router.models import Group, grouped, set_ranks
+from vswa_plugin.router.promises import Accuracy, Outcome
+from vswa_plugin.router.selector.reservations import Reservation, Reservations
+from vswa_plugin.selection import LoadBook, NoCandidate
+from vswa_plugin.wire.events import Rank
+
+#: What Dynamo's frontend takes for a pin, whatever its router mode: header -> fields of ``nvext``.
+WORKER, RANK = "x-dynamo-worker-instance-id", "x-dynamo-dp-rank"
+PREFILL_WORKER, PREFILL_RANK = "x-dynamo-prefill-instance-id", "x-dynamo-prefill-dp-rank"
+NVEXT = {
+    WORKER: ("backend_instance_id", "decode_worker_id"),
+    RANK: ("dp_rank",),
+    PREFILL_WORKER: ("prefill_worker_id",),
+    PREFILL_RANK: ("prefill_dp_rank",),
+}
+#: Fields of a query that say of routing what a request to Dynamo says there.
+_ROUTING = (
+    "cache_salt",
+    "lora_name",
+    "backend_instance_id",
+    "dp_rank",
+    "prefill_worker_id",
+    "prefill_dp_rank",
+    "decode_worker_id",
+    "allowed_worker_ids",
+    "routing_constraints",
+)
+
+
+class Selection:
+    """The workers of all models, what is on them, and the reservations behind that.
+
+    :param new_book: (model, block size) -> an empty load book.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        decider: Decider,
+        hasher: Hasher,
+        accuracy: Accuracy,
+        new_book: Callable[[str, int], LoadBook] = lambda _, block_size: LoadBook(block_size),
+    ) -> None:
+        self.reservations = Reservations()
+        self._fleet = fleet
+        self._decider = decider
+        self._hasher = hasher
+        self._accuracy = accuracy
+        self._new_book = new_book
+        self._models: dict[str, Model] = {}
+        self._seen: dict[str, Entry] = {}
+
+    def models(self) -> Mapping[str, Model]:
+        """By name, with the workers that are in the registry now."""
+        if self._fleet.entries != self._seen:
+            self._seen = dict(self._fleet.entries)
+            self._update()
+        return self._models
+
+    def pools(self) -> Iterator[Pool]:
+        """Of all models."""
+        return (pool for model in self.models().values() for pool in model.pools)
+
+    def select(self, query: SelectQuery) -> SelectAnswer:
+        """Choose, and reserve where that is wished for.
+
+        :raises RequestError: a wish that cannot be read or met.
+        """
+        prompt = prompt_of(self._fleet, self._hasher, query)
+        selection_id = self.reservations.check(query.selection_id)
+        made = self._chosen(self.models()[prompt.served.name], query, prompt, selection_id)
+        expires_at = None
+        if query.reserve:
+            expires_at = time.time() + query.ttl_s
+            self.reservations.add(made, query.ttl_s)
+        else:
+            made.end()
+        return self._answer(made, prompt, expires_at)
+
+    def first_token(self, wish: SelectionWish) -> ReleaseAnswer:
+        """Raises UnknownReservation."""
+        reservation = self.reservations.first_token(wish.selection_id)
+        return ReleaseAnswer(wish.selection_id, reservation.computes.cached_tokens)
+
+    def release(self, wish: Release) -> ReleaseAnswer:
+        """Raises UnknownReservation."""
+        reservation = self.reservations.release(wish.selection_id)
+        decision = reservation.computes
+        if wish.cached_tokens is None:
+            self._accuracy.unreported(decision.rank)
+        else:
+            self._accuracy.record(
+                Outcome(
+                    decision.rank,
+                    reservation.block_size,
+                    decision.cached_tokens,
+                    wish.cached_tokens,
+                    reservation.live,
+                    decision.busy,
+                    decision.in_flight,
+                )
+            )
+        return ReleaseAnswer(wish.selection_id, decision.cached_tokens)
+
+    def _chosen(self, model: Model, query: SelectQuery, prompt: Prompt, selection_id: str) -> Reservation:
+        """As the front door chooses, but both workers at once: a request goes out with both pins."""
+        if (missing := model.missing()) is not None:
+            raise NoCandidate(f"{missing}; see /workers")
+        request, known = _request_of(query), KnownPrompt(prompt.length, prompt.hashes)
+
+        def one_of(pool: Pool) -> Decision:
+            return self._decider.decide(pool, request, prompt=known, request_id=selection_id)
+
+        apart = bool(model.prefill.ranks and model.decode.ranks)
+        computes = generates = one_of(model.prefill if apart else model.pool)
+        book, live = model.pool.book, self._live(computes.rank)
+        if apart:
+            try:
+                generates = one_of(model.decode)
+            except RequestError:
+                book.free(computes.key)
+                raise
+        return Reservation(selection_id, book, model.pool.block_size, computes, generates, live)
+
+    def _answer(self, made: Reservation, prompt: Prompt, expires_at: float | None) -> SelectAnswer:
+        computes, generates = made.computes, made.generates
+        apart = computes is not generates
+        ranks = rank_answers(self._fleet, prompt)
+
+        def chosen(decision: Decision) -> Chosen:
+            rank = decision.rank
+            (entry,) = (each for each in prompt.served.entries if each.worker_id == rank.worker_id)
+            overlap = instance_answer(entry, ranks, made.block_size)
+            return Chosen(rank.worker_id, rank.dp_rank, endpoint_of(entry), overlap, decision.cost)
+
+        whole = chosen(generates)
+        pins = _pins(generates.rank, computes.rank if apart else None)
+        return SelectAnswer(
+            selection_id=made.selection_id,
+            model_name=prompt.served.name,
+            routing_group="default",
+            worker_id=whole.worker_id,
+            dp_rank=whole.dp_rank,
+            endpoint=whole.endpoint,
+            block_size=made.block_size,
+            overlap=whole.overlap,
+            cost=whole.cost,
+            prefill=chosen(computes) if apart else None,
+            cached_tokens=computes.cached_tokens,
+            effective_prefill_tokens=computes.prompt_len - computes.cached_tokens,
+            headers={name: str(number) for name, number in pins.items()},
+            nvext={field: number for name, number in pins.items() for field in NVEXT[name]},
+            reserved=expires_at is not None,
+            expires_at=expires_at,
+        )
+
+    def _live(self, rank: Rank) -> bool:
+        view = self._fleet.subscriber.view(rank)
+        return view is not None and view.state(asyncio.get_running_loop().time()) == "live"
+
+    def _update(self) -> None:
+        groups = grouped(self._seen.values(), MODES)
+        for name, group in groups.items():
+            size = group.used[0].block_size
+            model = self._models.get(name)
+            if model is None or model.pool.block_size != size:
+                if model is not None:
+                    self._set_workers(model, Group(()))
+                model = self._models[name] = Model(name, size, self._new_book(name, size))
+            self._set_workers(model, group)
+        for name in self._models.keys() - groups.keys():
+            self._set_workers(self._models.pop(name), Group(()))
+
+    def _set_workers(self, model: Model, group: Group) -> None:
+        before = {rank.worker_id for pool in model.pools for rank in pool.ranks}
+        set_ranks(model, group)
+        for worker_id in before - {entry.worker_id for entry in group.used}:
+            model.pool.book.drop(worker_id)
+            self._accuracy.drop(worker_id)
+
+
+def _pins(generates: Rank, computes: Rank | None) -> dict[str, int]:
+    pins = {WORKER: generates.worker_id, RANK: generates.dp_rank}
+    if computes is not None:
+        pins |= {PREFILL_WORKER: computes.worker_id, PREFILL_RANK: computes.dp_rank}
+    return pins
+
+
+def _request_of(query: SelectQuery) -> dict[str, Any]:
+    """As Dynamo's frontend would put it, but for its tokens: they are hashed already."""
+    routing = {name: getattr(query, name) for name in _ROUTING}
+    return {
+        "routing": {name: value for name, value in routing.items() if value is not None},
+        "router_config_override": query.router_config_override,
+    }

@@ -1,0 +1,1 @@
+"""Routing simulated: workloads, ranks without models, policies, costs."""

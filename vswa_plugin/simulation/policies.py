@@ -1,0 +1,177 @@
+"""Ways to choose a rank, all but the simplest by the router's own cost: only the cached tokens differ.
+
+random, round-robin   do not look at the ranks
+a scorer's name       the cost, with the cached tokens that the scorer predicts from the ranks' events
+oracle                the cost, with what the caches themselves say at that moment
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from vswa_plugin.accuracy.scorers import Prompt, Scorer
+from vswa_plugin.accuracy.views import View
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import EventAdapter, RawEvent
+from vswa_plugin.selection import Candidate, LoadBook, Scored, Weights, booked_prefill, choose, scored
+from vswa_plugin.wire.events import Rank
+
+RANDOM, ROUND_ROBIN, ORACLE = "random", "round robin", "oracle"
+
+
+class Routed(NamedTuple):
+    """One choice.
+
+    :param rank: index of the chosen rank.
+    :param promised: tokens that it was expected to reuse; None: nobody looked.
+    :param agrees: whether the cost would choose the same with what the caches say; None: not by cost.
+    """
+
+    rank: int
+    promised: int | None
+    agrees: bool | None
+
+
+class Policy(Protocol):
+    """Chooses ranks, and is told what becomes of requests. One run."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether :meth:`told` wants the ranks' events."""
+
+    def route(self, key: int, prompt: Prompt, truth: Sequence[int]) -> Routed:
+        """Choose for one request.
+
+        :param key: names the request from here on.
+        :param truth: tokens that each rank would reuse right now; only the oracle may choose by it.
+        """
+
+    def told(self, rank: int, events: Sequence[RawEvent]) -> None:
+        """What a rank's engine has told."""
+
+    def first_token(self, key: int) -> None:
+        """The prompt of a request is computed."""
+
+    def ended(self, key: int) -> None:
+        """A request has ended."""
+
+
+class Unaware:
+    """Random or round robin."""
+
+    listens = False
+
+    def __init__(self, ranks: int, rng: random.Random | None) -> None:
+        self._ranks = ranks
+        self._rng = rng
+        self._next = -1
+
+    def route(self, key: int, prompt: Prompt, truth: Sequence[int]) -> Routed:
+        self._next = (self._next + 1) % self._ranks
+        return Routed(self._rng.randrange(self._ranks) if self._rng else self._next, None, None)
+
+    def told(self, rank: int, events: Sequence[RawEvent]) -> None:
+        """Of no interest."""
+
+    def first_token(self, key: int) -> None:
+        """Of no interest."""
+
+    def ended(self, key: int) -> None:
+        """Of no interest."""
+
+
+class Believes(Protocol):
+    """What is expected of one rank."""
+
+    def feed(self, raw: RawEvent) -> object:
+        """What the rank's engine has told."""
+
+    def predict(self, prompt: Prompt) -> int:
+        """Tokens of the prompt that the rank would reuse."""
+
+
+class Seen:
+    """What a router makes of the events of one rank."""
+
+    def __init__(self, layout: CacheLayout, new_adapter: Callable[[], EventAdapter], scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._view = View(layout, new_adapter, [scorer])
+
+    def feed(self, raw: RawEvent) -> None:
+        self._view.feed(raw)
+
+    def predict(self, prompt: Prompt) -> int:
+        return self._scorer.predict(prompt)
+
+
+class ByCost:
+    """The router's cost over what each rank is expected to reuse.
+
+    :param views: per rank; None: the oracle, which knows.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        views: Sequence[Believes] | None,
+        block_size: int,
+        rng: random.Random,
+        weights: Weights | None = None,
+    ) -> None:
+        self._ranks = [Rank(index) for index in range(ranks)]
+        self._views = views
+        self._block_size = block_size
+        self._rng = rng
+        self._weights = weights or Weights()
+        self._book = LoadBook(block_size)
+
+    @property
+    def listens(self) -> bool:
+        return self._views is not None
+
+    def route(self, key: int, prompt: Prompt, truth: Sequence[int]) -> Routed:
+        cached = truth if self._views is None else [view.predict(prompt) for view in self._views]
+        found = self._scored(prompt, cached)
+        chosen = choose(found, self._weights.router_temperature, self._rng).candidate
+        known = found if self._views is None else self._scored(prompt, truth)
+        index = chosen.rank.worker_id
+        agrees = known[index].cost <= min(each.cost for each in known)
+        prompt_len = len(prompt.token_ids)
+        self._book.add(
+            key,
+            chosen.rank,
+            prompt.sequence_hashes,
+            prompt_len,
+            booked_prefill(chosen, prompt_len, self._block_size, self._weights),
+            cached_blocks=chosen.cached_tokens // self._block_size,
+        )
+        return Routed(index, chosen.cached_tokens, agrees)
+
+    def told(self, rank: int, events: Sequence[RawEvent]) -> None:
+        if self._views is not None:
+            for raw in events:
+                self._views[rank].feed(raw)
+
+    def first_token(self, key: int) -> None:
+        self._book.first_token(key)
+
+    def ended(self, key: int) -> None:
+        self._book.free(key)
+
+    def _scored(self, prompt: Prompt, cached: Sequence[int]) -> list[Scored]:
+        size = self._block_size
+        candidates = []
+        for rank, tokens in zip(self._ranks, cached, strict=True):
+            on_rank = self._book.projected(rank, prompt.sequence_hashes, tokens // size)
+            candidates.append(
+                Candidate(
+                    rank,
+                    tokens,
+                    in_flight_tokens=on_rank.in_flight_blocks * size,
+                    load=on_rank.load,
+                    new_blocks=on_rank.new_blocks,
+                )
+            )
+        return scored(candidates, len(prompt.token_ids), size, self._weights)

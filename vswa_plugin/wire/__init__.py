@@ -1,0 +1,1 @@
+"""The protocol between workers and routers (docs/protocol.md): its messages, and NATS, which carries them."""

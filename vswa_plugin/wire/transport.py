@@ -1,0 +1,188 @@
+"""Subjects and the connection to NATS. The only module that imports nats."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import nats
+import nats.errors
+
+from vswa_plugin.errors import ConfigError, ConnectError
+from vswa_plugin.wire.events import VERSION, Source
+from vswa_plugin.wire.login import connect_options
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SERVER = "nats://127.0.0.1:4222"
+#: Well below the 2 MiB at which the client makes callers wait.
+_READY_BYTES = 256 << 10
+_ROOT = f"vswa.v{VERSION}"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+#: Called with (subject, payload) for each message.
+Handler = Callable[[str, bytes], Awaitable[None]]
+
+
+def check_name(what: str, name: str) -> str:
+    """``name``, fit to be one token of a subject and one segment of a registry key.
+
+    :raises ConfigError: dots, wildcards, spaces and the like would change what a subject means.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{what}: expected letters, digits, '-' and '_' only, got {name!r}")
+    return name
+
+
+def subject(source: Source, channel: str) -> str:
+    """The subject of one rank's ``events`` or ``control``."""
+    namespace = check_name("namespace", source.namespace)
+    component = check_name("component", source.component)
+    return f"{_ROOT}.{namespace}.{component}.{source.worker_id:x}.{source.dp_rank}.{channel}"
+
+
+def events_of(namespace: str | None = None, component: str | None = None) -> str:
+    """Subject wildcard for the events of all ranks, of one namespace or component where given."""
+    tokens = [check_name("namespace", namespace) if namespace else "*"]
+    tokens.append(check_name("component", component) if component else "*")
+    return ".".join((_ROOT, *tokens, "*", "*", "events"))
+
+
+def source_of(event_subject: str) -> Source:
+    """The rank that publishes on ``event_subject``; raises ConfigError where that is not one of ours."""
+    parts = event_subject.split(".")
+    try:
+        *_, namespace, component, worker_id, dp_rank, _channel = parts
+        return Source(namespace, component, int(worker_id, 16), int(dp_rank))
+    except ValueError as error:
+        raise ConfigError(
+            f"expected a subject {_ROOT}.<namespace>.<component>.<worker>.<rank>.events, "
+            f"got {event_subject!r}"
+        ) from error
+
+
+class Transport:
+    """One connection to NATS. Reconnects by itself for as long as the process lives.
+
+    :param servers: URLs, separated by commas.
+    :param echo: whether our own messages come back to our own subscriptions.
+    :param environ: where the login is read from, see nats_auth.py; ``os.environ`` unless given.
+    :raises ConfigError: the login cannot be used.
+    """
+
+    def __init__(
+        self,
+        servers: str = DEFAULT_SERVER,
+        name: str = "vswa",
+        *,
+        echo: bool = True,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._servers = [server.strip() for server in servers.split(",") if server.strip()]
+        self._options: dict[str, Any] = {"name": name, "no_echo": not echo}
+        self._options |= connect_options(os.environ if environ is None else environ)
+        self._client: Any = None
+        #: Different errors since we were last connected, in order: the first often says more than the last.
+        self._errors: list[str] = []
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes the broker takes in one message."""
+        return int(self._client.max_payload)
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and bool(self._client.is_connected)
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`publish` returns at once: connected, and little is waiting to be written."""
+        return self.connected and self._client.pending_data_size < _READY_BYTES
+
+    async def connect(self, timeout: float = 10.0) -> None:
+        """Connect, trying for ``timeout`` seconds; raises ConnectError that names the servers."""
+        attempt = nats.connect(
+            self._servers,
+            **self._options,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.2,
+            connect_timeout=2,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+        )
+        try:
+            self._client = await asyncio.wait_for(attempt, timeout)
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            raise ConnectError(
+                f"expected a NATS server at {', '.join(self._servers)} (NATS_SERVER), got "
+                f"{'; '.join(self._errors) or 'no answer'} for {timeout:g} s; is it running and reachable?"
+            ) from error
+
+    async def publish(self, to_subject: str, payload: bytes) -> None:
+        """Hand one message to the client, which writes it soon; raises ConnectError while it cannot."""
+        try:
+            await self._client.publish(to_subject, payload)
+        except nats.errors.Error as error:
+            raise ConnectError(f"NATS did not take a message of {len(payload)} bytes: {error}") from error
+
+    async def flush(self, timeout: float = 5.0) -> None:
+        """Return once the broker has all that was published; raises ConnectError after ``timeout`` s."""
+        try:
+            await self._client.flush(max(1, round(timeout)))
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            raise ConnectError(f"NATS did not confirm within {timeout:g} s: {error}") from error
+
+    async def subscribe(self, to_subject: str, handler: Handler) -> None:
+        """Call ``handler`` for each message, one at a time, in order, until :meth:`close`."""
+
+        async def deliver(message: Any) -> None:
+            await handler(message.subject, message.data)
+
+        await self._client.subscribe(to_subject, cb=deliver)
+
+    async def request(self, to_subject: str, payload: bytes, timeout: float) -> bytes:
+        """The answer to one request; raises ConnectError where none comes within ``timeout`` seconds."""
+        try:
+            reply = await self._client.request(to_subject, payload, timeout=timeout)
+        except (OSError, nats.errors.Error, TimeoutError) as error:
+            reason = "nobody serves it" if isinstance(error, nats.errors.NoRespondersError) else error
+            raise ConnectError(f"no answer on {to_subject} within {timeout:g} s: {reason}") from error
+        return bytes(reply.data)
+
+    async def serve(self, on_subject: str, answer: Callable[[bytes], bytes]) -> None:
+        """Answer each request with what ``answer`` returns, until :meth:`close`."""
+
+        async def respond(message: Any) -> None:
+            if message.reply:
+                await self._client.publish(message.reply, answer(message.data))
+
+        await self._client.subscribe(on_subject, cb=respond)
+
+    async def close(self) -> None:
+        """Write what is pending and disconnect. Never raises."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        try:
+            await asyncio.wait_for(client.drain() if client.is_connected else client.close(), 5)
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            logger.warning("NATS: not all pending messages were written: %s", error or type(error).__name__)
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error) or type(error).__name__
+        if text not in self._errors:  # nats-py reports each failed attempt
+            logger.warning("NATS %s: %s", ", ".join(self._servers), text)
+            self._errors.append(text)
+
+    async def _on_disconnected(self) -> None:
+        if self._client is not None:
+            logger.warning("NATS connection lost; reconnecting")
+
+    async def _on_reconnected(self) -> None:
+        self._errors.clear()
+        logger.info("NATS connected again")
