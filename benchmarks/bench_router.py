@@ -33,7 +33,7 @@ from typing import Any
 import aiohttp
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
-from vswa_plugin.dynamo.runtime import LOOPBACK_ENV
+from vswa_plugin.dynamo.names import LOOPBACK_ENV
 from vswa_plugin.launch.brokers import start_etcd, start_nats
 from vswa_plugin.launch.processes import Child, free_port, python_module
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.dynamo import runtime as dynamo
 from vswa_plugin.dynamo.client import Call
+from vswa_plugin.dynamo.names import EndpointName, default_endpoint
+from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EngineEvent
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.publishing.publisher import Publisher
@@ -60,8 +61,8 @@ class EchoWorker:
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         transport, registry = Transport(os.environ["NATS_SERVER"]), registry_from_env()
         await transport.connect()
-        runtime = dynamo.connect()
-        name = dynamo.default_endpoint("agg", WORKERS)
+        runtime = connect()
+        name = default_endpoint("agg", WORKERS)
         endpoint = runtime.endpoint(str(name))
         worker_id = int(endpoint.connection_id())
         await self._publish(transport, endpoint, Source(name.namespace, name.component, worker_id, 0))
@@ -112,7 +113,7 @@ class EchoWorker:
             ignore_weights=True,
         )
 
-    def _entry(self, name: dynamo.EndpointName, worker_id: int) -> Entry:
+    def _entry(self, name: EndpointName, worker_id: int) -> Entry:
         return Entry(
             namespace=name.namespace,
             component=name.component,
@@ -209,17 +210,17 @@ async def relay(arguments: list[str]) -> int:
 def main() -> int:
     side, options = sys.argv[1], json.loads(sys.argv[2])
     if side == "worker":
-        return dynamo.run(EchoWorker(options["model_path"]).run())
+        return run_on_uvloop(EchoWorker(options["model_path"]).run())
     if side == "relay":
-        return dynamo.run(relay(options["arguments"]))
+        return run_on_uvloop(relay(options["arguments"]))
     if profile := os.environ.get("BENCH_PROFILE"):
         import cProfile
 
         with cProfile.Profile() as taken:
-            code = dynamo.run(router(options))
+            code = run_on_uvloop(router(options))
         taken.dump_stats(profile)
         return code
-    return dynamo.run(router(options))
+    return run_on_uvloop(router(options))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from vswa_plugins.dynamo_events.tree import unpacked
 from vswa_plugin.blocks.hashing import block_hash, block_hashes, chain
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import rule_named
-from vswa_plugin.engine.contract import BlocksStored, EngineBlock
-from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.engine.contract import BlocksStored, EngineBlock, Node
 from vswa_plugin.wire.events import Removed, Stored, layout_event
 
 SIZE = 4

@@ -11,7 +11,8 @@ from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.decide import Decider
-from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.router.forward import Forwarder
+from vswa_plugin.router.pools import Model
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.events import Rank, Stored

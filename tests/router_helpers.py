@@ -26,7 +26,8 @@ from tests.e2e_helpers import eventually
 from tests.stream_helpers import DirectAdapter
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.names import LOOPBACK_ENV, EndpointName, default_endpoint
+from vswa_plugin.dynamo.runtime import connect, namespaced_block_hash, run_on_uvloop
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock
 from vswa_plugin.launch.processes import Child, free_port, python_module
 from vswa_plugin.publishing.nodes import NodeTable
@@ -54,7 +55,7 @@ class EchoRank:
         self.publisher = Publisher(
             source,
             DirectAdapter(),
-            Residency(layout, NodeTable(dynamo.namespaced_block_hash)),
+            Residency(layout, NodeTable(namespaced_block_hash)),
             send,
             lambda *_: None,
             PublisherOptions(heartbeat_s=0.2),
@@ -97,8 +98,8 @@ class EchoWorker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         await self._transport.connect()
-        runtime = dynamo.connect()
-        name = dynamo.EndpointName(self._options["namespace"], self._options["component"], "generate")
+        runtime = connect()
+        name = EndpointName(self._options["namespace"], self._options["component"], "generate")
         endpoint = runtime.endpoint(str(name))
         worker_id = int(endpoint.connection_id())
         for dp_rank in range(self._options.get("dp", 1)):
@@ -125,7 +126,7 @@ class EchoWorker:
         await self._transport.close()
         return 0
 
-    def _entry(self, name: dynamo.EndpointName, worker_id: int) -> Entry:
+    def _entry(self, name: EndpointName, worker_id: int) -> Entry:
         return Entry(
             namespace=name.namespace,
             component=name.component,
@@ -249,7 +250,7 @@ class Stack:
         #: Names of those that were to die.
         self.killed: set[str] = set()
         # Engines that each take all cores for every matrix product are slower than one.
-        self._env = {**dynamo.LOOPBACK_ENV, "OPENBLAS_NUM_THREADS": "1", "DYN_LOG": "error", **env}
+        self._env = {**LOOPBACK_ENV, "OPENBLAS_NUM_THREADS": "1", "DYN_LOG": "error", **env}
         self._model_path = str(model_path)
         self._numbers = 0
 
@@ -281,7 +282,7 @@ class Stack:
 
     async def engine(self, name: str, mode: str = "agg", *options: str) -> Child:
         """A worker with a real engine, that of the tests' model."""
-        endpoint = f"dyn://{dynamo.default_endpoint(mode, self.name)}"
+        endpoint = f"dyn://{default_endpoint(mode, self.name)}"
         where = ("--mode", mode, "--endpoint", endpoint, "--status-port", "0", "--heartbeat", "0.2")
         model = ("--model-path", self._model_path, "--served-model-name", "gemma")
         return await self.child(name, "vswa_plugin.worker", *where, *model, *options)
@@ -386,4 +387,4 @@ def logged(child: Child, pattern: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(dynamo.run(EchoWorker(json.loads(sys.argv[1])).run()))
+    sys.exit(run_on_uvloop(EchoWorker(json.loads(sys.argv[1])).run()))

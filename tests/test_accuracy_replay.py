@@ -16,13 +16,13 @@ from tests.vllm_events_helpers import CLEARED, SIZE, removed, stored, tokens_of
 from vswa_plugin.accuracy.exceptions import LAST_BLOCK, PARTIAL_MATCH
 from vswa_plugin.accuracy.replay import replay
 from vswa_plugin.accuracy.report import Report
-from vswa_plugin.accuracy.scorers import GlobalOnly, Prompt, Scorer
+from vswa_plugin.accuracy.scorers import GlobalOnly
 from vswa_plugin.accuracy.trace import TraceRequest, open_trace
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.dynamo.runtime import namespaced_block_hash
-from vswa_plugin.engine.contract import BlocksStored
+from vswa_plugin.engine.contract import BlocksStored, Node
+from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.publishing.nodes import Node
 from vswa_plugin.wire.events import Event
 
 RECORDED = {

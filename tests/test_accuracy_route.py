@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vswa_plugin.accuracy.scorers import Prompt
 from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine.predicted import Prompt
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import ByCost, Routed, Unaware

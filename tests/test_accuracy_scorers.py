@@ -16,13 +16,12 @@ from vswa_plugin.accuracy.scorers import (
     GlobalOnly,
     MinOfLastBoundaries,
     MixedGroups,
-    Prompt,
-    Scorer,
     built_in_scorers,
 )
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import resumable, rule_named
+from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.wire.events import Cleared, Event, Moved, Removed, Stored
 
 #: By group, the paths that it holds; and all as one index without groups would have them.

@@ -13,10 +13,11 @@ import pytest
 
 from vswa_plugin import __version__
 from vswa_plugin import cli as commands
-from vswa_plugin.cli import BUILT_IN, Command, Commands, built_in
+from vswa_plugin.cli import BUILT_IN, built_in
 from vswa_plugin.cli.main import main
 from vswa_plugin.errors import ConnectError, InvariantError, PluginError
 from vswa_plugin.hookspecs import hookimpl
+from vswa_plugin.hookspecs.commands import Command, Commands
 from vswa_plugin.host.host import PluginHost
 
 Output = pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ PLUGINS = ROOT / "plugins"
 EDGES = {
     "nats": {"wire/transport.py"},
     "etcd3": {"registry/_etcd3_client.py"},
-    "dynamo": {"dynamo/runtime.py", "dynamo/client.py"},
+    "dynamo": {"dynamo/runtime.py", "dynamo/client.py", "dynamo/frontend.py"},
 }
 #: Modules without I/O, lowest first: each imports only itself, those before it, and what is pure outside.
 PURE = (

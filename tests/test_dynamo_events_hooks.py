@@ -22,12 +22,12 @@ from vswa_plugin.engine.contract import (
     EngineInfo,
     EngineSettings,
     EventsLost,
+    Node,
 )
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import WorkerContext
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.publishing.healing import Claim
-from vswa_plugin.publishing.nodes import Node
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire.events import Batch, Layout, Source

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.dynamo.runtime import LOOPBACK_ENV
+from vswa_plugin.dynamo.names import LOOPBACK_ENV
 
 ALL = "abcdefgh"
 

@@ -13,9 +13,10 @@ from vswa_plugins.dynamo_events.scorer import BoundaryProjection
 from tests.accuracy_helpers import DATA
 from vswa_plugin.accuracy.replay import replay_with
 from vswa_plugin.accuracy.report import Report
-from vswa_plugin.accuracy.scorers import Exact, Scorer
+from vswa_plugin.accuracy.scorers import Exact
 from vswa_plugin.accuracy.trace import open_trace
 from vswa_plugin.blocks.reuse import RULES
+from vswa_plugin.engine.predicted import Scorer
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.host.host import PluginHost
 

@@ -78,7 +78,7 @@ def test_the_plugin_answers_for_its_own_name_only(small: Path) -> None:
 
 def test_importing_the_plugin_imports_nothing_heavy() -> None:
     code = (
-        "import sys, vswa_plugins.gemma3_cpu as p; from vswa_plugin.cli import Commands;"
+        "import sys, vswa_plugins.gemma3_cpu as p; from vswa_plugin.hookspecs.commands import Commands;"
         "p.vswa_register_commands(Commands('gemma3_cpu', {}));"
         "print(sorted({'numpy', 'yaml', 'tokenizers'} & set(sys.modules)))"
     )

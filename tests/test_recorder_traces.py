@@ -17,7 +17,7 @@ from tests.gemma3_engine_helpers import OPTIONS, prompt_of, request_for, setting
 from tests.vllm_events_helpers import SIZE, layout_of, removed, sequence_hash, stored, tokens_of
 from vswa_plugin.accuracy.exceptions import LAG, PARTIAL_MATCH
 from vswa_plugin.accuracy.report import Report
-from vswa_plugin.accuracy.scorers import Exact, Prompt
+from vswa_plugin.accuracy.scorers import Exact
 from vswa_plugin.accuracy.trace import (
     TraceEvent,
     TraceHole,
@@ -29,6 +29,7 @@ from vswa_plugin.accuracy.trace import (
 from vswa_plugin.accuracy.waiting import Waiting
 from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine.predicted import Prompt
 from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import WorkerContext

@@ -19,7 +19,8 @@ from vswa_plugin.dynamo.client import (
     _to_dynamo,
     namespaced_sequence_hashes,
 )
-from vswa_plugin.dynamo.runtime import EndpointName, namespaced_block_hash
+from vswa_plugin.dynamo.names import EndpointName
+from vswa_plugin.dynamo.runtime import namespaced_block_hash
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 from vswa_plugin.selection import NoCandidate
 

@@ -13,7 +13,8 @@ from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import InvalidRequest
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.router.decide import Decider, Decision, Pool
+from vswa_plugin.router.decide import Decider, Decision
+from vswa_plugin.router.pools import Pool
 from vswa_plugin.selection import Load, LoadBook, NoCandidate, RoutedRequest, Scored, Weights
 from vswa_plugin.wire.events import Rank, Stored
 

@@ -12,7 +12,7 @@ from tests.test_router_decide import Prefers
 from tests.test_router_forward import FakeCall, run
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import Unavailable
-from vswa_plugin.router.forward import Model
+from vswa_plugin.router.pools import Model
 from vswa_plugin.selection import Load, NoCandidate
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from vswa_plugin.blocks.layout import HASH_SCHEME, CacheGroup
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
-from vswa_plugin.dynamo.runtime import EndpointName
+from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.index import WindowIndex
@@ -17,7 +17,8 @@ from vswa_plugin.registry import Entry
 from vswa_plugin.router.args import parse
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
-from vswa_plugin.router.models import Models, card_of, grouped, slug_of
+from vswa_plugin.router.models import Models, card_of
+from vswa_plugin.router.pools import grouped, slug_of
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
-from vswa_plugin.dynamo.runtime import LOOPBACK_ENV
+from vswa_plugin.dynamo.names import LOOPBACK_ENV
 from vswa_plugin.selection import Candidate, LoadBook, Weights, booked_prefill, overridden, scored
 from vswa_plugin.wire.events import Rank
 

@@ -10,7 +10,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.frontend import FrontendSettings, serve_frontend
+from vswa_plugin.dynamo.names import NATS_ENV, ROUTER_MODES
+from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
 from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
 from vswa_plugin.program.args import add_log_level, check_log_level, make_parser
 from vswa_plugin.program.run import run_program, set_up_logging
@@ -41,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--router-mode",
         default="round-robin",
-        metavar="|".join(dynamo.ROUTER_MODES),
+        metavar="|".join(ROUTER_MODES),
         help="how workers are chosen (round-robin)",
     )
     made.add_argument("--namespace", help="show only models of this Dynamo namespace")
@@ -52,15 +54,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-async def serve(settings: dynamo.FrontendSettings) -> int:
+async def serve(settings: FrontendSettings) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
     await _probe()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runtime = dynamo.connect()
-    serving = asyncio.create_task(dynamo.serve_frontend(runtime, settings), name="frontend")
+    runtime = connect()
+    serving = asyncio.create_task(serve_frontend(runtime, settings), name="frontend")
     stopping = asyncio.create_task(stop.wait())
     logger.info("listening on http://%s:%d/v1", settings.http_host, settings.http_port)
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -78,7 +80,7 @@ async def serve(settings: dynamo.FrontendSettings) -> int:
 
 async def _probe() -> None:
     """Dynamo's runtime would block for minutes where a broker is away: find out first."""
-    transport = Transport(os.environ.get(dynamo.NATS_ENV, DEFAULT_SERVER), "vswa frontend")
+    transport = Transport(os.environ.get(NATS_ENV, DEFAULT_SERVER), "vswa frontend")
     await transport.connect(timeout=30)
     await transport.close()
     await reach_discovery(timeout_s=30)
@@ -88,16 +90,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run the frontend; the exit code."""
     given = parser().parse_args(argv)
     set_up_logging(check_log_level(given.log_level))
-    if given.router_mode not in dynamo.ROUTER_MODES:
-        raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, dynamo.ROUTER_MODES)}")
-    settings = dynamo.FrontendSettings(
+    if given.router_mode not in ROUTER_MODES:
+        raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, ROUTER_MODES)}")
+    settings = FrontendSettings(
         http_host=given.http_host,
         http_port=given.http_port,
         router_mode=given.router_mode,
         namespace=given.namespace,
         migration_limit=given.migration_limit,
     )
-    return dynamo.run(serve(settings))
+    return run_on_uvloop(serve(settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

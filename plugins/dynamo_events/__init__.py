@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from vswa_plugin.blocks.layout import CacheLayout
     from vswa_plugin.blocks.reuse import ReuseRule
-    from vswa_plugin.engine.contract import BlocksStored
+    from vswa_plugin.engine.contract import BlocksStored, Node
     from vswa_plugin.hookspecs import WorkerContext
-    from vswa_plugin.publishing.nodes import Node
     from vswa_plugin.wire.events import Batch, Source
 
     from .scorer import BoundaryProjection

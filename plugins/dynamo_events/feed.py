@@ -10,8 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vswa_plugin.engine.contract import BlocksStored
-from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.engine.contract import BlocksStored, Node
 from vswa_plugin.wire.events import Batch, Source
 
 from .projection import Changes, Projection, Run

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import count
 
-from vswa_plugin.accuracy.scorers import Prompt
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import ReuseRule, rule_named
-from vswa_plugin.engine.contract import BlocksStored
-from vswa_plugin.publishing.nodes import Node
+from vswa_plugin.engine.contract import BlocksStored, Node
+from vswa_plugin.engine.predicted import Prompt
 from vswa_plugin.wire.events import Event, layout_event
 
 from .projection import Projection

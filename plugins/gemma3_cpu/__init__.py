@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from vswa_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from vswa_plugin.cli import Commands
     from vswa_plugin.engine.contract import Engine, EngineSettings
-    from vswa_plugin.simulation.presets import RankSetup, SimulatedRank
+    from vswa_plugin.engine.predicted import RankSetup, SimulatedRank
+    from vswa_plugin.hookspecs.commands import Commands
 
 NAME = "gemma3_cpu"
 

@@ -38,7 +38,8 @@ from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.processes import Child
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router.decide import Decider
-from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.router.forward import Forwarder
+from vswa_plugin.router.pools import Model
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.events import Rank

@@ -14,7 +14,8 @@ from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import RequestError
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.router.decide import Decider, Pool
+from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.pools import Pool
 from vswa_plugin.selection import LoadBook, Weights
 from vswa_plugin.wire.events import Rank, Stored
 

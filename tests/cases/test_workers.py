@@ -35,7 +35,8 @@ from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse as parse_router
-from vswa_plugin.router.decide import Decider, Pool
+from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.pools import Pool
 from vswa_plugin.selection import LoadBook, Weights
 from vswa_plugin.wire.events import Batch, Rank, Source, Stored, decode
 from vswa_plugin.worker.app import Worker

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vswa_plugin.accuracy.exceptions import LAG
 from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_of
-from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, Prompt, Scorer, built_in_scorers
+from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, built_in_scorers
 from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
 from vswa_plugin.accuracy.views import View
 from vswa_plugin.accuracy.waiting import Arrivals, Waiting
@@ -18,6 +18,7 @@ from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
 from vswa_plugin.dynamo.runtime import namespaced_block_hash
 from vswa_plugin.engine.contract import EventAdapter
+from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.errors import ConfigError, ProtocolError, VswaError
 
 if TYPE_CHECKING:

@@ -8,54 +8,20 @@ engine's last-token rule, so that what separates them is what they know of windo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
 
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
-from vswa_plugin.engine.contract import BlocksStored
+from vswa_plugin.engine.contract import BlocksStored, Node
+from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.index import Explanation, WindowIndex
-from vswa_plugin.publishing.nodes import Node
 from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
 
 EXACT = "exact"
 #: Requests after which the approximate scorer forgets a prompt.
 DEFAULT_TTL = 100
 _RANK = Rank(0)
-
-
-class Prompt(NamedTuple):
-    """A request as a scorer sees it; ``sequence_hashes`` are those of its whole blocks."""
-
-    token_ids: Sequence[int]
-    sequence_hashes: Sequence[int]
-
-
-class Scorer(Protocol):
-    """Predicts requests one after the other, from the events before each. One engine, one rank."""
-
-    @property
-    def name(self) -> str:
-        """What reports call it; unique among the scorers of a replay."""
-
-    def begin(self, layout: CacheLayout) -> None:
-        """Nothing is resident: the start, or an engine that lost events or corrected its layout.
-
-        :raises ConfigError: the layout cannot be used.
-        """
-
-    def learn(self, stored: BlocksStored, nodes: Sequence[Node]) -> None:
-        """Token ids of announced blocks, before :meth:`apply` is told of the change.
-
-        :param nodes: names of the leading blocks of ``stored``; the others could not be named.
-        """
-
-    def apply(self, event: Event) -> None:
-        """One change, as it came over the wire; never a layout."""
-
-    def predict(self, prompt: Prompt) -> int:
-        """Tokens of the prompt that the engine will reuse. Called once per request, in order of arrival."""
 
 
 class _OfTheWire:

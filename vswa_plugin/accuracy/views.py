@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from vswa_plugin.accuracy.scorers import Scorer
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.dynamo.runtime import namespaced_block_hash
-from vswa_plugin.engine.contract import BlocksStored, EngineEvent, EventAdapter, RawEvent
+from vswa_plugin.engine.contract import BlocksStored, EngineEvent, EventAdapter, Node, RawEvent
+from vswa_plugin.engine.predicted import Scorer
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.publishing.nodes import Node, NodeTable
+from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.residency import Residency, Restart
 from vswa_plugin.wire.events import Event, Layout, Unknown, decode, encode, layout_event
 from vswa_plugin.wire.numbering import Numbering

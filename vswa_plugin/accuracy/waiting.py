@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vswa_plugin.accuracy.exceptions import LAG, exception_of
-from vswa_plugin.accuracy.scorers import Exact, Prompt
+from vswa_plugin.accuracy.scorers import Exact
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import ReuseRule
+from vswa_plugin.engine.predicted import Prompt
 from vswa_plugin.index import Explanation
 from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Removed, Stored
 

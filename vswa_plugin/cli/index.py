@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo.runtime import NATS_ENV
+from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.index import WindowIndex

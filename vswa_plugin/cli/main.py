@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from vswa_plugin import __version__
-from vswa_plugin.cli import BUILT_IN, Command, built_in, built_in_owners
+from vswa_plugin.cli import BUILT_IN, built_in, built_in_owners
 from vswa_plugin.errors import ConfigError, InvariantError, VswaError, unknown_choice
+from vswa_plugin.hookspecs.commands import Command
 from vswa_plugin.host.loading import add_plugin_arguments, load_host, tracing
 
 _DESCRIPTION = """\

@@ -1,7 +1,4 @@
-"""What a front door needs of NVIDIA Dynamo: to be found by its frontend, and to call workers directly.
-
-Beside dynamo.py the only module that imports dynamo.
-"""
+"""What a front door needs of NVIDIA Dynamo: to be found by its frontend, and to call workers directly."""
 
 from __future__ import annotations
 
@@ -15,7 +12,8 @@ import msgspec
 
 from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.dynamo.bursts import joined
-from vswa_plugin.dynamo.runtime import EndpointName, dynamo_error
+from vswa_plugin.dynamo.names import EndpointName
+from vswa_plugin.dynamo.runtime import dynamo_error
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 

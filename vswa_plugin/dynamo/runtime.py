@@ -1,4 +1,4 @@
-"""Everything that touches NVIDIA Dynamo. The only module that imports dynamo.
+"""A worker behind NVIDIA Dynamo: its runtime, its endpoint, its hashes.
 
 Dynamo's runtime is imported when it is first needed: the commands that do not talk to Dynamo start fast.
 """
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vswa_plugin.blocks.hashing import block_hash
+from vswa_plugin.dynamo.names import TOOL_CALL_PARSER, EndpointName
 from vswa_plugin.engine.contract import ChunkDict, EngineInfo, RequestDict
 from vswa_plugin.errors import (
     ConfigError,
@@ -26,53 +27,9 @@ from vswa_plugin.errors import (
 
 logger = logging.getLogger(__name__)
 
-#: What Dynamo reads its addresses from; ours are the same, so that one environment serves both.
-NATS_ENV, ETCD_ENV = "NATS_SERVER", "ETCD_ENDPOINTS"
-DEFAULT_ETCD = "http://127.0.0.1:2379"
-#: Keeps every socket of Dynamo on this machine: for demos and tests.
-LOOPBACK_ENV = {
-    "DYN_TCP_RPC_HOST": "127.0.0.1",
-    "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-    "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-    # The other one, ZeroMQ, listens on all addresses whatever the host above.
-    "DYN_EVENT_PLANE": "nats",
-    "DYN_SELF_HOST_METADATA": "0",
-}
-#: Options of Dynamo's own workers.
-TOOL_CALL_PARSER, REASONING_PARSER = "--dyn-tool-call-parser", "--dyn-reasoning-parser"
-ROUTER_MODES = ("round-robin", "random", "kv", "direct")
 
 #: (request, request id, future that is done when the client has gone) -> chunks
 Handler = Callable[[RequestDict, str, Awaitable[bool]], AsyncIterator[ChunkDict]]
-
-
-class EndpointName(msgspec.Struct, frozen=True):
-    """``dyn://namespace.component.endpoint``."""
-
-    namespace: str
-    component: str
-    endpoint: str
-
-    @classmethod
-    def parse(cls, text: str) -> EndpointName:
-        parts = text.removeprefix("dyn://").split(".")
-        if len(parts) != 3 or not all(parts):
-            raise ConfigError(f"--endpoint: expected dyn://namespace.component.endpoint, got {text!r}")
-        return cls(*parts)
-
-    def __str__(self) -> str:
-        return f"{self.namespace}.{self.component}.{self.endpoint}"
-
-
-#: Where the workers of each mode stand within a namespace, as those of Dynamo's own backends do.
-COMPONENTS = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
-#: The same for routers of ours.
-ROUTER_COMPONENT = "router"
-
-
-def default_endpoint(mode: str, namespace: str = "dynamo") -> EndpointName:
-    """The endpoint of workers of ``mode`` that were given none."""
-    return EndpointName(namespace, COMPONENTS[mode], "generate")
 
 
 def namespaced_block_hash(
@@ -89,7 +46,7 @@ def namespaced_block_hash(
     return hashes[0]
 
 
-def run(main: Coroutine[Any, Any, int]) -> int:
+def run_on_uvloop(main: Coroutine[Any, Any, int]) -> int:
     """Run ``main`` on uvloop, as Dynamo's own components do; its result is the exit code."""
     import uvloop
 
@@ -264,36 +221,3 @@ def dynamo_error(error: Exception) -> Exception:
     else:  # left alone, a ValueError out of an engine's bug would be the client's fault: 400
         mapped = HttpError(500, f"{type(error).__name__}: {message}")
     return mapped
-
-
-class FrontendSettings(msgspec.Struct, frozen=True):
-    """Dynamo's OpenAI HTTP frontend."""
-
-    http_host: str
-    http_port: int
-    router_mode: str = "round-robin"
-    namespace: str | None = None
-    migration_limit: int = 3
-
-
-async def serve_frontend(runtime: Any, settings: FrontendSettings) -> None:
-    """Run Dynamo's own frontend until the runtime is shut down. Models are found through discovery."""
-    from dynamo.llm import EngineType, EntrypointArgs, RouterConfig, RouterMode, make_engine, run_input
-
-    modes = {
-        "round-robin": RouterMode.RoundRobin,
-        "random": RouterMode.Random,
-        "kv": RouterMode.KV,
-        "direct": RouterMode.Direct,
-    }
-    if settings.router_mode not in modes:
-        raise ConfigError(unknown_choice("router mode", settings.router_mode, modes))
-    arguments = EntrypointArgs(
-        EngineType.Dynamic,
-        http_host=settings.http_host,
-        http_port=settings.http_port,
-        router_config=RouterConfig(modes[settings.router_mode]),
-        namespace=settings.namespace,
-        migration_limit=settings.migration_limit,
-    )
-    await run_input(runtime, "http", await make_engine(runtime, arguments))

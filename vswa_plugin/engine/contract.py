@@ -10,7 +10,7 @@ an :class:`EventAdapter`, found through the hook ``vswa_event_adapter``, turns e
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -179,3 +179,16 @@ class EventAdapter(Protocol):
 
         :raises ProtocolError: ``raw`` is not an event of this format; says the field and what came.
         """
+
+
+class Node(NamedTuple):
+    """What names one block of one prefix.
+
+    :param sequence_hash: Dynamo's chained hash of all blocks up to this one.
+    :param position: index of the block in its sequence.
+    :param parent_hash: sequence hash of the block before it; None at the root.
+    """
+
+    sequence_hash: int
+    position: int
+    parent_hash: int | None

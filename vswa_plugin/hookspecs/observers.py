@@ -9,9 +9,8 @@ from vswa_plugin.hookspecs.marks import hookspec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vswa_plugin.engine.contract import BlocksStored, RawEvent, RequestDict
+    from vswa_plugin.engine.contract import BlocksStored, Node, RawEvent, RequestDict
     from vswa_plugin.engine.records import RequestRecord
-    from vswa_plugin.publishing.nodes import Node
     from vswa_plugin.wire.events import Batch, Source
 
 

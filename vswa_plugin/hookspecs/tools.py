@@ -9,11 +9,10 @@ from vswa_plugin.hookspecs.marks import hookspec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vswa_plugin.accuracy.scorers import Scorer
     from vswa_plugin.blocks.layout import CacheLayout
     from vswa_plugin.blocks.reuse import ReuseRule
-    from vswa_plugin.cli import Commands
-    from vswa_plugin.simulation.presets import RankSetup, SimulatedRank
+    from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
+    from vswa_plugin.hookspecs.commands import Commands
 
 
 @hookspec
@@ -28,7 +27,7 @@ def vswa_accuracy_scorers(layout: CacheLayout, rules: Mapping[str, ReuseRule]) -
 
     :param layout: frozen; the cache groups and the reuse rule of the trace's header.
     :param rules: all reuse rules by name.
-    :returns: objects with the shape of ``vswa_plugin.accuracy.scorers.Scorer``, or None.
+    :returns: objects with the shape of ``vswa_plugin.engine.predicted.Scorer``, or None.
 
     .. versionadded:: 0.1
     """
@@ -45,7 +44,7 @@ def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
         plugin's answer; counted, logged once per plugin and minute.
 
     :param setup: frozen; cache groups, reuse rule, blocks of each group.
-    :returns: an object with the shape of ``vswa_plugin.simulation.presets.SimulatedRank``, or None.
+    :returns: an object with the shape of ``vswa_plugin.engine.predicted.SimulatedRank``, or None.
 
     .. versionadded:: 0.1
     """

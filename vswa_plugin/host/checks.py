@@ -17,8 +17,8 @@ import pluggy
 from vswa_plugin import hookspecs
 from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.engine.contract import Engine, EventAdapter
+from vswa_plugin.engine.predicted import SimulatedRank
 from vswa_plugin.errors import PluginError
-from vswa_plugin.simulation.presets import SimulatedRank
 from vswa_plugin.wire.events import Rank
 
 #: Hook name -> names of its arguments, in order.
@@ -137,7 +137,7 @@ def check_adapter(answer: object) -> None:
 
 
 def check_simulated_rank(answer: object) -> None:
-    """Refuse what lacks a part of ``vswa_plugin.simulation.presets.SimulatedRank``."""
+    """Refuse what lacks a part of ``vswa_plugin.engine.predicted.SimulatedRank``."""
     _check_parts(answer, SimulatedRank)
 
 
@@ -197,11 +197,12 @@ def check_rank(answer: object, ranks: Set[Rank]) -> None:
 
 
 def check_scorers(answer: object, taken: Collection[str]) -> None:
-    """Refuse what is no list of objects with the shape of ``vswa_plugin.accuracy.scorers.Scorer``.
+    """Refuse what is no list of objects with the shape of ``vswa_plugin.engine.predicted.Scorer``.
 
     :param taken: names that scorers of other plugins have.
     """
-    from vswa_plugin.accuracy.scorers import Scorer, built_in_scorers
+    from vswa_plugin.accuracy.scorers import built_in_scorers
+    from vswa_plugin.engine.predicted import Scorer
 
     check_answer(answer)
     if not isinstance(answer, list | tuple):

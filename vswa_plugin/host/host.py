@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from vswa_plugin.blocks.reuse import RULES, ReuseRule
-from vswa_plugin.cli import Command, Commands
 from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
+from vswa_plugin.hookspecs.commands import Command, Commands
 from vswa_plugin.host import checks as plugin_checks
 from vswa_plugin.host import sources as plugin_sources
 from vswa_plugin.host.calls import FAILURES_METRIC, Lost
@@ -21,21 +21,20 @@ from vswa_plugin.host.registered import PluginSet
 from vswa_plugin.host.registered import PluginStatus as PluginStatus
 
 if TYPE_CHECKING:
-    from vswa_plugin.accuracy.scorers import Scorer
     from vswa_plugin.blocks.layout import CacheLayout
     from vswa_plugin.engine.contract import (
         BlocksStored,
         Engine,
         EngineSettings,
         EventAdapter,
+        Node,
         RawEvent,
         RequestDict,
     )
+    from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
     from vswa_plugin.engine.records import RequestRecord
     from vswa_plugin.hookspecs import WorkerContext
-    from vswa_plugin.publishing.nodes import Node
     from vswa_plugin.selection import RoutedRequest, Scored
-    from vswa_plugin.simulation.presets import RankSetup, SimulatedRank
     from vswa_plugin.wire.events import Batch, Rank, Source
 
 logger = logging.getLogger(__name__)

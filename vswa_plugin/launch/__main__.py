@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.names import ROUTER_MODES
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.serving import keep_serving, progress_from
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--http-port", type=int, default=environ("DYN_HTTP_PORT", "8000"), help="default: 8000")
     made.add_argument(
         "--router-mode",
-        metavar="|".join(dynamo.ROUTER_MODES),
+        metavar="|".join(ROUTER_MODES),
         help="agg, disagg: how the frontend chooses workers (round-robin)",
     )
     made.add_argument("--namespace", default=environ("DYN_NAMESPACE", "dynamo"), help="default: dynamo")
@@ -124,8 +124,8 @@ def _router_mode(given: str | None, topology: Topology, routing: Routing) -> str
         return "kv" if routing.router == "stock" else "round-robin"
     if topology.routed:
         raise ConfigError(f"--router-mode: {topology.name!r} has its own, got {given!r}; use --router")
-    if given not in dynamo.ROUTER_MODES:
-        raise ConfigError(f"--router-mode: {unknown_choice('mode', given, dynamo.ROUTER_MODES)}")
+    if given not in ROUTER_MODES:
+        raise ConfigError(f"--router-mode: {unknown_choice('mode', given, ROUTER_MODES)}")
     return given
 
 

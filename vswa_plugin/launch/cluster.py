@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from vswa_plugin.dynamo.runtime import COMPONENTS, ETCD_ENV, LOOPBACK_ENV, NATS_ENV, ROUTER_COMPONENT
+from vswa_plugin.dynamo.names import COMPONENTS, ETCD_ENV, LOOPBACK_ENV, NATS_ENV, ROUTER_COMPONENT
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.launch.brokers import start_etcd, start_nats
 from vswa_plugin.launch.probe import Probe

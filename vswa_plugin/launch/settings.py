@@ -7,11 +7,11 @@ import os
 
 import msgspec
 
-from vswa_plugin.dynamo.runtime import ROUTER_COMPONENT, EndpointName, default_endpoint
+from vswa_plugin.dynamo.names import ROUTER_COMPONENT, EndpointName, default_endpoint
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router import args as router_args
-from vswa_plugin.router.models import slug_of
+from vswa_plugin.router.pools import slug_of
 from vswa_plugin.worker import args as worker_args
 
 #: Read by the plugin dynamo_events: what a worker tells Dynamo's own router.

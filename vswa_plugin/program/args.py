@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from vswa_plugin import __version__
-from vswa_plugin.dynamo.runtime import NATS_ENV
+from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.program.run import LEVELS
 from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV

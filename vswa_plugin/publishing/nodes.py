@@ -7,26 +7,12 @@ comes back under the same engine hash is still the same prefix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from vswa_plugin.blocks.hashing import block_hash, chain
-from vswa_plugin.engine.contract import EngineBlock, EngineHash
+from vswa_plugin.engine.contract import EngineBlock, EngineHash, Node
 
 #: (token_ids, cache_salt, lora_name) -> block hash in that namespace.
 BlockHasher = Callable[[Sequence[int], str | None, str | None], int]
-
-
-class Node(NamedTuple):
-    """What names one block of one prefix.
-
-    :param sequence_hash: Dynamo's chained hash of all blocks up to this one.
-    :param position: index of the block in its sequence.
-    :param parent_hash: sequence hash of the block before it; None at the root.
-    """
-
-    sequence_hash: int
-    position: int
-    parent_hash: int | None
 
 
 def plain_hasher(token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> int:

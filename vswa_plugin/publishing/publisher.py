@@ -20,11 +20,10 @@ from typing import Protocol
 
 import msgspec
 
-from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineEvent, EventAdapter, RawEvent
+from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineEvent, EventAdapter, Node, RawEvent
 from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
 from vswa_plugin.publishing.healing import Claim, Healing
 from vswa_plugin.publishing.history import History, HistoryOptions
-from vswa_plugin.publishing.nodes import Node
 from vswa_plugin.publishing.residency import Residency, Restart
 from vswa_plugin.wire.events import Batch, Event, Source, decode, encode, layout_event
 from vswa_plugin.wire.numbering import Numbering, split

@@ -18,8 +18,9 @@ from vswa_plugin.engine.contract import (
     EngineHash,
     EventsLost,
     GroupCreated,
+    Node,
 )
-from vswa_plugin.publishing.nodes import Node, NodeTable
+from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.wire.events import TIERS, Event, Moved, Removed, Stored
 
 logger = logging.getLogger(__name__)

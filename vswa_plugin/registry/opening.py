@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from vswa_plugin.dynamo.runtime import DEFAULT_ETCD, ETCD_ENV
+from vswa_plugin.dynamo.names import DEFAULT_ETCD, ETCD_ENV
 from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.runtime import run_on_uvloop
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
@@ -21,7 +21,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     registry = open_registry(args.registry) if args.registry else registry_from_env()
     with load_host(args.plugin, args.no_plugin) as host:
         made = (Selector if args.http.selector_only else Router)(args, host, registry)
-        return dynamo.run(made.run())
+        return run_on_uvloop(made.run())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo import runtime as dynamo
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes, shut_down
+from vswa_plugin.dynamo.runtime import connect
 from vswa_plugin.errors import VswaError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.program.status import Status
@@ -103,7 +103,7 @@ class Router:
             len(self.fleet.entries),
             "" if exact else ", not all of them known yet",
         )
-        self._runtime = dynamo.connect()
+        self._runtime = connect()
         args, entries = self._args, self.fleet.entries
         self._models = Models(
             self._runtime,

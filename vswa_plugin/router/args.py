@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo.runtime import EndpointName
+from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args

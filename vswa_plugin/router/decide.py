@@ -14,10 +14,10 @@ from vswa_plugin.engine.contract import RequestDict
 from vswa_plugin.engine.requests import Fields, unchecked_token_ids
 from vswa_plugin.errors import InvalidRequest
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.router.pools import Pool
 from vswa_plugin.selection import (
     Candidate,
     Constraints,
-    LoadBook,
     NoHooks,
     RoutedRequest,
     Scored,
@@ -71,23 +71,6 @@ class Decision(msgspec.Struct, frozen=True):
     @property
     def prompt_len(self) -> int:
         return self.prompt.length
-
-
-class Pool(msgspec.Struct):
-    """The ranks of one model that do the same, and what this router has put on them.
-
-    :param book: shared with the model's other pools.
-    :param ranks: of all workers that may be used, in no order.
-    :param taints: labels by worker id.
-    :param phase: what they do: ``agg``, ``prefill`` or ``decode``.
-    """
-
-    model: str
-    block_size: int
-    book: LoadBook
-    ranks: tuple[Rank, ...] = ()
-    taints: Mapping[int, frozenset[str]] = {}
-    phase: str = "agg"
 
 
 class DecisionStats(msgspec.Struct):

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import msgspec
 
-from vswa_plugin.dynamo.client import Call, FrontEndpoint, ModelCard, WorkerClient
+from vswa_plugin.dynamo.client import Call
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, RequestError, Unavailable, unknown_choice
-from vswa_plugin.router.decide import Decider, Decision, Pool
+from vswa_plugin.router.decide import Decider, Decision
 from vswa_plugin.router.disagg import (
     PREFILL_TRIES,
     PrefillAnswer,
@@ -20,74 +20,15 @@ from vswa_plugin.router.disagg import (
     decode_request,
     prefill_request,
 )
+from vswa_plugin.router.pools import Model, Pool
 from vswa_plugin.router.promises import Accuracy, Outcome
 from vswa_plugin.router.under_way import UnderWay
-from vswa_plugin.selection import LoadBook, NoCandidate
 from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
 
 #: How long a worker that could not serve a request is chosen only where there is no other.
 AVOID_S = 5.0
-
-
-class Model:
-    """One model: its ranks with their load, how its workers are called, and where it is shown.
-
-    :ivar pool: ranks that do both phases; ``prefill`` and ``decode``: those that do one.
-    """
-
-    def __init__(self, name: str, block_size: int, book: LoadBook | None = None) -> None:
-        self.name = name
-        book = LoadBook(block_size) if book is None else book
-        self.pool = Pool(name, block_size, book)
-        self.prefill = Pool(name, block_size, book, phase="prefill")
-        self.decode = Pool(name, block_size, book, phase="decode")
-        self.clients: dict[int, WorkerClient] = {}
-        self.endpoint: FrontEndpoint | None = None
-        self.card: ModelCard | None = None
-        self.retry_at = 0.0
-
-    @property
-    def pools(self) -> tuple[Pool, Pool, Pool]:
-        return self.pool, self.prefill, self.decode
-
-    def missing(self) -> str | None:
-        """Why it cannot be served with the workers that there are, or None."""
-        return _missing([pool.phase for pool in self.pools if pool.ranks])
-
-    def reachable(self) -> set[int]:
-        """Workers that Dynamo's discovery lists now."""
-        found: set[int] = set()
-        for client in set(self.clients.values()):
-            found.update(client.instance_ids())
-        return found
-
-    def apart(self) -> bool:
-        """Whether the next request goes to a prefill and a decode worker: where both are there, it does.
-
-        :raises NoCandidate: nobody can serve it now; says who is missing.
-        """
-        if not (self.prefill.ranks or self.decode.ranks):
-            return False
-        reachable = self.reachable()
-        there = [pool.phase for pool in self.pools if any(r.worker_id in reachable for r in pool.ranks)]
-        if (missing := _missing(there)) is not None:
-            raise NoCandidate(missing)
-        return "prefill" in there and "decode" in there
-
-
-def _missing(phases: Collection[str]) -> str | None:
-    """Why workers that do ``phases`` cannot serve together, or None."""
-    if not phases:
-        return "no worker serves this model right now"
-    if "agg" in phases or len(phases) == 2:
-        return None
-    lacking = "decode" if "prefill" in phases else "prefill"
-    return (
-        f"no {lacking} worker serves this model right now, and its {next(iter(phases))} workers cannot "
-        f"alone; start a worker with --mode {lacking}"
-    )
 
 
 class ForwardStats(msgspec.Struct):

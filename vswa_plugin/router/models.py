@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from xxhash import xxh3_64_hexdigest
-
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
-from vswa_plugin.dynamo.runtime import EndpointName
+from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.engine.contract import MODES
 from vswa_plugin.registry import Entry
-from vswa_plugin.router.forward import Forwarder, Model
+from vswa_plugin.router.forward import Forwarder
+from vswa_plugin.router.pools import Group, Model, grouped, set_ranks, slug_of
 from vswa_plugin.selection import LoadBook
 from vswa_plugin.wire.events import Rank
 
@@ -27,57 +23,6 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.2
 #: How long a model that could not be shown waits for its next try.
 RETRY_S = 5.0
-
-
-class Group(msgspec.Struct, frozen=True):
-    """The workers of one model that fit together, and those that do not, with the reason."""
-
-    used: tuple[Entry, ...]
-    refused: tuple[tuple[Entry, str], ...] = ()
-
-
-def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict[str, Group]:
-    """Workers of ``modes`` by model.
-
-    Workers of a model must agree on block size and hash scheme, else one hash of a prompt cannot score them
-    all, nor one hand a prompt over to another: those that most share are used, of two as frequent those of
-    the oldest worker.
-    """
-    by_model: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.mode in modes:
-            by_model.setdefault(entry.served_model_name, []).append(entry)
-    return {name: _consistent(of_model) for name, of_model in sorted(by_model.items())}
-
-
-def _consistent(entries: list[Entry]) -> Group:
-    entries = sorted(entries, key=lambda entry: (min(entry.epochs.values(), default=0), entry.key))
-    counts = Counter((entry.block_size, entry.hash_scheme) for entry in entries)
-    size, scheme = counts.most_common(1)[0][0]  # of equals the first met, which is the oldest worker's
-    used, refused = [], []
-    for entry in entries:
-        if (entry.block_size, entry.hash_scheme) == (size, scheme):
-            used.append(entry)
-        else:
-            reason = (
-                f"expected block size {size} and hash scheme {scheme} as of the model's other workers, got "
-                f"{entry.block_size} and {entry.hash_scheme}; start it with the same tokens_per_block"
-            )
-            refused.append((entry, reason))
-    return Group(tuple(used), tuple(refused))
-
-
-def set_ranks(model: Model, group: Group) -> None:
-    """Let the model's pools be the workers of ``group``, each in the pool of its mode."""
-    taints = {entry.worker_id: frozenset(entry.taints) for entry in group.used}
-    for pool in model.pools:
-        pool.taints = taints
-        pool.ranks = tuple(
-            Rank(entry.worker_id, dp_rank)
-            for entry in group.used
-            if entry.mode == pool.phase
-            for dp_rank in sorted(entry.epochs)
-        )
 
 
 def _report_phases(model: Model) -> None:
@@ -106,12 +51,6 @@ def card_of(name: str, group: Group) -> ModelCard:
         tool_call_parser=first.tool_call_parser,
         reasoning_parser=first.reasoning_parser,
     )
-
-
-def slug_of(model: str) -> str:
-    """A model's name as part of an endpoint's; different models never get the same."""
-    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
-    return slug if slug == model else f"{slug}-{xxh3_64_hexdigest(model.encode())[:6]}"
 
 
 def _not_here(card: ModelCard) -> str | None:

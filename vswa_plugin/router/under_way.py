@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from vswa_plugin.dynamo.client import Call
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
-from vswa_plugin.router.decide import Decision, Pool
+from vswa_plugin.router.decide import Decision
 from vswa_plugin.router.disagg import PrefillAnswer, cached_tokens_of, tell_cached_tokens
+from vswa_plugin.router.pools import Pool
 from vswa_plugin.wire.events import Rank
 
 if TYPE_CHECKING:
-    from vswa_plugin.router.forward import Forwarder, Model
+    from vswa_plugin.router.forward import Forwarder
+    from vswa_plugin.router.pools import Model
 
 #: Engines end so a request that they did not finish.
 _UNFINISHED = ("cancelled", "error")

@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from vswa_plugin.accuracy.scorers import Prompt, Scorer
 from vswa_plugin.accuracy.views import View
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.engine.contract import EventAdapter, RawEvent
+from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.selection import Candidate, LoadBook, Scored, Weights, booked_prefill, choose, scored
 from vswa_plugin.wire.events import Rank
 

@@ -1,72 +1,12 @@
-"""What a routing simulation needs of an engine's cache: the contract of the hook ``vswa_simulated_rank``.
-
-A simulated rank computes nothing: what it reuses, stores and evicts, and its events, are its engine's.
-"""
+"""The attention of models that are simulated, and the cache of a rank that serves one."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine.predicted import RankSetup
 from vswa_plugin.errors import ConfigError
-
-
-class RankSetup(msgspec.Struct, frozen=True):
-    """The cache of one rank.
-
-    :param blocks: on the device, per group of ``layout``.
-    :param layers: that keep their blocks in it, per group.
-    :param max_seq_len: the longest sequence, in tokens.
-    :param chunk_tokens: prompt tokens that one step computes.
-    :param events: False: nobody will ask for them.
-    """
-
-    layout: CacheLayout
-    blocks: tuple[int, ...]
-    layers: tuple[int, ...]
-    max_seq_len: int
-    chunk_tokens: int = 512
-    events: bool = True
-
-
-class RankSequence(Protocol):
-    """One request that was admitted.
-
-    :ivar cached_tokens: of its prompt, what was reused.
-    """
-
-    cached_tokens: int
-
-    def compute_prompt(self) -> None:
-        """The prompt is computed; its blocks can be reused from here on."""
-
-    def finish(self, output: Sequence[int]) -> None:
-        """``output`` was generated, and the request has ended."""
-
-
-class SimulatedRank(Protocol):
-    """The cache of one engine rank.
-
-    :ivar event_format: what ``vswa_event_adapter`` is asked for.
-    """
-
-    event_format: str
-
-    def fits(self, prompt_len: int, output_len: int) -> bool:
-        """Whether a request of that many tokens could run, were it alone."""
-
-    def would_reuse(self, prompt: Sequence[int]) -> int:
-        """Tokens of ``prompt`` that :meth:`open` would reuse now; changes nothing."""
-
-    def open(self, prompt: Sequence[int], output_len: int) -> RankSequence | None:
-        """Match a prompt that fits and hold what it reuses; None while there is no room."""
-
-    def take_events(self) -> Sequence[RawEvent]:
-        """The engine's own events since the last call, in order."""
 
 
 class Preset(msgspec.Struct, frozen=True):

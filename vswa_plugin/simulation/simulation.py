@@ -15,11 +15,10 @@ from functools import partial
 
 import msgspec
 
-from vswa_plugin.accuracy.scorers import Prompt
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.engine.predicted import Prompt, RankSequence, SimulatedRank
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import Policy, Routed
-from vswa_plugin.simulation.presets import RankSequence, SimulatedRank
 from vswa_plugin.simulation.workloads import Arrival, Request
 
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vswa_plugin.accuracy.scorers import Scorer, built_in_scorers
+from vswa_plugin.accuracy.scorers import built_in_scorers
+from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import ORACLE, RANDOM, ROUND_ROBIN, ByCost, Policy, Seen, Unaware
-from vswa_plugin.simulation.presets import PRESETS, RankSetup, SimulatedRank, rank_setup
+from vswa_plugin.simulation.presets import PRESETS, rank_setup
 from vswa_plugin.simulation.simulation import Simulation, Totals
 from vswa_plugin.simulation.workloads import WORKLOADS, Arrival, made_up, mooncake, poisson
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.runtime import run_on_uvloop
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
@@ -21,7 +21,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     with load_host(args.plugin, args.no_plugin) as host:
         engine = host.engine(args.settings)
         host.event_adapter(engine.event_format, engine.info.layout)  # refused now rather than after start
-        return dynamo.run(Worker(args, host, engine, registry).run())
+        return run_on_uvloop(Worker(args, host, engine, registry).run())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

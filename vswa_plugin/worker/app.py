@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from vswa_plugin.dynamo import runtime as dynamo
+from vswa_plugin.dynamo.runtime import ShownModel, WorkerEndpoint, connect, namespaced_block_hash
 from vswa_plugin.engine.contract import Engine, RawEvent
 from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 from vswa_plugin.hookspecs import WorkerContext
@@ -61,7 +61,7 @@ class Worker:
         self._publishers: dict[int, Publisher] = {}
         self._publishing: list[asyncio.Task[None]] = []
         self._told_epochs: dict[int, int] = {}
-        self._endpoint: dynamo.WorkerEndpoint | None = None
+        self._endpoint: WorkerEndpoint | None = None
         self._engine_started = False
         #: Told when the engine gives a sign of life.
         self._alive: Callable[[], None] = lambda: None
@@ -94,10 +94,10 @@ class Worker:
             await self._end()
             await server.stop()
 
-    async def _start(self) -> tuple[dynamo.WorkerEndpoint, RequestHandler, asyncio.Task[None]]:
+    async def _start(self) -> tuple[WorkerEndpoint, RequestHandler, asyncio.Task[None]]:
         """Connect, start the engine, serve, and say so."""
         await self._probe()
-        endpoint = self._endpoint = dynamo.WorkerEndpoint(dynamo.connect(), self._args.endpoint)
+        endpoint = self._endpoint = WorkerEndpoint(connect(), self._args.endpoint)
         self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
         host = self._host
@@ -166,7 +166,7 @@ class Worker:
         return Publisher(
             source,
             self._host.event_adapter(self._engine.event_format, layout),
-            Residency(layout, NodeTable(dynamo.namespaced_block_hash)),
+            Residency(layout, NodeTable(namespaced_block_hash)),
             send,
             self._host.kv_batch,
             options,
@@ -175,7 +175,7 @@ class Worker:
             observe_stored=self._host.kv_stored if self._host.implements("vswa_kv_stored") else None,
         )
 
-    def _context(self, endpoint: dynamo.WorkerEndpoint) -> WorkerContext:
+    def _context(self, endpoint: WorkerEndpoint) -> WorkerContext:
         return WorkerContext(
             endpoint=endpoint.raw,
             worker_id=endpoint.worker_id,
@@ -191,7 +191,7 @@ class Worker:
         self._host.engine_events(dp_rank, events)
         self._publishers[dp_rank].offer(events)
 
-    async def _go_live(self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler) -> asyncio.Task[None]:
+    async def _go_live(self, endpoint: WorkerEndpoint, handler: RequestHandler) -> asyncio.Task[None]:
         settings, info = self._args.settings, self._engine.info
         serving = endpoint.serve(handler.handle)
         entry = self._entry(endpoint.worker_id)
@@ -223,11 +223,11 @@ class Worker:
         else:
             self._told_epochs = epochs
 
-    async def _show(self, endpoint: dynamo.WorkerEndpoint) -> None:
+    async def _show(self, endpoint: WorkerEndpoint) -> None:
         """Show the model to Dynamo's frontends, or leave that to a router."""
         args, info, showing = self._args, self._engine.info, self._args.showing
         if showing.visible:
-            model = dynamo.ShownModel(
+            model = ShownModel(
                 args.settings.served_model_name,
                 info.model_dir or args.settings.model_path,
                 args.settings.mode,
@@ -294,7 +294,7 @@ class Worker:
                 if task.done():
                     raise WorkerFailed(f"a publisher ended unasked ({_why(task)})")
 
-    async def _give_up(self, reason: str, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler) -> None:
+    async def _give_up(self, reason: str, endpoint: WorkerEndpoint, handler: RequestHandler) -> None:
         """Nobody shall send requests here any more, and those under way go on elsewhere."""
         logger.error("giving up: %s", reason)
         self._status.failure = reason
@@ -303,9 +303,7 @@ class Worker:
         handler.abandon(reason)
         await handler.drain(1.0)
 
-    async def _drain(
-        self, endpoint: dynamo.WorkerEndpoint, handler: RequestHandler, stop: asyncio.Event
-    ) -> None:
+    async def _drain(self, endpoint: WorkerEndpoint, handler: RequestHandler, stop: asyncio.Event) -> None:
         self._status.ready = False
         logger.info("stopping: no new requests, waiting for %d under way", handler.in_flight)
         stop.clear()

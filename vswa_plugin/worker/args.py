@@ -10,13 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from vswa_plugin.dynamo.runtime import (
-    REASONING_PARSER,
-    TOOL_CALL_PARSER,
-    EndpointName,
-    check_parser,
-    default_endpoint,
-)
+from vswa_plugin.dynamo.names import REASONING_PARSER, TOOL_CALL_PARSER, EndpointName, default_endpoint
+from vswa_plugin.dynamo.runtime import check_parser
 from vswa_plugin.engine.contract import MODES, EngineSettings
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.host.loading import add_plugin_arguments

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine.predicted import RankSetup
 from vswa_plugin.errors import InvalidRequest, InvariantError
-from vswa_plugin.simulation.presets import RankSetup
 
 from ..cache.spec import GroupSpec
 from ..cache.v2 import CacheManager
@@ -17,7 +17,7 @@ _MAX_EVENTS = 1_000_000
 
 
 class SimulatedRank:
-    """The contract is ``vswa_plugin.simulation.presets.SimulatedRank``."""
+    """The contract is ``vswa_plugin.engine.predicted.SimulatedRank``."""
 
     event_format = "trtllm"
 
@@ -57,7 +57,7 @@ class SimulatedRank:
 
 
 class SimulatedSequence:
-    """The contract is ``vswa_plugin.simulation.presets.RankSequence``."""
+    """The contract is ``vswa_plugin.engine.predicted.RankSequence``."""
 
     def __init__(self, sequence: CacheSequence, prompt_len: int, block_size: int, chunk_tokens: int) -> None:
         self._sequence = sequence

@@ -29,7 +29,7 @@ from vswa_plugin.cli.demo.report import (
     verdict,
 )
 from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, show_choice, show_choices
-from vswa_plugin.dynamo.runtime import COMPONENTS
+from vswa_plugin.dynamo.names import COMPONENTS
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress, status_url
 from vswa_plugin.launch.serving import progress_from
 from vswa_plugin.launch.topologies import chosen_router, find_topology

@@ -26,7 +26,7 @@ from vswa_plugin.router.http.messages import (
     ReadyAnswer,
     WorkerAnswer,
 )
-from vswa_plugin.router.models import grouped
+from vswa_plugin.router.pools import grouped
 from vswa_plugin.wire.events import Rank, Source
 from vswa_plugin.wire.transport import subject
 

@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.metrics import FleetCollector
-from vswa_plugin.router.decide import Decider, Pool
+from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.pools import Pool
 from vswa_plugin.router.promises import BOUNDS, Accuracy
 from vswa_plugin.router.replicas.load import SharedLoad
 from vswa_plugin.router.selector.reservations import Reservations

@@ -11,9 +11,8 @@ from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import RequestError
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.registry import Entry
-from vswa_plugin.router.decide import Decider, Decision, Hasher, Pool
+from vswa_plugin.router.decide import Decider, Decision, Hasher
 from vswa_plugin.router.decide import Prompt as KnownPrompt
-from vswa_plugin.router.forward import Model
 from vswa_plugin.router.http.answers import (
     Prompt,
     endpoint_of,
@@ -29,7 +28,7 @@ from vswa_plugin.router.http.messages import (
     SelectionWish,
     SelectQuery,
 )
-from vswa_plugin.router.models import Group, grouped, set_ranks
+from vswa_plugin.router.pools import Group, Model, Pool, grouped, set_ranks
 from vswa_plugin.router.promises import Accuracy, Outcome
 from vswa_plugin.router.selector.reservations import Reservation, Reservations
 from vswa_plugin.selection import LoadBook, NoCandidate

@@ -1,0 +1,148 @@
+"""One model as a router serves it: its workers by what they do, their load, and how they are called."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+import msgspec
+from xxhash import xxh3_64_hexdigest
+
+from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
+from vswa_plugin.registry import Entry
+from vswa_plugin.selection import LoadBook, NoCandidate
+from vswa_plugin.wire.events import Rank
+
+
+class Pool(msgspec.Struct):
+    """The ranks of one model that do the same, and what this router has put on them.
+
+    :param book: shared with the model's other pools.
+    :param ranks: of all workers that may be used, in no order.
+    :param taints: labels by worker id.
+    :param phase: what they do: ``agg``, ``prefill`` or ``decode``.
+    """
+
+    model: str
+    block_size: int
+    book: LoadBook
+    ranks: tuple[Rank, ...] = ()
+    taints: Mapping[int, frozenset[str]] = {}
+    phase: str = "agg"
+
+
+class Model:
+    """One model: its ranks with their load, how its workers are called, and where it is shown.
+
+    :ivar pool: ranks that do both phases; ``prefill`` and ``decode``: those that do one.
+    """
+
+    def __init__(self, name: str, block_size: int, book: LoadBook | None = None) -> None:
+        self.name = name
+        book = LoadBook(block_size) if book is None else book
+        self.pool = Pool(name, block_size, book)
+        self.prefill = Pool(name, block_size, book, phase="prefill")
+        self.decode = Pool(name, block_size, book, phase="decode")
+        self.clients: dict[int, WorkerClient] = {}
+        self.endpoint: FrontEndpoint | None = None
+        self.card: ModelCard | None = None
+        self.retry_at = 0.0
+
+    @property
+    def pools(self) -> tuple[Pool, Pool, Pool]:
+        return self.pool, self.prefill, self.decode
+
+    def missing(self) -> str | None:
+        """Why it cannot be served with the workers that there are, or None."""
+        return _missing([pool.phase for pool in self.pools if pool.ranks])
+
+    def reachable(self) -> set[int]:
+        """Workers that Dynamo's discovery lists now."""
+        found: set[int] = set()
+        for client in set(self.clients.values()):
+            found.update(client.instance_ids())
+        return found
+
+    def apart(self) -> bool:
+        """Whether the next request goes to a prefill and a decode worker: where both are there, it does.
+
+        :raises NoCandidate: nobody can serve it now; says who is missing.
+        """
+        if not (self.prefill.ranks or self.decode.ranks):
+            return False
+        reachable = self.reachable()
+        there = [pool.phase for pool in self.pools if any(r.worker_id in reachable for r in pool.ranks)]
+        if (missing := _missing(there)) is not None:
+            raise NoCandidate(missing)
+        return "prefill" in there and "decode" in there
+
+
+def _missing(phases: Collection[str]) -> str | None:
+    """Why workers that do ``phases`` cannot serve together, or None."""
+    if not phases:
+        return "no worker serves this model right now"
+    if "agg" in phases or len(phases) == 2:
+        return None
+    lacking = "decode" if "prefill" in phases else "prefill"
+    return (
+        f"no {lacking} worker serves this model right now, and its {next(iter(phases))} workers cannot "
+        f"alone; start a worker with --mode {lacking}"
+    )
+
+
+class Group(msgspec.Struct, frozen=True):
+    """The workers of one model that fit together, and those that do not, with the reason."""
+
+    used: tuple[Entry, ...]
+    refused: tuple[tuple[Entry, str], ...] = ()
+
+
+def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict[str, Group]:
+    """Workers of ``modes`` by model.
+
+    Workers of a model must agree on block size and hash scheme, else one hash of a prompt cannot score them
+    all, nor one hand a prompt over to another: those that most share are used, of two as frequent those of
+    the oldest worker.
+    """
+    by_model: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.mode in modes:
+            by_model.setdefault(entry.served_model_name, []).append(entry)
+    return {name: _consistent(of_model) for name, of_model in sorted(by_model.items())}
+
+
+def _consistent(entries: list[Entry]) -> Group:
+    entries = sorted(entries, key=lambda entry: (min(entry.epochs.values(), default=0), entry.key))
+    counts = Counter((entry.block_size, entry.hash_scheme) for entry in entries)
+    size, scheme = counts.most_common(1)[0][0]  # of equals the first met, which is the oldest worker's
+    used, refused = [], []
+    for entry in entries:
+        if (entry.block_size, entry.hash_scheme) == (size, scheme):
+            used.append(entry)
+        else:
+            reason = (
+                f"expected block size {size} and hash scheme {scheme} as of the model's other workers, got "
+                f"{entry.block_size} and {entry.hash_scheme}; start it with the same tokens_per_block"
+            )
+            refused.append((entry, reason))
+    return Group(tuple(used), tuple(refused))
+
+
+def set_ranks(model: Model, group: Group) -> None:
+    """Let the model's pools be the workers of ``group``, each in the pool of its mode."""
+    taints = {entry.worker_id: frozenset(entry.taints) for entry in group.used}
+    for pool in model.pools:
+        pool.taints = taints
+        pool.ranks = tuple(
+            Rank(entry.worker_id, dp_rank)
+            for entry in group.used
+            if entry.mode == pool.phase
+            for dp_rank in sorted(entry.epochs)
+        )
+
+
+def slug_of(model: str) -> str:
+    """A model's name as part of an endpoint's; different models never get the same."""
+    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    return slug if slug == model else f"{slug}-{xxh3_64_hexdigest(model.encode())[:6]}"
