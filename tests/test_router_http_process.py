@@ -15,8 +15,7 @@ from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, get
 from tests.router_helpers import Stack
 from vswa_plugin.launch.processes import Child
-from vswa_plugin.router.args import parse
-from vswa_plugin.router.http.options import SELECTOR_PORT, HttpArgs
+from vswa_plugin.router.args import SELECTOR_PORT, HttpArgs, parse
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
-from vswa_plugin.router.http.options import HttpArgs, add_http_arguments, http_args
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.transport import check_name
 
@@ -39,6 +38,8 @@ environment:
 
 exit codes: 0 after SIGTERM, 1 when broker or runtime failed, 2 for what you can correct.
 """
+#: That of Dynamo's selection service.
+SELECTOR_PORT = 8092
 _DEFAULT_ENDPOINT = "dyn://dynamo.router.generate"
 #: Knob -> option of Dynamo's KV router, and what it does.
 _NUMBERS = {
@@ -82,6 +83,16 @@ _WORDS = {
 }
 
 
+class HttpArgs(msgspec.Struct, frozen=True):
+    """:param port: 0 takes a free one; None: no HTTP.
+    :param selector_only: show no model and forward nothing, answer ``/select``.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    selector_only: bool = False
+
+
 class RouterArgs(RunArgs, frozen=True, kw_only=True):
     """A checked command line.
 
@@ -122,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         help="how long a worker whose events are missing is scored as last seen (10)",
     )
     add_run_arguments(run)
-    add_http_arguments(made.add_argument_group("HTTP API (docs/router-api.md)"))
+    _add_http_arguments(made.add_argument_group("HTTP API (docs/router-api.md)"))
     _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
     add_plugin_arguments(made)
     return made
@@ -162,7 +173,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         namespace=None if namespace == "all" else namespace,
         weights=_weights(given, environ),
         stale_grace_s=given.stale_grace,
-        http=http_args(given),
+        http=_http_args(given),
     )
 
 
@@ -188,3 +199,34 @@ def _read(variable: str, text: str, switch: bool) -> float | bool:
         return float(text)
     except ValueError as error:
         raise ConfigError(f"{variable}: expected a number, got {text!r}") from error
+
+
+def _add_http_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--http-port",
+        type=int,
+        metavar="PORT",
+        help=f"serve the HTTP API, 0: on a free port (with --selector-only {SELECTOR_PORT}, else off)",
+    )
+    group.add_argument(
+        "--http-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address of the HTTP API, which asks nobody who they are (127.0.0.1)",
+    )
+    group.add_argument(
+        "--selector-only",
+        action="store_true",
+        help="show no model and forward nothing: answer /select for gateways that pin requests to workers "
+        "which the frontend sees itself",
+    )
+
+
+def _http_args(given: argparse.Namespace) -> HttpArgs:
+    """Raises ConfigError."""
+    port: int | None = given.http_port
+    if port is None and given.selector_only:
+        port = SELECTOR_PORT
+    if port is not None and not 0 <= port < 65_536:
+        raise ConfigError(f"--http-port: expected a port from 0 to 65535, got {port}")
+    return HttpArgs(given.http_host, port, given.selector_only)

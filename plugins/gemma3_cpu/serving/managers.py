@@ -9,7 +9,7 @@ from ..cache.api import CacheManager, PageMover, no_pages
 from ..cache.spec import GroupSpec
 from ..cache.v1.manager import CacheManagerV1
 from ..cache.v2 import CacheManager as CacheManagerV2
-from ..cache.v2.pages import pool_of_groups
+from ..cache.v2.pool import pool_of_groups
 from .options import RULES, EngineOptions
 from .pools import CachePlan
 

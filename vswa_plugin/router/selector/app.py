@@ -15,11 +15,10 @@ from vswa_plugin.host.host import PluginHost
 from vswa_plugin.program.status import Status
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach
-from vswa_plugin.router.args import RouterArgs
+from vswa_plugin.router.args import SELECTOR_PORT, RouterArgs
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.following import fleet_of
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
-from vswa_plugin.router.http.options import SELECTOR_PORT
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.router.replicas.exchange import Replicas

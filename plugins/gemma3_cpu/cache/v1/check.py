@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterator, Sequence
 from vswa_plugin.errors import InvariantError
 
 from ..api import DEVICE
-from .pool import Page
 from .sequence import CacheSequenceV1
-from .tree import Node, Tree
+from .tree import Node, Page, Tree
 from .window import Window
 
 

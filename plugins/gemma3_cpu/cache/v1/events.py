@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..buffer import EventBuffer, stored_block, updated
-from .pool import Page
-from .tree import Node
+from .tree import Node, Page
 
 
 class EventLog:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .pool import Page
-from .tree import Node, Tokens, Tree, best_part
+from .tree import Node, Page, Tokens, Tree, best_part
 from .window import Window
 
 

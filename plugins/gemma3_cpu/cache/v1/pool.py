@@ -1,4 +1,4 @@
-"""Pages of one window on both levels, and the queue in which those that nobody holds wait. Knows no tokens.
+"""The pages of one window on both levels, in queues where those that nobody holds wait. Knows no tokens.
 
 A page that nobody holds waits in the queue of its level, whether a block can be reused from it or not: the
 one given back longest ago is taken next. Read in TensorRT-LLM's LRU eviction policy, not run; there is one
@@ -8,34 +8,11 @@ priority here.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 from vswa_plugin.errors import InvariantError
 
 from ..api import DEVICE, HOST, Slot
-
-if TYPE_CHECKING:
-    from .tree import Node
-
-
-class Page:
-    """Keys and values of one block, wherever they lie.
-
-    :ivar slot: where; changes when the content moves between levels.
-    :ivar node: the block that can be reused from here; None while it belongs to a sequence or to nobody.
-    :ivar hash: the name under which ``node`` was announced in this window.
-    :ivar holders: sequences that hold it.
-    :ivar life: counts how often it was taken for new content.
-    """
-
-    __slots__ = ("hash", "holders", "life", "node", "slot")
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-        self.node: Node | None = None
-        self.hash: int | None = None
-        self.holders = 0
-        self.life = 0
+from .tree import Node, Page
 
 
 class Pool:

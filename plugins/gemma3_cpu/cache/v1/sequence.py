@@ -9,8 +9,7 @@ from vswa_plugin.errors import InvariantError
 
 from ..admission import Admission, check_computed
 from .match import Match, chop
-from .pool import Page
-from .tree import Tree
+from .tree import Page, Tree
 from .window import Window
 
 _NO_PAGE = -1

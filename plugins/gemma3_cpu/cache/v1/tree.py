@@ -8,10 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
+from ..api import Slot
 from ..hashing import block_key, salt_id
-from .pool import Page
 
 Tokens: TypeAlias = tuple[int, ...]
+
+
+class Page:
+    """Keys and values of one block, wherever they lie.
+
+    :ivar slot: where; changes when the content moves between levels.
+    :ivar node: the block that can be reused from here; None while it belongs to a sequence or to nobody.
+    :ivar hash: the name under which ``node`` was announced in this window.
+    :ivar holders: sequences that hold it.
+    :ivar life: counts how often it was taken for new content.
+    """
+
+    __slots__ = ("hash", "holders", "life", "node", "slot")
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.node: Node | None = None
+        self.hash: int | None = None
+        self.holders = 0
+        self.life = 0
 
 
 class Node:

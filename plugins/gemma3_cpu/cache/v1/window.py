@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..api import DEVICE, HOST, PageMover
 from ..spec import GroupSpec
 from .events import EventLog
-from .pool import Page, Pool
-from .tree import Node, Tree, below
+from .pool import Pool
+from .tree import Node, Page, Tree, below
 
 
 class Window:

@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from vswa_plugin.errors import InvariantError
 
 from ..api import DEVICE, HOST
-from .pages import Page, Pool
+from .pool import Pool
 from .sequence import NO_PAGE, CacheSequence
 from .store import BlockStore
-from .tree import Node, all_nodes
+from .tree import Node, Page, all_nodes
 
 
 def check_store(store: BlockStore, sequences: Collection[CacheSequence], reserved: Sequence[int]) -> None:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 from vswa_plugin.errors import InvariantError
 
 from ..admission import Admission, check_computed
-from .pages import Page
 from .store import BlockStore
-from .tree import Node, Tokens
+from .tree import Node, Page, Tokens
 
 #: In block tables: no page.
 NO_PAGE = -1

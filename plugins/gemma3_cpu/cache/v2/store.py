@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from ..api import DEVICE, HOST, PageMover, Slot
 from ..spec import GroupSpec
 from .events import EventLog
-from .pages import Page, Pool, pool_of_groups
-from .tree import Node, Tokens, Tree, leaves_first
+from .pool import Pool, pool_of_groups
+from .tree import Node, Page, Tokens, Tree, leaves_first
 
 
 class BlockStore:

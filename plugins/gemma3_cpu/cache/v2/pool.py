@@ -1,44 +1,14 @@
-"""Pages and the pools they come from."""
+"""The pools that pages come from."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vswa_plugin.errors import InvariantError
 
-from ..api import DEVICE, Slot
 from ..spec import GroupSpec
-
-if TYPE_CHECKING:
-    from .tree import Node
-
-
-class Page:
-    """Room for one block's keys and values in one cache group.
-
-    :ivar group: index of the group.
-    :ivar level: where it lies now; pages that an open sequence holds lie on the device.
-    :ivar number: of the page among those of its pool on that level.
-    :ivar node: the block whose content it is, while that block is in the tree; None for a private page.
-    :ivar holders: sequences that need it.
-    :ivar queued: it waits in its pool to be evicted.
-    """
-
-    __slots__ = ("group", "holders", "level", "node", "number", "queued")
-
-    def __init__(self, group: int, number: int) -> None:
-        self.group = group
-        self.level = DEVICE
-        self.number = number
-        self.node: Node | None = None
-        self.holders = 1
-        self.queued = False
-
-    @property
-    def slot(self) -> Slot:
-        return Slot(self.level, self.number)
+from .tree import Page
 
 
 class Pool:
