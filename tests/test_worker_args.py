@@ -28,7 +28,7 @@ def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
         worker.close()
         raise AssertionError("local checks passed")
 
-    monkeypatch.setattr("vswa_plugin.dynamo.runtime.run", fail)
+    monkeypatch.setattr("vswa_plugin.worker.__main__.run_on_uvloop", fail)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
