@@ -33,6 +33,7 @@ BENCHES: dict[str, tuple[str, list[str]]] = {
         "How long until a published event is visible, against Dynamo's plane?",
         ["bench_stream.py", "--events", "200", "--pauses", "0.002"],
     ),
+    "fleet": ("What does an idle fleet cost a router?", ["bench_fleet.py", "--short"]),
     "projection": ("What does the projection for stock Dynamo cost?", ["bench_projection.py", "--short"]),
     "router": ("What does the exact router add, against Dynamo's own?", ["bench_router.py", "--short"]),
     "route": ("What is exactness worth, in simulations?", ["bench_route.py", "--short"]),

@@ -76,7 +76,8 @@ class Ours:
     """Gemma3Model, driven through page tables as the engine drives it."""
 
     def __init__(self, directory: str) -> None:
-        from vswa_plugins.gemma3_cpu.model.model import PagedKV, group_layers, load_model
+        from vswa_plugins.gemma3_cpu.model.model import PagedKV, group_layers
+        from vswa_plugins.gemma3_cpu.weights.source import load_model
 
         self._model = load_model(directory)
         layers = group_layers(self._model.config)

@@ -25,8 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from vswa_plugin.dynamo.names import LOOPBACK_ENV
 from vswa_plugin.launch.brokers import start_etcd, start_nats
-from vswa_plugin.launch.cluster import LOOPBACK_ENV
 
 BLOCK = 32
 WARM_UP = 50
@@ -41,7 +41,8 @@ async def publish_ours(nats_server: str, events: int, pause_s: float) -> list[in
     from vswa_plugin.publishing.publisher import Publisher
     from vswa_plugin.publishing.residency import Residency
     from vswa_plugin.wire.events import Source
-    from vswa_plugin.wire.transport import Transport, subject
+    from vswa_plugin.wire.subjects import subject
+    from vswa_plugin.wire.transport import Transport
 
     class Direct:
         def feed(self, raw: Mapping[str, Any]) -> list[EngineEvent]:

@@ -23,6 +23,7 @@ from vswa_plugin.dynamo.names import EndpointName, default_endpoint
 from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EngineEvent
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.life import Life
 from vswa_plugin.publishing.publisher import Publisher
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry
@@ -30,7 +31,8 @@ from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse
 from vswa_plugin.wire.events import Source
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 
 BLOCK, MODEL, WORKERS = 32, "echo", "bench-workers"
 
@@ -127,7 +129,7 @@ class EchoWorker:
             rule=self._layout.rule,
             hash_scheme=self._layout.hash_scheme,
             groups=self._layout.groups,
-            epochs={0: self._ours.numbering.epoch},
+            epochs={0: self._ours.ledger.epoch},
             total_kv_blocks=100_000,
             pid=os.getpid(),
         )
@@ -170,7 +172,8 @@ async def router(options: dict[str, Any]) -> int:
     """Our router; at each SIGUSR1 it writes its meters to ``options["meters"]``."""
     args = parse([*options["arguments"]])
     with load_host() as host:
-        made = Router(args, host, registry_from_env())
+        life = Life("vswa router")
+        made = Router(args, host, registry_from_env(), life)
 
         def write() -> None:
             stats, used = made.decider.stats, resource.getrusage(resource.RUSAGE_SELF)
@@ -187,14 +190,15 @@ async def router(options: dict[str, Any]) -> int:
             path.with_suffix(".new").rename(path)
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, write)
-        return await made.run()
+        return await life.run(made)
 
 
 async def relay(arguments: list[str]) -> int:
     """Our router without a choice (a family of prompts has its worker): what a second hop in Python costs."""
     args = parse(arguments)
     with load_host() as host:
-        made = Router(args, host, registry_from_env())
+        life = Life("vswa router")
+        made = Router(args, host, registry_from_env(), life)
 
         async def passed_on(request: dict[str, Any], call: Call) -> AsyncIterator[dict[str, Any]]:
             client = next(iter(made.forwarder.models[request["model"]].clients.values()))
@@ -203,8 +207,8 @@ async def relay(arguments: list[str]) -> int:
             async for chunk in client.generate(request, worker_id, call):
                 yield chunk
 
-        made.forwarder.forward = passed_on  # type: ignore[method-assign]
-        return await made.run()
+        made.forwarder.forward = passed_on
+        return await life.run(made)
 
 
 def main() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from vswa_plugin.launch.cluster import Cluster, status_url
+from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.processes import Child
 from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.wire.events import Batch, Event, Source, decode
-from vswa_plugin.wire.transport import Transport, events_of, source_of
+from vswa_plugin.wire.subjects import events_of, source_of
+from vswa_plugin.wire.transport import Transport
 
 _numbers = itertools.count()
 
@@ -46,6 +50,23 @@ async def stream(cluster: Cluster, path: str, body: dict[str, Any]) -> AsyncGene
 async def get(url: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return answer.status, await answer.text()
+
+
+#: By pid; an address stays for as long as its process lives.
+_status_urls: dict[int, str] = {}
+
+
+async def status_url(worker: Child) -> str:
+    """Where a worker serves its status, as the registry of its environment says; it must have joined."""
+    if worker.pid not in _status_urls:
+        registry = registry_from_env({**os.environ, **worker.env})
+        here = socket.gethostname()
+        entries = [each for each in await registry.entries() if (each.host, each.pid) == (here, worker.pid)]
+        await registry.close()
+        (url,) = [each.status_url for each in entries]
+        assert url is not None, f"{worker.name} was started without --status-port"
+        _status_urls[worker.pid] = url
+    return _status_urls[worker.pid]
 
 
 async def metric(worker: Child, metric_name: str, **labels: str) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from vswa_plugins.gemma3_cpu.model.blas import set_threads
 from vswa_plugins.gemma3_cpu.model.config import load_config
-from vswa_plugins.gemma3_cpu.model.model import Chunk, Gemma3Model, PagedKV, group_layers, load_model
+from vswa_plugins.gemma3_cpu.model.model import Chunk, Gemma3Model, PagedKV, group_layers
 from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 from vswa_plugins.gemma3_cpu.serving.generation import Generation, Output
 from vswa_plugins.gemma3_cpu.serving.managers import make_manager, shared_pools
@@ -23,6 +23,7 @@ from vswa_plugins.gemma3_cpu.serving.rank import PagedForward, make_budget
 from vswa_plugins.gemma3_cpu.serving.request import Limits, parse_request
 from vswa_plugins.gemma3_cpu.serving.scheduler import Scheduler
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
+from vswa_plugins.gemma3_cpu.weights.source import load_model
 
 from vswa_plugin.engine.contract import EngineSettings
 

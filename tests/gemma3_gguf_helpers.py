@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from vswa_plugins.gemma3_cpu.model.config import load_config
-from vswa_plugins.gemma3_cpu.model.model import Chunk, PagedKV, group_layers, load_model
+from vswa_plugins.gemma3_cpu.model.model import Chunk, PagedKV, group_layers
+from vswa_plugins.gemma3_cpu.model.tensors import expected_shapes
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.weights.gguf_import import gguf_name
 from vswa_plugins.gemma3_cpu.weights.gguf_tokenizer import BYTE, CONTROL, NORMAL
-from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource, expected_shapes
+from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource
+from vswa_plugins.gemma3_cpu.weights.source import load_model
 
 from tests.make_gemma3_golden import TINY
 

@@ -36,7 +36,8 @@ from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.wire.events import Source
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 
 ECHO = "x-dynamo-meta-echo"
 
@@ -140,7 +141,7 @@ class EchoWorker:
             rule=self._layout.rule,
             hash_scheme=self._layout.hash_scheme,
             groups=self._layout.groups,
-            epochs={n: rank.publisher.numbering.epoch for n, rank in enumerate(self._ranks)},
+            epochs={n: rank.publisher.ledger.epoch for n, rank in enumerate(self._ranks)},
             total_kv_blocks=1_000,
             pid=os.getpid(),
         )

@@ -23,7 +23,8 @@ from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.router.selector.choices import Selection
 from vswa_plugin.selection import LoadBook, Weights
 from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 
 #: Window of two blocks, and global.
 GROUPS = (CacheGroup(0, 32, 16), CacheGroup(1, None, 16))

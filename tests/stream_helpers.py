@@ -17,7 +17,8 @@ from vswa_plugin.following.view import ViewOptions
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Source, Stored
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 
 LAYOUT = CacheLayout(
     (CacheGroup(0, 64, 32), CacheGroup(1, 64, 32), CacheGroup(2, None, 32)), "trtllm_v2", "m"
@@ -164,9 +165,9 @@ class Following:
         """Live, scored, and exactly what the publishers hold."""
         for each in publishing:
             view = self.subscriber.view(each.source.rank)
-            if view is None or view.reader.stale or view.reader.epoch != each.publisher.numbering.epoch:
+            if view is None or view.reader.stale or view.reader.epoch != each.publisher.ledger.epoch:
                 return False
-            if view.reader.next_event_id != each.publisher.numbering.next_event_id:
+            if view.reader.next_event_id != each.publisher.ledger.next_event_id:
                 return False
             if self.index.held.get(each.source.rank) != each.residency.resident():
                 return False

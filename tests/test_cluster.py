@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from socket import gethostname
+from typing import Any, cast
 
 import msgspec
+import pytest
 from aiohttp import web
 
 from tests.conftest import Run
@@ -17,7 +19,10 @@ from tests.registry_helpers import ENTRY
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.probe import Probe
 from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.serving import Serving
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
+from vswa_plugin.program.life import Life
+from vswa_plugin.program.status import reachable_url
 from vswa_plugin.registry.file import FileRegistry
 
 
@@ -145,6 +150,73 @@ def test_behind_our_router_a_cluster_is_ready_when_that_sends_requests_to_all_of
     run(body())
 
     assert front.asked[-1] == "completion"
+
+
+def test_the_registry_tells_where_our_workers_serve_their_status(run: Run[Any], tmp_path: Path) -> None:
+    settings = ClusterSettings(str(tmp_path), "gemma", worker_options=("--registry", f"file:{tmp_path}"))
+
+    async def body() -> dict[str, list[str]]:
+        cluster = Cluster(settings, tmp_path)
+        cluster.workers = [await Child.start(f"worker-{n}", ["sleep", "60"], tmp_path) for n in range(3)]
+        pids = [worker.pid for worker in cluster.workers]
+        entries = [
+            msgspec.structs.replace(ENTRY, worker_id=number, **changes)
+            for number, changes in enumerate(
+                (
+                    {"pid": pids[0], "mode": "prefill", "status_url": "http://h:1"},
+                    {"pid": pids[1], "mode": "decode", "status_url": "http://h:2"},
+                    {"pid": pids[2], "mode": "decode"},
+                    {"pid": pids[0], "host": "elsewhere", "status_url": "http://elsewhere:3"},
+                )
+            )
+        ]
+        registries = [FileRegistry(tmp_path) for _ in entries]
+        for registry, entry in zip(registries, entries, strict=True):
+            await registry.join(entry)
+        urls = await cluster.status_urls()
+        for registry in registries:
+            await registry.close()
+        await cluster.stop()
+        return urls
+
+    assert run(body()) == {"prefill": ["http://h:1"], "decode": ["http://h:2"]}
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:9"),
+        ("worker-7", "http://worker-7:9"),
+        ("::1", "http://[::1]:9"),
+        ("0.0.0.0", f"http://{gethostname()}:9"),
+        ("::", f"http://{gethostname()}:9"),
+        ("", f"http://{gethostname()}:9"),
+    ],
+)
+def test_what_listens_everywhere_is_reached_by_the_name_of_its_machine(host: str, url: str) -> None:
+    assert reachable_url(host, 9) == url
+
+
+def test_logs_are_bounded_from_the_start_on_by_a_task_that_is_watched(run: Run[Any]) -> None:
+    class Starting:
+        async def bound_logs(self) -> None:
+            raise OSError("the log directory has gone")
+
+        async def start(self) -> None:
+            await asyncio.Event().wait()
+
+        async def stop(self) -> None:
+            pass
+
+    async def body() -> None:
+        life = Life("vswa launch")
+        serving = Serving(cast("Cluster", Starting()), lambda _: None, life)
+        starting = asyncio.create_task(serving.start())
+        ended = await asyncio.wait_for(life.tasks.failed(), 5)
+        starting.cancel()
+        assert str(ended).startswith("bound logs ended unasked (OSError: the log directory has gone)")
+
+    run(body())
 
 
 def test_who_does_not_answer_says_nothing(run: Run[Any]) -> None:

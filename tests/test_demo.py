@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -241,28 +241,57 @@ def entry_of(worker_id: int) -> Entry:
     )
 
 
-def chosen(answer: Answer, *router_logs: str) -> tuple[Choices, Answer]:
-    """``answer`` to a prompt whose blocks 2 to 5 worker 9 has stored."""
+Page = dict[int, tuple[int, int]]
+#: What routers have promised before: requests that have finished and tokens, by worker id.
+BEFORE: Page = {7: (3, 96), 9: (1, 32)}
+
+
+def metrics_of(page: Page) -> str:
+    """A router's page of metrics; what was reported differs from what was promised."""
+    lines = ["# TYPE vswa_router_predictions counter"]
+    for worker, (finished, _) in page.items():
+        rank = f'worker="{worker:x}",dp_rank="0"'
+        lines += [
+            f'vswa_router_predictions_total{{{rank},result="exact"}} {finished - 1}',
+            f'vswa_router_predictions_total{{{rank},result="over"}} 1',
+        ]
+    lines += ["# TYPE vswa_router_cached_tokens counter"]
+    for worker, (_, tokens) in page.items():
+        rank = f'worker="{worker:x}",dp_rank="0"'
+        lines += [
+            f'vswa_router_cached_tokens_total{{{rank},which="predicted"}} {tokens}',
+            f'vswa_router_cached_tokens_total{{{rank},which="reported"}} {tokens + 1000}',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def chosen(answer: Answer, *after: Page) -> tuple[Choices, Answer]:
+    """``answer`` to a prompt whose blocks 2 to 5 worker 9 has stored.
+
+    :param after: what each router has promised when it is there; before it was :data:`BEFORE`, and nothing.
+    """
+    pages = [[BEFORE, *({} for _ in after[1:])], after]
+
+    async def read() -> list[str]:
+        return [metrics_of(page) for page in pages.pop(0)]
+
+    return asyncio.run(_chosen(answer, read if after else None))
+
+
+async def _chosen(answer: Answer, read: Callable[[], Awaitable[list[str]]] | None) -> tuple[Choices, Answer]:
     tally = Tally()
     tally.add(SOURCE, Batch(1, 1, 0, 0, NEW))
     tally.add(OTHER, Batch(1, 1, 0, 0, (LAYOUT, Stored(1, 0, None, (1,)), Stored(0, 0, None, (1,)))))
-    choices = Choices(tally, [entry_of(9), entry_of(7)], [partial(str, log) for log in router_logs])
-    choices.begin()
+    choices = Choices(tally, [entry_of(9), entry_of(7)], read)
+    await choices.begin()
     tally.add(PREFILL, Batch(1, 1, 0, 0, (LAYOUT, Stored(1, 9, 77, (78,)))))
     tally.add(OTHER, Batch(1, 1, 3, 0, GOES_ON))
-    answer.choice = choices.take(answer)
+    answer.choice = await choices.take(answer)
     return choices, answer
 
 
-LOG = """\
-D forward: request r0: agg rank 7.0 at cost 1.00, promises 99 of 130 tokens
-D forward: request r1: prefill rank 9.0 at cost 3.06, promises 32 of 130 tokens
-D forward: request r1: decode rank 8.0 at cost 4.00, promises 0 of 130 tokens
-"""
-
-
-def test_an_exact_routers_log_tells_who_was_chosen_and_the_events_what_others_would_have_promised() -> None:
-    choices, answer = chosen(Answer(200, "r1", "text", 130, 41), "", LOG)
+def test_exact_routers_count_who_was_chosen_and_the_events_tell_what_others_would_have_promised() -> None:
+    choices, answer = chosen(Answer(200, "r1", "text", 130, 41), BEFORE, {9: (1, 32)})
     checks = checks_of_choices([answer], choices)
 
     assert answer.choice == Choice(9, 32, {7: 64, 9: 32})
@@ -274,7 +303,7 @@ def test_an_exact_routers_log_tells_who_was_chosen_and_the_events_what_others_wo
 def test_of_equal_promises_the_chosen_workers_is_shown_and_blocks_beyond_the_prompt_are_not_promised() -> (
     None
 ):
-    choices, answer = chosen(Answer(200, "r0", "text", 40, 39), LOG)
+    choices, answer = chosen(Answer(200, "r0", "text", 40, 39), {7: (4, 195), 9: (1, 32)})
 
     assert answer.choice == Choice(7, 99, {7: 32, 9: 32})
     assert answer.choice.best_alone() == (7, 32)
@@ -293,14 +322,22 @@ def test_dynamos_frontend_tells_its_choice_in_the_answer() -> None:
     assert "every promise was kept, in whole blocks" not in checks_of_choices([answer], choices)
 
 
-@pytest.mark.parametrize("logs", [(), (LOG,)])
-def test_a_choice_of_which_nothing_tells_is_an_error(logs: tuple[str, ...]) -> None:
-    with pytest.raises(ProtocolError, match="expected"):
-        chosen(Answer(200, "unknown", "text", 130, 64), *logs)
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        ((), "expected worker_id and timing in nvext"),
+        ((BEFORE,), "expected one finished request more .* got {}"),
+        (({7: (5, 99), 9: (1, 32)},), "expected one finished request more .* got {'7': 2}"),
+        (({7: (4, 99), 9: (2, 64)},), "expected one finished request more .* got {'7': 1, '9': 1}"),
+    ],
+)
+def test_a_choice_that_cannot_be_known_is_an_error(after: tuple[Page, ...], message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        chosen(Answer(200, "unknown", "text", 130, 64), *after)
 
 
 def test_the_table_has_a_line_per_worker_and_their_sum(capsys: pytest.CaptureFixture[str]) -> None:
-    choices, answer = chosen(Answer(200, "r1", "text", 130, 41), LOG)
+    choices, answer = chosen(Answer(200, "r1", "text", 130, 41), {**BEFORE, 9: (2, 64)})
     show_choices([answer, answer], choices)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
 

@@ -98,6 +98,23 @@ def test_one_publisher_a_rank_on_the_workers_endpoint(
     assert {} == host.failures()
 
 
+@pytest.mark.parametrize(
+    ("environ", "mode"),
+    [
+        ({}, "off"),
+        ({"VSWA_ROUTER": "exact"}, "off"),
+        ({"VSWA_ROUTER": "stock"}, "boundary"),
+        ({"VSWA_ROUTER": "stock", plugin.MODE_ENV: "global"}, "global"),
+        ({"VSWA_ROUTER": "stock", plugin.MODE_ENV: "off"}, "off"),
+        ({plugin.MODE_ENV: "global"}, "global"),
+    ],
+)
+def test_behind_dynamos_own_router_the_boundary_is_shown_unless_somebody_says_otherwise(
+    environ: dict[str, str], mode: str
+) -> None:
+    assert plugin.mode_from(environ) == mode
+
+
 def test_an_unknown_projection_and_a_rule_that_cannot_be_projected_end_the_start(
     host: PluginHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

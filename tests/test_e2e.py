@@ -25,6 +25,7 @@ from tests.e2e_helpers import (
     status_url,
     stream,
 )
+from vswa_plugin import __version__
 from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict, EngineSettings
 from vswa_plugin.launch.cluster import Cluster
@@ -240,6 +241,8 @@ def test_the_registry_holds_what_a_router_needs_to_know(run: Run[Any], cluster: 
         assert [group.window_size for group in entry.groups] == [512, None]
         assert (entry.rule, entry.block_size, entry.context_length) == ("trtllm_v2", 32, 8192)
         assert list(entry.epochs) == [0]
+        assert (entry.engine, entry.engine_version, entry.version) == ("gemma3_cpu", __version__, __version__)
+        assert entry.status_url is not None and entry.status_url.startswith("http://127.0.0.1:")
 
 
 def test_each_rank_has_an_epoch_and_a_stream_of_its_own(run: Run[Any], cluster: Cluster) -> None:

@@ -127,9 +127,9 @@ def test_only_silence_with_requests_under_way_is_a_stall() -> None:
 def test_a_failed_worker_ends_even_where_its_engine_does_not(tmp_path: Path, run: Run[Any]) -> None:
     code = """
 import threading
-from vswa_plugin.worker import liveness
-liveness.END_TIMEOUT_S = 0.2
-liveness.end_at_any_rate("the engine hangs")
+from vswa_plugin.program import life
+life.END_TIMEOUT_S = 0.2
+life.end_at_any_rate("vswa worker", "the engine hangs")
 threading.Thread(target=threading.Event().wait).start()  # keeps a process from ending
 """
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from vswa_plugins.gemma3_cpu.model.config import Rope, load_config, parse_config
-from vswa_plugins.gemma3_cpu.model.model import Chunk, PagedKV, group_layers, load_model
+from vswa_plugins.gemma3_cpu.model.model import Chunk, PagedKV, group_layers
 from vswa_plugins.gemma3_cpu.weights.checkpoint import (
     CHAT_TEMPLATE,
     DEFAULT_CONFIG,
@@ -22,6 +22,7 @@ from vswa_plugins.gemma3_cpu.weights.checkpoint import (
     write_safetensors,
 )
 from vswa_plugins.gemma3_cpu.weights.safetensors import SafetensorsSource, canonical_name
+from vswa_plugins.gemma3_cpu.weights.source import load_model
 
 from vswa_plugin.errors import ConfigError
 

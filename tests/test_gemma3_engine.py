@@ -27,6 +27,7 @@ from tests.gemma3_engine_helpers import (
 from tests.gemma3_engine_helpers import cold as cold
 from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
+from vswa_plugin import __version__
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import Engine, EngineInfo
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
@@ -70,7 +71,9 @@ def test_it_says_what_it_is_before_it_starts(small: Path) -> None:
     engine: Engine = Gemma3CpuEngine(settings_for(small))
     layout = CacheLayout((CacheGroup(0, 32, 8), CacheGroup(1, None, 8)), "trtllm_v2", "small")
 
-    assert EngineInfo(layout, CONTEXT, 8, 64, total_kv_blocks=4 * CONTEXT // 8) == engine.info
+    name = {"engine": "gemma3_cpu", "engine_version": __version__}
+
+    assert EngineInfo(layout, CONTEXT, 8, 64, total_kv_blocks=4 * CONTEXT // 8, **name) == engine.info
     assert "trtllm" == engine.event_format
     assert engine.failure() is None
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import vswa_plugins.gemma3_cpu as plugin
 from vswa_plugins.gemma3_cpu import commands
@@ -68,11 +69,13 @@ def test_threads_are_set_in_the_library_that_numpy_uses() -> None:
     assert blas.set_threads(1) == bool(blas._loaded_openblas())
 
 
-def test_the_plugin_answers_for_its_own_name_only(small: Path) -> None:
+def test_the_plugin_answers_for_its_own_name_and_where_nobody_has_named_an_engine(small: Path) -> None:
     settings = settings_for(small)
 
     assert ["gemma3_cpu"] == plugin.vswa_engine_names()
     assert isinstance(plugin.vswa_engine(settings), Gemma3CpuEngine)
+    unnamed = plugin.vswa_engine(msgspec.structs.replace(settings, engine=""))
+    assert unnamed is not None and unnamed.info.engine == "gemma3_cpu"
     assert plugin.vswa_engine(type(settings)("other", "agg", "", "")) is None
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from vswa_plugins.gemma3_cpu.model.model import load_model
 from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 from vswa_plugins.gemma3_cpu.weights import named as named_models
 from vswa_plugins.gemma3_cpu.weights import source
 from vswa_plugins.gemma3_cpu.weights.gguf_file import GgufFile
 from vswa_plugins.gemma3_cpu.weights.gguf_import import import_gguf
+from vswa_plugins.gemma3_cpu.weights.source import load_model
 
 from tests.gemma3_gguf_helpers import cache as cache
 from tests.gemma3_gguf_helpers import checkpoint as checkpoint

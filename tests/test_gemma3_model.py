@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vswa_plugins.gemma3_cpu.model.attention import attend, plan_chunk
 from vswa_plugins.gemma3_cpu.model.config import Gemma3Config, Rope
-from vswa_plugins.gemma3_cpu.model.model import Chunk, Gemma3Model, load_model
+from vswa_plugins.gemma3_cpu.model.model import Chunk, Gemma3Model
 from vswa_plugins.gemma3_cpu.model.paged import PagedKV, clip_runs, find_runs, group_layers, slots_of
 from vswa_plugins.gemma3_cpu.model.rope import RopeTable, interleave
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
+from vswa_plugins.gemma3_cpu.weights.source import load_model
 
 from vswa_plugin.errors import InvariantError
 

@@ -246,6 +246,16 @@ def test_a_memory_bound_too_small_for_one_request_says_what_is_needed() -> None:
         plan({"gemma3_cpu": {"kv_memory_mb": 100}}, GEMMA_1B)
 
 
+def test_sizes_for_any_engine_are_those_of_all_sliding_pools_and_of_the_global_one_and_go_first() -> None:
+    two_windows = ModelShape((512, 1024, None), context_length=8192, bytes_per_token=256)
+    given = {"vswa": {"kv_blocks": {"sliding": 60, "global": 90}}, "gemma3_cpu": {"kv_blocks": {"512": 7}}}
+
+    assert {512: 60, 1024: 60, None: 90} == blocks(plan(given, two_windows))
+    assert {512: 60, None: 1024} == blocks(plan({"vswa": {"kv_blocks": {"sliding": 60}}}))
+    with pytest.raises(ConfigError, match=r"vswa\.kv_blocks\.512' in FILE.*known: global, sliding"):
+        plan({"vswa": {"kv_blocks": {"512": 60}}})
+
+
 def test_sizes_that_are_given_are_not_bounded() -> None:
     data = {"gemma3_cpu": {"kv_memory_mb": 1, "kv_blocks": {512: 40, "global": 10}}}
 

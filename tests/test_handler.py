@@ -42,18 +42,13 @@ class Scripted:
             self.closed += 1
 
 
-class Healing:
-    active = True
-
-    def __init__(self, events: int) -> None:
-        self.events = events
-
-
 class Claims:
     """As much of a publisher as a handler uses."""
 
+    healing = True
+
     def __init__(self, events: int) -> None:
-        self.healing = Healing(events)
+        self.engine_events = events
         self.claims: list[Claim] = []
 
     def claim(self, claim: Claim) -> None:

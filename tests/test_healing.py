@@ -5,7 +5,6 @@ from __future__ import annotations
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock
 from vswa_plugin.publishing.healing import Claim, Healing
-from vswa_plugin.publishing.nodes import plain_hasher
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire.events import Removed, Stored
 
@@ -18,7 +17,7 @@ ENGINE_HASHES = [f"e{position}" for position in range(5)]
 def cleared() -> tuple[Residency, Healing]:
     """A rank that held five blocks in both groups, and whose view was lost."""
     residency = Residency(LAYOUT)
-    healing = Healing(residency, plain_hasher)
+    healing = Healing(residency)
     blocks = tuple(
         EngineBlock(name, TOKENS[2 * position : 2 * position + 2])
         for position, name in enumerate(ENGINE_HASHES)
@@ -27,6 +26,8 @@ def cleared() -> tuple[Residency, Healing]:
         residency.apply(BlocksStored(group, None, blocks))
     residency.clear()
     healing.restarted()
+    while not healing.prepare():
+        pass
     return residency, healing
 
 
@@ -86,6 +87,6 @@ def test_a_prompt_that_the_node_table_does_not_know_is_not_claimed() -> None:
 
 
 def test_without_a_restart_nothing_is_claimed() -> None:
-    healing = Healing(Residency(LAYOUT), plain_hasher)
+    healing = Healing(Residency(LAYOUT))
 
     assert healing.changes(Claim(TOKENS, 8, mark=0)) == []

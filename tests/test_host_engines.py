@@ -9,6 +9,7 @@ import pytest
 from tests.host_helpers import LAYOUT, Clock, engine, failing, plugin, settings
 from tests.host_helpers import clock as clock
 from tests.host_helpers import host as host
+from vswa_plugin.engine.contract import EngineSettings, EventsLost
 from vswa_plugin.errors import ConfigError, PluginError
 from vswa_plugin.host.host import PluginHost
 
@@ -19,7 +20,7 @@ def test_the_first_plugin_that_knows_the_engine_answers(host: PluginHost) -> Non
     host.register(plugin(vswa_engine=lambda settings: made if settings.engine == "mine" else None), "b")
     host.register(plugin(vswa_engine=failing(ValueError("never asked"))), "c")
 
-    assert host.engine(settings("mine")) is made
+    assert host.engine(settings("mine")).info is made.info
     assert {} == host.failures()
 
 
@@ -39,7 +40,7 @@ def test_another_plugins_crash_does_not_cost_the_engine(host: PluginHost) -> Non
     host.register(plugin(vswa_engine=failing(RuntimeError("boom"))), "a")
     host.register(plugin(vswa_engine=lambda: made), "b")
 
-    assert host.engine(settings("mine")) is made
+    assert host.engine(settings("mine")).info is made.info
     assert {("a", "vswa_engine"): 1} == host.failures()
 
 
@@ -68,6 +69,19 @@ def test_an_unknown_engine_lists_the_known_ones_and_the_absent_plugins() -> None
     ) == str(caught.value)
 
 
+def test_where_nobody_names_an_engine_and_no_plugin_has_a_default_the_known_ones_are_said(
+    host: PluginHost,
+) -> None:
+    def named(settings: EngineSettings) -> object | None:
+        return engine() if settings.engine == "mine" else None
+
+    host.register(plugin(vswa_engine=named, vswa_engine_names=lambda: ["mine"]), "a")
+    with pytest.raises(
+        ConfigError, match=r"^--engine: expected the name of an engine, got none.*known: mine$"
+    ):
+        host.engine(settings(""))
+
+
 def test_an_engine_of_the_wrong_shape_is_a_failure_that_says_what_lacks(host: PluginHost) -> None:
     host.register(plugin(vswa_engine=lambda: engine(stop=None, stats=None)), "x")
     with pytest.raises(ConfigError, match="got SimpleNamespace without stop, stats"):
@@ -90,11 +104,12 @@ def test_an_engine_that_takes_too_long_to_build_is_named(
 
 
 def test_an_adapter_comes_from_the_plugin_that_reads_the_format(host: PluginHost) -> None:
-    adapter = SimpleNamespace(feed=lambda raw: [])
+    event = EventsLost(7, 9)
+    adapter = SimpleNamespace(feed=lambda raw: [event])
     host.register(plugin(vswa_event_adapter=lambda event_format: None), "a")
     host.register(plugin(vswa_event_adapter=lambda event_format, layout: adapter), "b")
 
-    assert host.event_adapter("trtllm", LAYOUT) is adapter
+    assert [event] == host.event_adapter("trtllm", LAYOUT).feed({})
 
 
 def test_a_format_that_nobody_reads_says_who_failed(host: PluginHost) -> None:

@@ -19,6 +19,7 @@ from tests.standin_engine import StandinEngine
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.life import Life
 from vswa_plugin.publishing.publisher import PublisherOptions
 from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.worker.app import Worker
@@ -146,7 +147,7 @@ def test_a_publisher_names_no_blocks_for_observers_that_are_not_there(
 ) -> None:
     args = parse(["--model-path", str(tmp_path), "--engine", "standin"])
     with load_host(environ={"VSWA_PLUGINS": plugins}) as host:
-        worker = Worker(args, host, StandinEngine(args.settings), FileRegistry(tmp_path))
+        worker = Worker(args, host, StandinEngine(args.settings), FileRegistry(tmp_path), Life("test"))
         publisher = worker._publisher(1, 0, PublisherOptions(), 0)
 
         assert told is (publisher._observe_stored is not None)

@@ -117,6 +117,7 @@ def test_a_rank_that_is_not_scored_keeps_its_blocks_and_its_state_through_a_new_
     index.set_scored(A, False)
     index.join(A, LAYOUTS[0])
     assert 0 == index.stats().scored
+    index.check()
 
 
 @pytest.mark.parametrize(
@@ -303,6 +304,35 @@ def test_ranks_that_come_and_go_do_not_make_masks_ever_longer(kernel: bool) -> N
     index.check()
 
 
+def test_a_rank_that_comes_under_the_bit_of_one_that_left_scores_under_its_own_name(kernel: bool) -> None:
+    index = picture(kernel)
+    assert {A: 16} == index.score(PROMPT, LONGER)
+    for group in (GLOBAL, SLIDING):
+        index.apply(A, Removed(group, tuple(PROMPT)))
+    index.join(B, LAYOUT)
+    index.drop(A)
+    index.join(A._replace(dp_rank=7), LAYOUT)
+    for group in (GLOBAL, SLIDING):
+        hold(index, A._replace(dp_rank=7), group, list(range(8)))
+
+    assert {A._replace(dp_rank=7): 16} == index.score(PROMPT, LONGER)
+    index.check()
+
+
+def test_saying_of_a_rank_what_is_so_already_changes_nothing(kernel: bool) -> None:
+    index = picture(kernel)
+    for number in range(100, 200):
+        index.join(Rank(number), LAYOUT)
+        index.set_scored(Rank(number), number % 2 == 0)
+    [part] = index._parts.values()
+    before = part._wanted
+    for number in range(100, 200):
+        index.set_scored(Rank(number), number % 2 == 0)
+
+    assert part._wanted is before, "not even an equal number is made"
+    assert 51 == index.stats().scored
+
+
 def test_the_last_rank_takes_its_part_with_it(kernel: bool) -> None:
     index = picture(kernel)
     index.drop(A)
@@ -354,6 +384,8 @@ def test_check_finds_what_must_not_be(kernel: bool) -> None:
         lambda part: part.members[A].slow[GLOBAL].update({5: "host"}),
         lambda part: part.table.add(GLOBAL, 60, [1], -1),
         lambda part: part._free.append(0),
+        lambda part: setattr(part, "_wanted", 0),
+        lambda part: setattr(part.members[A], "scored", False),
     ):
         index = picture(kernel)
         index.check()

@@ -110,15 +110,19 @@ def test_the_switch_and_an_old_build_leave_the_kernel_aside(
         kernel.require_kernel()
 
 
+#: The last two are of ranks that never held anything, beyond the words of the masks.
+BITS = [0, 1, 63, 64, 150, 151, 700]
 STEPS = st.lists(
     st.one_of(
-        st.tuples(
-            st.just("add"), st.integers(0, 1), st.sampled_from([0, 1, 63, 64, 150]), CHAIN, st.integers(-1, 6)
-        ),
-        st.tuples(st.just("discard"), st.integers(0, 1), st.sampled_from([0, 1, 63, 64, 150]), CHAIN),
+        st.tuples(st.just("add"), st.integers(0, 1), st.sampled_from(BITS[:5]), CHAIN, st.integers(-1, 6)),
+        st.tuples(st.just("discard"), st.integers(0, 1), st.sampled_from(BITS[:5]), CHAIN),
     ),
     max_size=25,
 )
+
+
+def held(table: Table, group: int, bit: int) -> list[int]:
+    return sorted(key for piece in table.held(group, bit, 5) for key in piece)
 
 
 def same_contents(one: Table, other: Table) -> None:
@@ -127,6 +131,9 @@ def same_contents(one: Table, other: Table) -> None:
     for group in range(2):
         assert dict(one.items(group)) == dict(other.items(group))
         assert one.masks(group, KEYS) == other.masks(group, KEYS)
+        for bit in BITS:
+            holds = sorted(key for key, mask in one.items(group) if mask >> bit & 1)
+            assert (holds, holds) == (held(one, group, bit), held(other, group, bit))
 
 
 @given(STEPS, st.integers(0, 2**151 - 1), st.sampled_from([-1, 0, 1]))
@@ -232,6 +239,31 @@ def test_chains_that_grow_into_unused_rows_leave_the_others_unused() -> None:
         assert first == second
         assert tables[1].check() is None
     assert dict(tables[0].items(0)) == dict(tables[1].items(0))
+
+
+@pytest.mark.parametrize("table", [PythonTable(2), KernelTable(compiled(), 2)] if KERNEL else [])
+def test_what_a_rank_held_is_handed_out_as_of_one_moment(table: Table) -> None:
+    """Rows move meanwhile: for longer masks, for more keys, and to give memory back."""
+    dice = random.Random(5)
+    keys = [dice.getrandbits(64) for _ in range(5_000)]
+    table.add(1, 3, keys, -1)
+    table.add(1, 4, keys[:10], -1)
+    pieces = table.held(1, 3, 100)
+    handed_out = [*next(pieces)]
+    table.discard(1, 3, keys[100:])
+    table.add(1, 200, keys, -1)
+    table.add(1, 3, range(20_000), -1)
+    handed_out += [key for piece in pieces for key in piece]
+
+    assert sorted(keys) == sorted(handed_out)
+    assert sorted([*keys[:100], *range(20_000)]) == held(table, 1, 3)
+    assert ([], sorted(keys[:10])) == (held(table, 0, 3), held(table, 1, 4))
+
+
+@pytest.mark.parametrize(("group", "bit"), [(1, 0), (-1, 0), (0, -1), (0, 1 << 20)])
+def test_what_nobody_can_hold_is_no_place_in_memory(group: int, bit: int) -> None:
+    with pytest.raises(ValueError, match=r"expected a (group|bit) of 0 to"):
+        KernelTable(compiled(), 1).held(group, bit, 1)
 
 
 def test_a_bad_hash_changes_nothing() -> None:

@@ -13,9 +13,10 @@ import pytest
 from tests.launch_helpers import STANDIN
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.launch.__main__ import main, settings_from
-from vswa_plugin.launch.settings import router_arguments, routing_environment
+from vswa_plugin.launch.settings import router_arguments, routing_environment, worker_arguments
 from vswa_plugin.launch.topologies import TOPOLOGIES, Routing, add_worker_counts, find_topology, worker_counts
 from vswa_plugin.router.args import parse as router_parse
+from vswa_plugin.worker.args import parse as worker_parse
 
 
 def test_the_guides_environment_says_what_each_kind_of_worker_gets(
@@ -67,6 +68,7 @@ def test_the_guides_environment_says_what_each_kind_of_worker_gets(
             "expected a model at /nowhere, got nothing there",
         ),
         (["agg", "--model-path", ""], "MODEL_PATH: expected the directory of a model, got nothing"),
+        (["agg", "--log-size", "0"], "--log-size: expected at least 1 MiB, got 0"),
         (["agg", "--workers", "0"], "--workers: expected at least 1, got 0"),
         (["disagg", "--workers", "2"], "--workers: topology 'disagg' has prefill and decode workers only"),
         (["agg", "--decode-workers", "2"], "--decode-workers: topology 'agg' has agg workers only"),
@@ -142,11 +144,31 @@ def test_workers_are_told_of_the_router_in_front_whatever_our_own_environment_sa
 
     assert routing_environment(Routing(None)) == {"VSWA_ROUTER": ""}
     assert routing_environment(Routing("exact")) == {"VSWA_ROUTER": "exact"}
-    assert routing_environment(Routing("stock")) == {"VSWA_ROUTER": "stock", "VSWA_DYNAMO_EVENTS": "boundary"}
+    assert routing_environment(Routing("stock")) == {"VSWA_ROUTER": "stock"}
 
-    monkeypatch.setenv("VSWA_DYNAMO_EVENTS", "global")
 
-    assert routing_environment(Routing("stock"))["VSWA_DYNAMO_EVENTS"] == "global"
+@pytest.mark.parametrize(
+    ("argv", "environ", "engine"),
+    [
+        ([], {}, ""),
+        ([], {"VSWA_ENGINE": "standin"}, "standin"),
+        (["--engine", "other"], {"VSWA_ENGINE": "standin"}, "other"),
+    ],
+)
+def test_workers_choose_the_engine_unless_somebody_names_one(
+    model_dir: Path, argv: list[str], environ: dict[str, str], engine: str
+) -> None:
+    settings, _ = settings_from(["agg", "--model-path", str(model_dir), *argv], environ)
+    read = worker_parse(worker_arguments(settings, settings.groups[0]))
+
+    assert (settings.engine, read.settings.engine) == (engine, engine)
+
+
+def test_the_size_of_logs_is_given_in_mebibytes(model_dir: Path) -> None:
+    argv = ["agg", "--model-path", str(model_dir)]
+
+    assert settings_from(argv, {})[0].log_bytes == 64 << 20
+    assert settings_from([*argv, "--log-size", "3"], {})[0].log_bytes == 3 << 20
 
 
 def test_help_teaches_by_the_guides_environment(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from tests.conftest import Run
 from tests.e2e_helpers import eventually
 from tests.launch_helpers import alive
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.launch.processes import BackOff, Child, ChildDied
+from vswa_plugin.launch.processes import BackOff, Child, ChildDied, python_module
 
 
 def test_pauses_double_up_to_thirty_seconds_and_begin_anew_after_a_long_life() -> None:
@@ -26,12 +26,13 @@ def test_pauses_double_up_to_thirty_seconds_and_begin_anew_after_a_long_life() -
 
 #: Fails as often as the file says, with and without last words; then does what it is told.
 _SCRIPT = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 left = int(pathlib.Path({file!r}).read_text())
 pathlib.Path({file!r}).write_text(str(left - 1))
 print("attempt", left, flush=True)
 if left == 2:
-    print("vswa worker: failed: tried once\\nvswa worker: failed: no more", flush=True)
+    print("vswa worker: failed: not to be read here", flush=True)
+    pathlib.Path(os.environ["VSWA_TERMINATION_LOG"]).write_text("no more")
 if left:
     sys.exit(1)
 {then}
@@ -68,7 +69,8 @@ def test_a_child_that_fails_is_started_again_and_each_time_its_reason_is_said(
 
 def test_what_the_user_must_correct_is_not_tried_again(run: Run[Any], tmp_path: Path) -> None:
     async def body() -> None:
-        then = "print('vswa worker: error: expected a model\\nand more'); sys.exit(2)"
+        reason = "pathlib.Path(os.environ['VSWA_TERMINATION_LOG']).write_text('expected a model\\nand more')"
+        then = f"{reason}; sys.exit(2)"
         child, said = await kept(tmp_path, 0, then)
         with pytest.raises(ConfigError, match=r"^child: expected a model\nand more$"):
             await child.over()
@@ -78,6 +80,30 @@ def test_what_the_user_must_correct_is_not_tried_again(run: Run[Any], tmp_path: 
         await child.stop()
 
     run(body())
+
+
+def test_a_command_line_that_argparse_refuses_is_the_reason_of_a_kept_child(
+    run: Run[Any], tmp_path: Path
+) -> None:
+    async def body() -> None:
+        command = python_module("vswa_plugin.worker", "--model-path", "/m", "--no-such-option")
+        child = await Child.start("worker-0", command, tmp_path)
+        child.keep(lambda _: None)
+        with pytest.raises(ConfigError, match=r"^worker-0: unrecognized arguments: --no-such-option$"):
+            await child.over()
+
+    run(body())
+
+
+def test_the_reason_of_an_earlier_life_is_not_that_of_a_later_one(run: Run[Any], tmp_path: Path) -> None:
+    (tmp_path / "child.termination").write_text("long ago")
+
+    async def body() -> str:
+        child = await Child.start("child", [sys.executable, "-c", "print('it ends')"], tmp_path)
+        await child.wait()
+        return child.last_words()
+
+    assert run(body()) == "it ends"
 
 
 def test_a_child_that_somebody_stopped_stays_down(run: Run[Any], tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_events_offered_from_many_threads_all_arrive_in_order_of_their_ids() -> 
     asyncio.run(harness.during(many))
 
     assert ids_are_consecutive(harness.sent)
-    assert len(harness.publisher.residency.resident()[1]) == 800
+    assert len(harness.publisher.ledger.residency.resident()[1]) == 800
 
 
 def test_lost_engine_events_begin_a_new_epoch_with_nothing_resident() -> None:
@@ -155,7 +155,7 @@ def test_lost_engine_events_begin_a_new_epoch_with_nothing_resident() -> None:
     after = [event for batch in harness.sent if batch.epoch == new for event in batch.events]
     assert [type(event) for event in after] == [Layout, Stored]
     assert ids_are_consecutive(harness.sent)
-    assert len(harness.publisher.residency.resident()[1]) == 1
+    assert len(harness.publisher.ledger.residency.resident()[1]) == 1
     assert new > old
 
 
@@ -172,8 +172,8 @@ def test_a_second_loss_in_the_same_turn_leaves_the_layout_where_readers_expect_i
 
     assert [type(event) for event in harness.events()] == [Layout, Stored, Layout, Stored]
     assert ids_are_consecutive(harness.sent)
-    assert harness.publisher.stats.restarts == 1
-    assert len(harness.publisher.residency.resident()[1]) == 1
+    assert harness.publisher.ledger.stats.restarts == 1
+    assert len(harness.publisher.ledger.residency.resident()[1]) == 1
 
 
 def test_an_epoch_known_from_before_is_exceeded() -> None:
@@ -182,7 +182,7 @@ def test_an_epoch_known_from_before_is_exceeded() -> None:
         SOURCE, DirectAdapter(), Residency(LAYOUT), Harness().send, lambda *_: None, last_epoch=before
     )
 
-    assert publisher.numbering.epoch == before + 1
+    assert publisher.ledger.epoch == before + 1
 
 
 def test_after_lost_events_a_finished_request_proves_what_it_reused() -> None:
@@ -195,7 +195,7 @@ def test_after_lost_events_a_finished_request_proves_what_it_reused() -> None:
         harness.publisher.claim(Claim(tokens, 2, mark=0))
         harness.offer(EventsLost(1, 5))
         await harness.until(lambda: len(harness.events()) == 3)
-        harness.publisher.claim(Claim(tokens, 2, mark=harness.publisher.healing.events))
+        harness.publisher.claim(Claim(tokens, 2, mark=harness.publisher.ledger.healing.events))
         await harness.until(lambda: len(harness.events()) == 5)
 
     asyncio.run(harness.during(heal))
@@ -218,9 +218,9 @@ def test_an_engine_event_that_cannot_be_read_voids_the_epoch_since_it_may_have_b
 
     asyncio.run(harness.during(malformed))
 
-    assert harness.publisher.stats.rejected_events == 1
-    assert harness.publisher.stats.restarts == 1
-    assert len(harness.publisher.residency.resident()[1]) == 1
+    assert harness.publisher.ledger.stats.rejected_events == 1
+    assert harness.publisher.ledger.stats.restarts == 1
+    assert len(harness.publisher.ledger.residency.resident()[1]) == 1
 
 
 def test_an_inbox_that_overflows_is_an_engine_that_lost_events() -> None:
@@ -230,14 +230,14 @@ def test_an_inbox_that_overflows_is_an_engine_that_lost_events() -> None:
         harness.offer(block(1))
         await harness.until(lambda: len(harness.events()) == 2)
         harness.offer(*(block(number) for number in range(100, 150)))
-        await harness.until(lambda: harness.publisher.stats.restarts == 1)
+        await harness.until(lambda: harness.publisher.ledger.stats.restarts == 1)
         harness.offer(block(3))
         await harness.until(lambda: isinstance(harness.events()[-1], Stored) and len(harness.events()) == 4)
 
     asyncio.run(harness.during(overflow))
 
     assert [type(event) for event in harness.events()] == [Layout, Stored, Layout, Stored]
-    assert len(harness.publisher.residency.resident()[1]) == 1
+    assert len(harness.publisher.ledger.residency.resident()[1]) == 1
 
 
 def test_a_queue_that_overflows_shows_as_a_gap_and_never_holds_the_engine_up() -> None:
@@ -247,7 +247,7 @@ def test_a_queue_that_overflows_shows_as_a_gap_and_never_holds_the_engine_up() -
     async def away() -> None:
         for number in range(20):
             harness.offer(block(number))
-            await harness.until(lambda n=number: harness.publisher.stats.events == n + 2)  # type: ignore[misc]
+            await harness.until(lambda n=number: harness.publisher.ledger.stats.events == n + 2)  # type: ignore[misc]
         harness.broker_away = False
         harness.offer(block(99))
         await harness.until(lambda: len(harness.sent) >= 3)
@@ -257,7 +257,7 @@ def test_a_queue_that_overflows_shows_as_a_gap_and_never_holds_the_engine_up() -
     assert harness.publisher.stats.dropped_batches > 0
     assert harness.sent[0].first_event_id > 0
     assert not ids_are_consecutive(harness.sent)
-    assert harness.publisher.numbering.next_event_id == 22
+    assert harness.publisher.ledger.next_event_id == 22
 
 
 def test_heartbeats_carry_the_next_id_and_use_up_none() -> None:
@@ -352,5 +352,5 @@ def test_close_publishes_what_is_still_in_the_inbox(heartbeat_s: float) -> None:
 
     asyncio.run(harness.during(last_moment))
 
-    assert len(harness.publisher.residency.resident()[1]) == 5_000
+    assert len(harness.publisher.ledger.residency.resident()[1]) == 5_000
     assert len(harness.events()) == 5_001

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import Brokers, Run
 from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry, joined_and_watched, start_etcd
+from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
 from vswa_plugin.launch.processes import free_port
 from vswa_plugin.registry import Entry, decode_entry, encode_entry, last_epoch
@@ -34,6 +35,56 @@ def test_an_entry_survives_the_registry_and_newer_fields_are_ignored() -> None:
     assert decode_entry(ENTRY.key, encode_entry(ENTRY)) == ENTRY
     newer = msgspec.json.encode({**msgspec.to_builtins(ENTRY), "new_field": 1})
     assert decode_entry(ENTRY.key, newer) == ENTRY
+
+
+#: As workers of releases before status_url, version and engine_version wrote it.
+OLD_ENTRY = b"""{"namespace":"ns","component":"backend","worker_id":2748,"mode":"agg","engine":"gemma3_cpu",\
+"served_model_name":"gemma","model_path":"/models/gemma","context_length":8192,"block_size":32,\
+"rule":"trtllm_v2","hash_scheme":"dynamo-xxh3-1337","groups":[[0,512,32],[1,null,32]],"epochs":{"0":7},\
+"total_kv_blocks":100,"endpoint":"generate","host":"h","pid":5,"tool_call_parser":"hermes",\
+"reasoning_parser":"qwen3","taints":["a"],"visible":false}"""
+
+
+def test_an_entry_of_an_older_release_is_read_and_says_nothing_of_what_that_did_not_know() -> None:
+    entry = decode_entry(ENTRY.key, OLD_ENTRY)
+
+    assert (entry.pid, entry.epochs, entry.taints, entry.visible) == (5, {0: 7}, ("a",), False)
+    assert (entry.status_url, entry.version, entry.engine_version) == (None, "", "")
+
+
+class OlderEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of an entry, and the way to read it, of those releases."""
+
+    namespace: str
+    component: str
+    worker_id: int
+    mode: str
+    engine: str
+    served_model_name: str
+    model_path: str
+    context_length: int
+    block_size: int
+    rule: str
+    hash_scheme: str
+    groups: tuple[CacheGroup, ...]
+    epochs: dict[int, int]
+    total_kv_blocks: int
+    endpoint: str = "generate"
+    host: str = ""
+    pid: int = 0
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    taints: tuple[str, ...] = ()
+    visible: bool = True
+
+
+def test_an_older_reader_ignores_what_an_entry_of_today_says_besides() -> None:
+    today = msgspec.structs.replace(
+        decode_entry(ENTRY.key, OLD_ENTRY), status_url="http://h:9090", version="9.9", engine_version="1.3"
+    )
+    read = msgspec.json.decode(encode_entry(today), type=OlderEntry)
+
+    assert msgspec.json.encode(read) == OLD_ENTRY
 
 
 def test_a_malformed_entry_is_named_by_key_and_field() -> None:

@@ -58,7 +58,10 @@ def test_rules_of_all_plugins_are_added_to_the_built_in_ones(host: PluginHost) -
     host.register(rules_plugin(lambda: {"yours": yours}), "b")
     host.register(rules_plugin(lambda: {"mine": mine}), "a")
 
-    assert {**RULES, "mine": mine, "yours": yours} == host.reuse_rules()
+    rules = host.reuse_rules()
+    assert dict(RULES) == {name: rules[name] for name in RULES}
+    assert {"mine", "yours"} == set(rules) - set(RULES)
+    assert ["mine", "yours"] == [rules["mine"].name, rules["yours"].name]
     assert {} == host.failures()
     assert "mine" not in RULES
 
@@ -74,7 +77,9 @@ def test_a_name_that_is_taken_costs_that_plugin_its_rules_and_both_owners_are_na
     rules = host.reuse_rules()
 
     assert {*RULES, "mine", "third"} == set(rules)
-    assert (rules["vllm"], rules["mine"]) == (RULES["vllm"], first)
+    assert RULES["vllm"] is rules["vllm"]
+    layout = CacheLayout((CacheGroup(0, None, 32),), "mine", "m")
+    assert first.boundaries(layout, 100) == rules["mine"].boundaries(layout, 100)
     assert {("b", "vswa_reuse_rules"): 1} == host.failures()
     assert "plugin 'b' failed in hook 'vswa_reuse_rules'" in caplog.text
     assert f"reuse rule {name!r} is there already, from {owner}; choose another name" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,29 @@ def test_a_client_that_goes_as_the_prompt_is_computed_starts_no_decode() -> None
         assert await asked == []
         assert len(served.asked()) == 1
         assert served.idle()
+
+    run(body())
+
+
+def test_a_prompt_whose_worker_is_lost_after_its_client_has_gone_is_given_to_nobody_else() -> None:
+    async def body() -> None:
+        call = FakeCall()
+        served = Served({number: [{"token_ids": []}, Unavailable("gone")] for number in (11, 12)})
+        task = asyncio.create_task(served.all(call))
+        served.workers.heard = lambda: call.stopped() or call.leave()
+        generate = served.workers.generate
+
+        async def slow(*given: Any) -> Any:
+            async for chunk in generate(*given):
+                await asyncio.sleep(0)  # the client's going is seen
+                yield chunk
+
+        served.workers.generate = slow  # type: ignore[method-assign]
+        with pytest.raises(Unavailable, match="gone"):
+            await task
+        assert len(served.asked()) == 1
+        assert served.idle()
+        assert served.forwarder.stats.prefill_retries == 0
 
     run(body())
 

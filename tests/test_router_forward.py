@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -75,10 +75,12 @@ class FakeClient:
 class Served:
     """A forwarder with one model, ``m``, on ranks A and B."""
 
-    def __init__(self, *steps: Step, **weights: Any) -> None:
+    def __init__(
+        self, *steps: Step, live: Callable[[Rank], bool] = lambda rank: True, **weights: Any
+    ) -> None:
         self.accuracy = Accuracy()
         decider = Decider(WindowIndex(), Weights(**weights), namespaced_sequence_hashes)
-        self.forwarder = Forwarder(decider, self.accuracy, lambda rank: True)
+        self.forwarder = Forwarder(decider, self.accuracy, live)
         self.client = FakeClient(*steps)
         self.model = self.forwarder.models["m"] = Model("m", 16)
         self.model.clients = {1: self.client, 2: self.client}  # type: ignore[dict-item]
@@ -173,6 +175,51 @@ def test_a_client_that_goes_frees_the_load_though_nobody_closes_the_stream() -> 
         assert served.forwarder.stats.cancelled == 1
         await abandoned.aclose()  # type: ignore[attr-defined]
         assert served.forwarder.in_flight == 0
+
+    run(body())
+
+
+def test_a_client_that_goes_with_the_last_chunk_has_a_finished_request() -> None:
+    async def body() -> None:
+        served = Served(LAST, None)
+        call = FakeCall()
+        abandoned = served.chunks(call)
+        await anext(abandoned)
+        call.leave()
+        await asyncio.sleep(0)
+        assert served.idle()
+        stats = served.forwarder.stats
+        assert (stats.requests, stats.finished, stats.cancelled) == (1, 1, 0)
+        await abandoned.aclose()  # type: ignore[attr-defined]
+        assert (served.forwarder.in_flight, stats.finished) == (0, 1)
+
+    run(body())
+
+
+def test_a_request_that_nobody_reads_is_not_begun() -> None:
+    async def body() -> None:
+        served = Served(LAST)
+        chunks = served.chunks()
+        assert served.idle()
+        assert served.forwarder.stats.requests == 0
+        await chunks.aclose()  # type: ignore[attr-defined]
+        assert served.idle()
+        assert not served.client.requests
+
+    run(body())
+
+
+def test_a_promise_is_judged_by_whether_the_view_was_live_when_the_rank_was_chosen() -> None:
+    async def body() -> None:
+        served = Served({"token_ids": [5]}, LAST, live=lambda rank: live[rank])
+        live = {A: False, B: True}
+        for worker_id in (1, 2):
+            chunks = served.chunks(routing={"backend_instance_id": worker_id})
+            await anext(chunks)
+            live[A] = live[B] = True  # too late for this one
+            assert [LAST] == [chunk async for chunk in chunks]
+        recent = served.accuracy._recent
+        assert [False, True] == [each.live for worker_id in (1, 2) for each in recent[worker_id]]
 
     run(body())
 

@@ -12,10 +12,16 @@ import msgspec
 import pytest
 
 from tests.e2e_helpers import eventually
+from tests.index_helpers import BOTH_PATHS
 from tests.router_http_helpers import A1, HASHES, A, Api, B, run, stored
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.router.http import dump, messages, server
-from vswa_plugin.wire.events import Stored
+from vswa_plugin.router.http.dump import Asked
+from vswa_plugin.wire.events import Moved, Removed, Stored
+from vswa_plugin.wire.transport import Transport
 
 
 @pytest.mark.parametrize("piece", [2, 8_192])
@@ -105,10 +111,11 @@ def spread(count: int) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 40, 1_000])
 def test_hashes_come_in_ascending_order_in_small_runs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dump, "PIECE", 8)
-    runs = list(dump._ascending(spread(count)))
+    pieces = list(dump._tiers(dump._Taken(count, iter([spread(count)]), [], [])))
 
-    assert [name for run in runs for name in run] == sorted(spread(count))
-    assert max(map(len, runs)) <= 2 * 8
+    shown = json.loads(b"{" + b"".join(pieces) + b"}")
+    assert shown == ({"device": sorted(spread(count))} if count else {})
+    assert max(piece.count(b",") for piece in pieces) <= 2 * 8
 
 
 def test_a_dump_gives_way_after_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +143,50 @@ def test_a_dump_gives_way_after_every_piece(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert pieces > 1_000 // 16
     assert turns >= pieces - 2 + 1_000 // 8, "while they are put in order too"
+
+
+@pytest.mark.parametrize("kernel", BOTH_PATHS)
+def test_a_rank_is_shown_as_of_one_moment_while_it_changes(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks come, go and move between any two pieces, in the group being sent and in the next."""
+    monkeypatch.setattr(dump, "PIECE", 8)
+    names = spread(200)
+
+    async def body() -> tuple[Any, Any]:
+        index = WindowIndex(kernel=kernel)
+        index.join(A, CacheLayout((CacheGroup(0, 64, 32), CacheGroup(1, None, 32)), "trtllm_v2", "m"))
+        for group in (0, 1):
+            index.apply(A, Stored(group, 0, None, tuple(names[:100])))
+            index.apply(A, Stored(group, 0, None, tuple(names[100:150]), "disk"))
+        before, pieces = json.loads(json.dumps(index.dump())), []
+        async for piece in dump.dump(Fleet(Transport(), FileRegistry("/nonexistent"), index=index), Asked()):
+            pieces.append(piece)
+            at = len(pieces) % 50
+            if at == 1:
+                continue  # the first piece comes before any rank is taken in
+            for group in (0, 1):
+                index.apply(A, Moved(group, (names[at], names[100 + at]), "host"))
+                index.apply(A, Removed(group, (names[50 + at], names[149 - at])))
+                index.apply(A, Stored(group, 0, None, (names[150 + at],)))
+        return before, json.loads(b"".join(pieces))
+
+    before, shown = run(body())
+
+    assert [group["blocks"] for group in before["ranks"][0]["groups"]] == [
+        group["blocks"] for group in shown["ranks"][0]["groups"]
+    ]
+
+
+def test_a_dump_gives_way_while_blocks_that_are_not_on_the_device_are_parted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dump, "PIECE", 8)
+    names = spread(1_000)
+    pieces = list(dump._tiers(dump._Taken(1_000, iter([]), names[:], ["host"] * 1_000)))
+
+    assert pieces.count(b"") >= 1_000 // 8
+    assert {"host": sorted(names)} == json.loads(b"{" + b"".join(pieces) + b"}")
 
 
 def test_a_client_that_does_not_read_is_waited_for_and_left_in_the_end(

@@ -15,6 +15,7 @@ from tests.e2e_helpers import TextModel, beside, eventually, long_prompt
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.program.life import Life
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.router.args import parse
 from vswa_plugin.router.selector.app import Selector
@@ -68,12 +69,13 @@ async def selecting(
     options = ["--selector-only", "--http-port", "0", "--namespace", cluster.settings.namespace]
     args = parse(options, environ)
     with load_host(()) as host:
-        selector = Selector(args, host, EtcdRegistry(cluster.etcd_endpoints))
+        life = Life("test")
+        selector = Selector(args, host, EtcdRegistry(cluster.etcd_endpoints), life)
         try:
-            port = await selector.start()
-            yield Gateway(cluster, f"http://127.0.0.1:{port}", session), selector
+            await selector.start()
+            yield Gateway(cluster, f"http://127.0.0.1:{selector.port}", session), selector
         finally:
-            await selector.stop()
+            await selector.end()
 
 
 def test_the_worker_that_was_selected_serves_and_reuses_what_was_predicted(

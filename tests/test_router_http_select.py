@@ -10,8 +10,9 @@ import pytest
 
 from tests.e2e_helpers import eventually
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
+from tests.test_router_models import ODD
+from vswa_plugin.router import reservations
 from vswa_plugin.router.replicas.load import SharedLoad
-from vswa_plugin.router.selector import reservations
 from vswa_plugin.selection import Load
 
 
@@ -263,3 +264,26 @@ def test_selections_at_once_get_different_ids() -> None:
             return {answer["selection_id"] for _, answer in found}
 
     assert len(run(body())) == 8
+
+
+@pytest.mark.parametrize(("changes", "reason"), ODD, ids=[next(iter(changes)) for changes, _ in ODD])
+def test_an_odd_entry_costs_itself_alone_and_is_named_once(
+    caplog: pytest.LogCaptureFixture, changes: dict[str, Any], reason: str
+) -> None:
+    odd = entry_of(**{"worker_id": 15, "epochs": {0: 1}, **changes})
+    elsewhere = {"namespace": "n2", "component": "o"}
+    alone = entry_of(**{"worker_id": 15, "epochs": {0: 1}, "model": "other", **elsewhere, **changes})
+
+    async def body() -> None:
+        async with Api() as api:
+            api.enter(odd, alone)
+            await api.all_live()
+            status, answer = await api.post("/select", token_ids=PROMPT)
+            assert (status, answer["worker_id"] in (1, 2)) == (200, True)
+            assert (await api.post("/select", token_ids=PROMPT, model_name="other"))[0] == 404
+            api.enter(entry_of(3))
+            assert (await api.post("/select", token_ids=PROMPT, allowed_worker_ids=[3]))[0] == 200
+
+    run(body())
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert f"worker {odd.worker_id:x} is not used: {reason}" in error

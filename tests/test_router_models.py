@@ -18,7 +18,7 @@ from vswa_plugin.router.args import parse
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.models import Models, card_of
-from vswa_plugin.router.pools import grouped, slug_of
+from vswa_plugin.router.pools import grouped, not_used, slug_of
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.selection import Weights
 
@@ -64,6 +64,30 @@ def test_a_worker_that_hashes_otherwise_is_refused_with_the_reason(field: str, v
     assert refused.worker_id == 1
     assert str(value) in reason
     assert "tokens_per_block" in reason
+
+
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"namespace": "a.b"}, "namespace: expected letters"),
+    ({"component": "*"}, "component: expected letters"),
+    ({"block_size": 0}, "block_size: expected at least 1, got 0"),
+    ({"epochs": {}}, "epochs: expected one of each dp_rank"),
+    ({"epochs": {-1: 5}}, "dp_rank: expected a number"),
+    ({"worker_id": 1 << 64}, "worker_id: expected a number"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), ODD, ids=[next(iter(changes)) for changes, _ in ODD])
+def test_an_odd_entry_is_left_out_with_its_reason_whatever_its_age(
+    changes: dict[str, Any], reason: str
+) -> None:
+    odd = entry(**{"worker_id": 15, "epochs": {0: 1}, **changes})
+    entries = [odd, entry(2)]
+
+    assert {"m": [entry(2)]} == {name: list(group.used) for name, group in grouped(entries).items()}
+    assert {} == grouped([odd]), "a model of odd entries alone is none"
+    ((subject, told),) = not_used(entries, grouped(entries).values()).items()
+    assert f"worker {odd.worker_id:x} is not used" == subject
+    assert reason in told
 
 
 def test_of_as_many_the_oldest_worker_decides_whatever_the_order() -> None:

@@ -25,7 +25,8 @@ from vswa_plugin.router.replicas.messages import LOAD_VERSION
 from vswa_plugin.selection import Load
 from vswa_plugin.wire import control
 from vswa_plugin.wire.events import MAX_MESSAGE_BYTES, Rank, Source
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 
 INTERVAL_S = 0.2
 A, B = Rank(1), Rank(2)
@@ -63,7 +64,7 @@ class Replica:
         view = self.fleet.subscriber.view(rank)
         if view is None or view.layout is None or view.reader.stale or not view.scored(now()):
             return False
-        if view.reader.next_event_id != publishing.publisher.numbering.next_event_id:
+        if view.reader.next_event_id != publishing.publisher.ledger.next_event_id:
             return False
         held = {group: set(tiers) for group, tiers in self.fleet.index.contents(rank).items()}
         assert held == publishing.residency.resident(), "at the same event, yet not the same"
@@ -205,7 +206,7 @@ def entry_of(publishing: Publishing) -> Entry:
         rule=LAYOUT.rule,
         hash_scheme=LAYOUT.hash_scheme,
         groups=LAYOUT.groups,
-        epochs={0: publishing.publisher.numbering.epoch},
+        epochs={0: publishing.publisher.ledger.epoch},
         total_kv_blocks=100,
     )
 
@@ -232,7 +233,7 @@ def test_a_control_subject_refuses_what_it_cannot_read_and_goes_on(
             await asking.connect()
             to_subject = subject(worker.source, "control")
             refused = await asking.request(to_subject, MALFORMED[kind], 5)
-            request = control.SnapshotRequest(worker.publisher.numbering.epoch)
+            request = control.SnapshotRequest(worker.publisher.ledger.epoch)
             fine = await asking.request(to_subject, control.encode(request), 5)
             await asking.close()
         return control.decode_reply(refused), control.decode_reply(fine)

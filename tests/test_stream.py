@@ -117,6 +117,15 @@ def test_a_lower_epoch_is_dropped_and_counted_and_a_higher_one_taken_at_once() -
     assert reader.on_batch(batch(0, LAYOUT, epoch=6), 1.0) == [Reset(), Apply((LAYOUT,)), BecameLive()]
 
 
+def test_a_heartbeat_of_another_epoch_confirms_nothing_though_its_next_id_is_ours() -> None:
+    reader = live_reader()
+
+    assert [] == reader.on_batch(batch(2, epoch=4), 1.0)
+    assert (1, 5) == (reader.stats.foreign_epochs, reader.epoch)
+    assert [SnapshotRequest(6)] == asked(reader.on_batch(batch(2, epoch=6), 2.0))
+    assert reader.stale
+
+
 def test_a_replay_that_is_too_old_becomes_a_snapshot() -> None:
     reader = live_reader()
     reader.on_batch(batch(4), 1.0)

@@ -94,7 +94,7 @@ def test_1_a_gap_makes_the_view_stale_at_once(run: Run[Any], brokers: Brokers, n
                 stale.append(reason),
                 carry_out(view, reason),
             )[1]
-            expected = worker.publisher.numbering.next_event_id
+            expected = worker.publisher.ledger.next_event_id
             worker.fault = lambda payload: []
             worker.work()
             await worker.settled()
@@ -109,14 +109,16 @@ def test_1_a_gap_makes_the_view_stale_at_once(run: Run[Any], brokers: Brokers, n
 def test_2_a_replay_that_is_too_old_becomes_a_snapshot(run: Run[Any], brokers: Brokers, names: Names) -> None:
     async def body() -> None:
         async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
-            worker.publisher.history.ring._max_batches = 3
+            worker.publisher.ledger.history.ring._max_batches = 3
             await reader.catches_up(worker)
             worker.fault = lambda payload: []
             for _ in range(10):
                 worker.work()
                 await worker.settled()
                 await asyncio.sleep(0)
-            await eventually(lambda: worker.publisher.stats.batches >= 8, "more batches than the ring holds")
+            await eventually(
+                lambda: worker.publisher.ledger.stats.batches >= 8, "more batches than the ring holds"
+            )
             worker.fault = whole
             await reader.catches_up(worker)
             view = reader.subscriber.view(worker.source.rank)
@@ -138,15 +140,15 @@ def test_2_a_publisher_that_does_not_answer_is_asked_again_with_pauses_and_no_st
 
         async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
             await reader.catches_up(worker)
-            answer = worker.publisher.history.answer
-            worker.publisher.history.answer = deaf  # type: ignore[method-assign]
+            answer = worker.publisher.ledger.history.answer
+            worker.publisher.ledger.history.answer = deaf  # type: ignore[method-assign]
             worker.fault = lambda payload: []
             worker.work()
             await worker.settled()
             worker.fault = whole
             worker.work(50)
             await eventually(lambda: len(asked) >= 3, "asked again")
-            worker.publisher.history.answer = answer  # type: ignore[method-assign]
+            worker.publisher.ledger.history.answer = answer  # type: ignore[method-assign]
             await reader.catches_up(worker)
             assert len(asked) < 20, "one request at a time, pauses that double"
 
@@ -181,7 +183,7 @@ def test_4_a_dead_worker_scores_0_within_three_heartbeats_and_leaves_with_its_re
             await worker.start()
             worker.work(3)
             await reader.catches_up(worker)
-            reader.subscriber.announce(worker.source, worker.publisher.numbering.epoch)
+            reader.subscriber.announce(worker.source, worker.publisher.ledger.epoch)
             await worker.crash()
             began = asyncio.get_running_loop().time()
             await eventually(lambda: not reader.index.scored[rank], "scored 0")
@@ -263,7 +265,7 @@ def test_6_a_late_joiner_takes_a_snapshot_while_events_go_on(
                 await busy
                 for reader in readers:
                     await reader.catches_up(worker)
-            snapshots = worker.publisher.history.snapshots_made
+            snapshots = worker.publisher.ledger.history.snapshots_made
             assert 1 <= snapshots <= 4
             assert all(each.subscriber.stats.requests > 10 for each in readers)
 
@@ -316,12 +318,12 @@ def test_7_an_engine_that_lost_events_costs_its_residency_and_nothing_else(
         async with one_of_each(brokers.nats_server, next(names)) as (worker, reader):
             worker.work(5)
             await reader.catches_up(worker)
-            epoch = worker.publisher.numbering.epoch
+            epoch = worker.publisher.ledger.epoch
             worker.offer(EventsLost(7, 12))
             worker.work(1)
             await reader.catches_up(worker)
-            assert worker.publisher.numbering.epoch > epoch
-            assert worker.publisher.stats.restarts == 1
+            assert worker.publisher.ledger.epoch > epoch
+            assert worker.publisher.ledger.stats.restarts == 1
             assert len(reader.index.held[worker.source.rank][2]) == 4
 
     run(body())

@@ -16,11 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import BlocksMoved, BlocksRemoved, BlocksStored, EngineBlock, EngineEvent
 from vswa_plugin.following.reader import Apply, Ask, BecameLive, BecameStale, Reader, ReaderOptions, Reset
-from vswa_plugin.publishing.history import History, HistoryOptions
+from vswa_plugin.publishing.history import HistoryOptions
+from vswa_plugin.publishing.ledger import Ledger, LedgerOptions
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire import control
-from vswa_plugin.wire.events import Event, Layout, Moved, Removed, Stored, decode, encode, layout_event
-from vswa_plugin.wire.numbering import Numbering
+from vswa_plugin.wire.events import Event, Layout, Moved, Removed, Stored, Unknown, decode
 
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, 4, 2), CacheGroup(2, None, 2)), "trtllm_v2", "m")
 View = dict[int, dict[int, str]]
@@ -52,40 +52,45 @@ class Publishing:
     """One rank's publisher without I/O, and what it held at every event id it gave out."""
 
     def __init__(self) -> None:
-        self.residency = Residency(LAYOUT)
-        options = HistoryOptions(ring_batches=4, message_bytes=300, share_s=1.0, expire_s=3.0, snapshots=2)
+        limits = HistoryOptions(ring_batches=4, share_s=1.0, expire_s=3.0, snapshots=2)
+        options = LedgerOptions(batch_bytes=300, history=limits)
         self.now = 0.0
-        self.history = History(self.residency, options, lambda: self.now)
-        self.numbering = Numbering(lambda: 1)
+        self.ledger = Ledger("rank", Residency(LAYOUT), options, clock_ns=lambda: 1, clock=lambda: self.now)
         self.truth = Naive()
         #: (epoch, next event id) -> what was resident then.
         self.held: dict[tuple[int, int], View] = {}
 
-    def restart(self) -> bytes:
+    def begin(self) -> list[bytes]:
+        self.ledger.begin()
+        return self.published()
+
+    def restart(self) -> list[bytes]:
         """A new life: nothing resident, a higher epoch."""
-        self.residency.clear()
-        self.numbering.new_epoch()
-        self.history.begin_epoch(self.numbering.epoch)
-        self.held[self.numbering.epoch, 0] = {}
-        self.truth = Naive()
-        return self.write([layout_event(LAYOUT)])
+        self.ledger.lose("the test says so")
+        return self.published()
 
-    def step(self, engine_events: list[EngineEvent]) -> bytes | None:
-        changes = [change for event in engine_events for change in self.residency.apply(event)]
-        return self.write(changes) if changes else None
+    def step(self, *engine_events: EngineEvent) -> list[bytes]:
+        for event in engine_events:
+            self.ledger.add(event)
+        return self.published()
 
-    def write(self, events: list[Event]) -> bytes:
-        batch = self.numbering.batch(events)
-        for offset, event in enumerate(events):
-            self.truth.apply(event)
-            key = (batch.epoch, batch.first_event_id + offset + 1)
-            self.held[key] = {group: dict(blocks) for group, blocks in self.truth.view.items()}
-        payload = encode(batch)
-        self.history.ring.add(batch, payload)
-        return payload
+    def published(self) -> list[bytes]:
+        payloads = []
+        for batch, payload in self.ledger.flush():
+            payloads.append(payload)
+            if batch.first_event_id == 0:
+                self.truth = Naive()
+                self.held[batch.epoch, 0] = {}
+            for event_id, event in enumerate(batch.events, batch.first_event_id + 1):
+                assert not isinstance(event, Unknown)
+                self.truth.apply(event)
+                self.held[batch.epoch, event_id] = {
+                    group: dict(blocks) for group, blocks in self.truth.view.items()
+                }
+        return payloads
 
-    def heartbeat(self) -> bytes:
-        return encode(self.numbering.batch())
+    def heartbeat(self) -> list[bytes]:
+        return [self.ledger.heartbeat()]
 
 
 class Following:
@@ -133,26 +138,26 @@ class StreamMachine(RuleBasedStateMachine):
         self.followers = [Following(), Following()]
         self.network: list[list[bytes]] = [[], []]
         for rank, publisher in enumerate(self.publishers):
-            self.send(rank, fate, publisher.restart())
+            self.send(rank, fate, publisher.begin())
 
     # -- what engines do ---------------------------------------------------------------------------
 
     @rule(fate=FATES, rank=RANKS, group=st.integers(0, 2), path=PATHS)
     def store(self, fate: str, rank: int, group: int, path: tuple[int, ...]) -> None:
         blocks = tuple(engine_block(path[: depth + 1]) for depth in range(len(path)))
-        self.send(rank, fate, self.publishers[rank].step([BlocksStored(group, None, blocks)]))
+        self.send(rank, fate, self.publishers[rank].step(BlocksStored(group, None, blocks)))
 
     @rule(fate=FATES, rank=RANKS, group=st.integers(0, 2), paths=st.lists(PATHS, min_size=1, max_size=3))
     def remove(self, fate: str, rank: int, group: int, paths: list[tuple[int, ...]]) -> None:
         hashes = tuple(engine_block(path).hash for path in paths)
-        self.send(rank, fate, self.publishers[rank].step([BlocksRemoved(group, hashes)]))
+        self.send(rank, fate, self.publishers[rank].step(BlocksRemoved(group, hashes)))
 
     @rule(
         fate=FATES, rank=RANKS, group=st.integers(0, 2), path=PATHS, tier=st.sampled_from(["device", "host"])
     )
     def move(self, fate: str, rank: int, group: int, path: tuple[int, ...], tier: str) -> None:
         event = BlocksMoved(group, (engine_block(path).hash,), tier)
-        self.send(rank, fate, self.publishers[rank].step([event]))
+        self.send(rank, fate, self.publishers[rank].step(event))
 
     @rule(fate=FATES, rank=RANKS)
     def restart(self, fate: str, rank: int) -> None:
@@ -162,20 +167,19 @@ class StreamMachine(RuleBasedStateMachine):
     def heartbeat(self, fate: str, rank: int) -> None:
         self.send(rank, fate, self.publishers[rank].heartbeat())
 
-    def send(self, rank: int, fate: str, payload: bytes | None) -> None:
+    def send(self, rank: int, fate: str, payloads: list[bytes]) -> None:
         follower = self.followers[rank]
-        match fate:
-            case _ if payload is None:
-                return
-            case "now":
-                self.hand_over(rank, payload)
-            case "twice":
-                self.hand_over(rank, payload)
-                self.network[rank].append(payload)
-            case "later":
-                self.network[rank].append(payload)
-            case "corrupt":
-                follower.carry_out(follower.reader.on_malformed(self.now))
+        for payload in payloads:
+            match fate:
+                case "now":
+                    self.hand_over(rank, payload)
+                case "twice":
+                    self.hand_over(rank, payload)
+                    self.network[rank].append(payload)
+                case "later":
+                    self.network[rank].append(payload)
+                case "corrupt":
+                    follower.carry_out(follower.reader.on_malformed(self.now))
 
     # -- what the network does ---------------------------------------------------------------------
 
@@ -201,7 +205,7 @@ class StreamMachine(RuleBasedStateMachine):
         follower = self.followers[rank]
         if follower.asked:
             request = follower.asked.pop(0)
-            reply = control.decode_reply(self.publishers[rank].history.answer(control.encode(request)))
+            reply = control.decode_reply(self.publishers[rank].ledger.history.answer(control.encode(request)))
             follower.carry_out(follower.reader.on_reply(request, reply, self.now))
 
     @rule(rank=RANKS)
@@ -209,7 +213,7 @@ class StreamMachine(RuleBasedStateMachine):
         follower = self.followers[rank]
         if follower.asked:
             request = follower.asked.pop(0)
-            reply = control.decode_reply(self.publishers[rank].history.answer(control.encode(request)))
+            reply = control.decode_reply(self.publishers[rank].ledger.history.answer(control.encode(request)))
             follower.late.append((request, reply))
             follower.carry_out(follower.reader.on_failure(request, "timed out", self.now))
 
@@ -222,7 +226,7 @@ class StreamMachine(RuleBasedStateMachine):
     @rule(rank=RANKS)
     def announce(self, rank: int) -> None:
         follower = self.followers[rank]
-        follower.carry_out(follower.reader.on_announced(self.publishers[rank].numbering.epoch))
+        follower.carry_out(follower.reader.on_announced(self.publishers[rank].ledger.epoch))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0]))
     def time_passes(self, seconds: float) -> None:
@@ -253,7 +257,7 @@ class StreamMachine(RuleBasedStateMachine):
         for rank, (publisher, follower) in enumerate(self.pairs()):
             while self.network[rank]:
                 self.deliver(rank)
-            self.hand_over(rank, publisher.heartbeat())
+            self.hand_over(rank, *publisher.heartbeat())
             for _ in range(100):
                 if follower.asked:
                     self.answer(rank)
@@ -263,7 +267,7 @@ class StreamMachine(RuleBasedStateMachine):
             assert follower.live
             assert publisher.truth.view == follower.naive.view
             resident = {group: set(blocks) for group, blocks in follower.naive.view.items()}
-            assert publisher.residency.resident() == resident
+            assert publisher.ledger.residency.resident() == resident
 
     def pairs(self) -> list[tuple[Publishing, Following]]:
         if not hasattr(self, "publishers"):

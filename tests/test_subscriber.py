@@ -10,7 +10,7 @@ from tests.stream_helpers import LAYOUT, NaiveIndex
 from vswa_plugin.errors import ConnectError
 from vswa_plugin.following.subscriber import Subscriber
 from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
-from vswa_plugin.wire.transport import subject
+from vswa_plugin.wire.subjects import subject
 
 SOURCE = Source("ns", "backend", 7)
 RANK = Rank(7)
@@ -87,7 +87,7 @@ def test_an_event_that_does_not_fit_the_layout_costs_the_rank_its_score_until_th
             message(0, layout_event(LAYOUT), epoch=6),
         ):
             await subscriber._on_message(*each)
-            scored.append(index.scored[RANK])
+            scored.append(index.scored.get(RANK, False))
         return scored
 
     assert asyncio.run(body()) == [True, False, True]

@@ -60,6 +60,10 @@ def test_the_model_is_built_with_the_options_and_what_events_need(started: Start
     } == started.llm.kwargs
 
 
+def test_it_says_which_release_is_installed(model: Path) -> None:
+    assert TensorRtLlmEngine(settings_for(model)).info.engine_version == "1.3.0rc29"
+
+
 def test_capacity_becomes_known_with_the_start(model: Path) -> None:
     built = TensorRtLlmEngine(settings_for(model))
     before = built.info.total_kv_blocks

@@ -13,7 +13,8 @@ from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.launch.brokers import start_nats
 from vswa_plugin.launch.processes import free_port
 from vswa_plugin.wire.events import Source
-from vswa_plugin.wire.transport import Transport, check_name, events_of, source_of, subject
+from vswa_plugin.wire.subjects import check_name, events_of, source_of, subject
+from vswa_plugin.wire.transport import Transport
 
 SOURCE = Source("prod-1", "backend", 0x1D36A2091E114D49, 3)
 

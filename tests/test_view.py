@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.following.view import View, ViewOptions
+from vswa_plugin.following.view import Attention, View, ViewOptions
 from vswa_plugin.wire.events import Batch, Layout, Source, Unknown
 
 LAYOUT = CacheLayout((CacheGroup(0, 512, 32),), "trtllm_v2", "m")
@@ -11,7 +11,7 @@ EVENT = Layout(LAYOUT.groups, "trtllm_v2", "h", "m")
 
 
 def live_view() -> View:
-    view = View(Source("ns", "backend", 1), ViewOptions())
+    view = View(Source("ns", "backend", 1), ViewOptions(), attention=Attention(1.0))
     view.layout = LAYOUT
     view.reader.on_batch(Batch(1, 5, 0, 0, (EVENT,)), 0.0)
     view.stale_since = None
@@ -22,7 +22,7 @@ def ticks(view: View, start: float, seconds: float, connected: bool = True, step
     now = start
     while now < start + seconds:
         now += step
-        view.tick(now, connected)
+        view._attention.tick(now, connected)
     return now
 
 
@@ -49,7 +49,7 @@ def test_a_stale_rank_is_scored_as_last_seen_for_ten_seconds() -> None:
 
 def test_missing_heartbeats_score_0_within_three() -> None:
     view = live_view()
-    view.tick(0.0, connected=True)
+    view._attention.tick(0.0, connected=True)
     now = ticks(view, 0.0, 2.0)
     assert view.scored(now)
 
@@ -69,15 +69,15 @@ def test_heartbeats_that_are_missing_while_our_own_broker_is_away_do_not_count()
 
 def test_a_loop_that_did_not_run_does_not_blame_the_rank() -> None:
     view = live_view()
-    view.tick(0.0, connected=True)
-    view.tick(300.0, connected=True)
+    view._attention.tick(0.0, connected=True)
+    view._attention.tick(300.0, connected=True)
 
     assert view.scored(300.0)
 
 
 def test_only_an_unregistered_rank_is_forgotten_and_only_after_long() -> None:
     view = live_view()
-    view.tick(0.0, connected=True)
+    view._attention.tick(0.0, connected=True)
     now = ticks(view, 0.0, 59.0)
     assert not view.forgotten
     now = ticks(view, now, 2.0)

@@ -7,13 +7,15 @@ import re
 import time
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, PluginError
 from vswa_plugin.worker.__main__ import main
-from vswa_plugin.worker.args import parse
+from vswa_plugin.worker.app import Worker
+from vswa_plugin.worker.args import WorkerArgs, parse, with_engine_name
 from vswa_plugin.worker.engine_args import load_engine_args
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,37 @@ def test_defaults_follow_dynamo(model_dir: Path) -> None:
     assert str(args.endpoint) == "dynamo.backend.generate"
     assert args.nats_server == "nats://127.0.0.1:4222"
     assert args.settings.served_model_name == model_dir.name
-    assert (args.settings.mode, args.settings.engine) == ("agg", "gemma3_cpu")
+    assert (args.settings.mode, args.settings.engine) == ("agg", "")
+
+
+def test_an_engine_that_nobody_named_says_its_name(model_dir: Path) -> None:
+    named, unnamed = (parse(["--model-path", str(model_dir), "--engine", name]) for name in ("mine", ""))
+
+    def engine(name: str) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(engine=name))
+
+    assert with_engine_name(unnamed, engine("default")).settings.engine == "default"
+    assert with_engine_name(named, engine("default")) is named
+    with pytest.raises(PluginError, match="expected the default engine to say its name"):
+        with_engine_name(unnamed, engine(""))
+
+
+@pytest.mark.parametrize(("argv", "engine"), [((), "gemma3_cpu"), (("--engine", "standin"), "standin")])
+def test_a_worker_runs_the_engine_that_was_named_or_the_default_one(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], engine: str
+) -> None:
+    started: list[WorkerArgs] = []
+
+    class Seen(Worker):
+        def __init__(self, args: WorkerArgs, *rest: Any) -> None:
+            started.append(args)
+            super().__init__(args, *rest)
+
+    monkeypatch.setattr("vswa_plugin.worker.__main__.Worker", Seen)
+    with pytest.raises(AssertionError, match="local checks passed"):
+        main(["--model-path", str(model_dir), "--plugin", STANDIN, *argv])
+
+    assert [args.settings.engine for args in started] == [engine]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +218,10 @@ def test_prefill_and_decode_configs_let_tensorrt_llm_keep_its_v2_cache_manager()
         (["--log-level", "loud"], "--log-level: unknown level 'loud'. Known: debug, error, info, warning"),
         (["--heartbeat", "0"], "--heartbeat: expected more than 0 seconds"),
         (["--no-plugin", "prometeus"], "unknown plugin 'prometeus': did you mean 'prometheus'?"),
-        (["--no-plugin", "gemma3_cpu"], "unknown engine 'gemma3_cpu'"),
+        (
+            ["--no-plugin", "gemma3_cpu"],
+            "--engine: expected the name of an engine, got none, and no plugin has a default",
+        ),
         (["--no-plugin", "trtllm_events"], "no plugin reads KV events of the format 'trtllm'"),
         (
             ["--extra-engine-args", "/nowhere.yaml"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import eventually, own_namespace, status_url
+from tests.e2e_helpers import eventually, own_namespace
 from vswa_plugin.launch.brokers import start_etcd, start_nats
 from vswa_plugin.launch.cluster import LOOPBACK_ENV
 from vswa_plugin.launch.processes import Child, free_port, python_module
@@ -17,7 +17,8 @@ from vswa_plugin.registry._etcd3_client import Connection
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
 from vswa_plugin.wire.events import Batch, Source, encode
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 
 
 async def worker(
@@ -34,8 +35,7 @@ def test_sigterm_while_it_waits_for_a_broker_ends_it_at_once_with_0(
 ) -> None:
     async def body() -> tuple[int, str]:
         nowhere = {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"}
-        child = await worker(tmp_path, model_dir, nowhere, "--status-port", "0")
-        await status_url(child)
+        child = await worker(tmp_path, model_dir, nowhere)
         await eventually(lambda: "[Errno" in child.log_path.read_text(), "it tries")
         child.terminate()
         return await asyncio.wait_for(child.wait(), 10), child.log_path.read_text()

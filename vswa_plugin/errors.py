@@ -8,8 +8,10 @@
     │   ├── InvalidRequest     the request can never be served as it is (the frontend answers 400)
     │   ├── Overloaded         it could be served later (503)
     │   └── Unavailable        this worker cannot serve it, another one can (the frontend migrates it)
+    ├── PluginFailed           something of a plugin failed, which costs that plugin's part alone
     ├── StreamError            an event stream that is broken and will be repaired
     │   └── ProtocolError      bytes that are not a message of this protocol version
+    ├── PluginFailed           something of a plugin failed: it costs that plugin's part alone
     └── InvariantError         a bug of this project: please report it
 
 ``except VswaError`` catches whatever this project raises on purpose.
@@ -59,6 +61,10 @@ class StreamError(VswaError):
 
 class ProtocolError(StreamError):
     """Bytes that are not a message of this protocol version."""
+
+
+class PluginFailed(VswaError):
+    """Something of a plugin failed: counted and named by the host; it costs that plugin's part alone."""
 
 
 class InvariantError(VswaError, AssertionError):

@@ -6,20 +6,23 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vswa_plugin.dynamo.frontend import FrontendSettings, serve_frontend
 from vswa_plugin.dynamo.names import NATS_ENV, ROUTER_MODES
 from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
-from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
+from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.program.args import add_log_level, check_log_level, make_parser
+from vswa_plugin.program.life import Life, Program
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import reach_discovery
 from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 
 logger = logging.getLogger("vswa_plugin.frontend")
+
+NAME = "vswa frontend"
 
 _EXAMPLE = """\
 example:
@@ -54,28 +57,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-async def serve(settings: FrontendSettings) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code."""
-    await _probe()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    runtime = connect()
-    serving = asyncio.create_task(serve_frontend(runtime, settings), name="frontend")
-    stopping = asyncio.create_task(stop.wait())
-    logger.info("listening on http://%s:%d/v1", settings.http_host, settings.http_port)
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        stopping.cancel()
-        error = serving.exception()
-        raise ConnectError(
-            f"Dynamo's frontend ended unasked ({error or 'no error given'}); is port "
-            f"{settings.http_port} taken, or was etcd away for longer than its lease?"
-        )
-    runtime.shutdown()
-    await asyncio.wait({serving}, timeout=10)
-    return 0
+class Frontend(Program):
+    """Dynamo's frontend as a program of ours."""
+
+    def __init__(self, settings: FrontendSettings, life: Life) -> None:
+        self._settings = settings
+        self._tasks = life.tasks
+        self._runtime: Any = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await _probe()
+        self._runtime = connect()
+        serving = asyncio.create_task(serve_frontend(self._runtime, self._settings), name="Dynamo's frontend")
+        hint = f"is port {self._settings.http_port} taken, or was etcd away for longer than its lease?"
+        self._serving = serving
+        self._tasks.watch(serving, hint)
+        logger.info("listening on http://%s:%d/v1", self._settings.http_host, self._settings.http_port)
+
+    async def end(self) -> None:
+        if self._runtime is not None:
+            self._runtime.shutdown()
+        if self._serving is not None:
+            await asyncio.wait({self._serving}, timeout=10)
 
 
 async def _probe() -> None:
@@ -99,11 +103,12 @@ def run(argv: Sequence[str] | None = None) -> int:
         namespace=given.namespace,
         migration_limit=given.migration_limit,
     )
-    return run_on_uvloop(serve(settings))
+    life = Life(NAME)
+    return run_on_uvloop(life.run(Frontend(settings, life)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program("vswa frontend", lambda: run(argv))
+    return run_program(NAME, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from .scorer import BoundaryProjection
 
-#: ``off`` (also where it is not set), ``global`` or ``boundary``.
+#: ``off``, ``global`` or ``boundary``; where it is not set, what the router in front needs.
 MODE_ENV = "VSWA_DYNAMO_EVENTS"
+#: Which router a worker works behind: ``stock`` is Dynamo's own.
+ROUTER_ENV = "VSWA_ROUTER"
 
 # One per process, as the worker is.
 _feed: Feed | None = None
@@ -67,11 +69,11 @@ def vswa_metrics() -> str | None:
 
 
 def mode_from(environ: Mapping[str, str]) -> str:
-    """The projection that the environment asks for.
+    """The projection that the environment asks for; ``boundary`` by default behind Dynamo's own router.
 
     :raises ConfigError: there is no such projection.
     """
-    mode = environ.get(MODE_ENV) or "off"
+    mode = environ.get(MODE_ENV) or ("boundary" if environ.get(ROUTER_ENV) == "stock" else "off")
     if mode not in (known := ("off", *MODES)):
         raise ConfigError(f"{MODE_ENV}: {unknown_choice('projection', mode, known)}")
     return mode

@@ -104,9 +104,9 @@ class Feed(Collector):
         return generate_latest(self._registry).decode()
 
     def collect(self) -> Iterator[Metric]:
-        def of_all(family: Metric, values: Iterable[float]) -> Metric:
+        def of_all(family: CounterMetricFamily | GaugeMetricFamily, values: Iterable[float]) -> Metric:
             for rank, value in zip(self._ranks, values, strict=True):
-                family.add_metric([str(rank)], value)  # type: ignore[attr-defined]
+                family.add_metric([str(rank)], value)
             return family
 
         ranks, labels, prefix = self._ranks.values(), ["dp_rank"], "vswa_dynamo_events"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import cast
 
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import ReuseRule, rule_named
@@ -46,8 +47,9 @@ class BoundaryProjection:
 
     def predict(self, prompt: Prompt) -> int:
         self._tell()
-        matches = self._tree.find_matches(list(prompt.sequence_hashes)).scores
-        matched = int(matches.get((_WORKER_ID, _DP_RANK), 0))
+        # Dynamo's type stub says worker id -> blocks; the keys that it returns are worker id and dp rank.
+        scores = self._tree.find_matches(list(prompt.sequence_hashes)).scores
+        matched = cast("dict[tuple[int, int], int]", scores).get((_WORKER_ID, _DP_RANK), 0)
         rule, prompt_len = rule_named(self._layout.rule, self._rules), len(prompt.token_ids)
         boundary = min(matched, rule.boundaries(self._layout, prompt_len))
         return rule.tokens(self._layout, boundary, prompt_len)

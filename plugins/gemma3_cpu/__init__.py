@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from vswa_plugin.hookspecs import hookimpl
 
+from .name import NAME
+
 if TYPE_CHECKING:
     from vswa_plugin.engine.contract import Engine, EngineSettings
     from vswa_plugin.engine.predicted import RankSetup, SimulatedRank
     from vswa_plugin.hookspecs.commands import Commands
-
-NAME = "gemma3_cpu"
 
 
 @hookimpl
@@ -21,7 +21,8 @@ def vswa_engine_names() -> list[str]:
 
 @hookimpl
 def vswa_engine(settings: EngineSettings) -> Engine | None:
-    if settings.engine != NAME:
+    # Empty: nobody has named an engine, and this one needs nothing but this package.
+    if settings.engine not in (NAME, ""):
         return None
     from .serving.engine import Gemma3CpuEngine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from vswa_plugin.engine.records import RequestRecord
-from vswa_plugin.wire.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored
+from vswa_plugin.wire.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored, Unknown
 
 #: For a group that no Layout has named: blocks are still counted, and the label shows the fault.
 UNKNOWN_WINDOW = "unknown"
@@ -71,7 +71,7 @@ class Collector:
         """All metrics in Prometheus text format."""
         return generate_latest(self._registry).decode()
 
-    def _count_event(self, source: Source, event: Event) -> None:
+    def _count_event(self, source: Source, event: Event | Unknown) -> None:
         match event:
             case Layout():
                 self._learn(source, event)

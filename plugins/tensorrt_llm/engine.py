@@ -85,6 +85,7 @@ class TensorRtLlmEngine:
             # A guess until the engine has measured its memory.
             total_kv_blocks=-(-(options.max_tokens or 4 * plan.context_length) // layout.block_size),
             data_parallel_size=options.attention_dp_ranks,
+            engine_version="" if version is None else str(version),
         )
         self._limits = Limits(
             plan.context_length,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vswa_plugins.trtllm_events import LORA_SERVED, chain_keys, salt_id
+from ..trtllm_events import LORA_SERVED, chain_keys, salt_id
 
 #: Blocks remembered; the oldest are forgotten, and are then left out by the adapter: an under-estimate.
 MAX_NOTED = 1 << 20

@@ -17,7 +17,7 @@ from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire import control
 from vswa_plugin.wire.events import VERSION, Batch, Event, Rank, Source, Stored, encode, layout_event
-from vswa_plugin.wire.transport import subject
+from vswa_plugin.wire.subjects import subject
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from vswa_plugins.gemma3_cpu.model.config import Gemma3Config, load_config
-from vswa_plugins.gemma3_cpu.model.model import load_model
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
+from vswa_plugins.gemma3_cpu.weights.source import load_model
 
 from tests.cases import mended_by
 from vswa_plugin.errors import ConfigError

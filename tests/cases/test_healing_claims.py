@@ -107,10 +107,10 @@ def resident_after(
         running = asyncio.create_task(worker.publisher.run())
         worker.offer(BlocksStored(0, None, BLOCKS), BlocksStored(1, None, BLOCKS))
         await eventually(lambda: worker.resident() == {0: 2, 1: 2}, "both groups are published")
-        before = worker.publisher.healing.events
+        before = worker.publisher.engine_events
         lose(worker)
         await eventually(lambda: len(worker.epochs) == 2, "a new epoch has begun")
-        mark = before if arrives_before_the_loss else worker.publisher.healing.events
+        mark = before if arrives_before_the_loss else worker.publisher.engine_events
         worker.offer(*then)
         worker.publisher.claim(Claim(PROMPT, REUSED, mark))
         worker.publisher.close()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
 from tests.cases import mended_by
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.errors import ProtocolError
 from vswa_plugin.hookspecs import NAME
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.host.registered import PluginStatus
@@ -70,7 +70,8 @@ def test_a_package_does_not_take_the_place_of_a_first_party_plugin_by_its_name(
 
         assert "loaded" == listed["vswa-plugin"].state
         assert "failed" == listed["acme-metrics"].state
-        assert isinstance(host.event_adapter("trtllm", LAYOUT), TrtllmEventAdapter)
+        with pytest.raises(ProtocolError, match="data"):  # in the words of TensorRT-LLM's adapter
+            host.event_adapter("trtllm", LAYOUT).feed({"event_id": 0})
 
 
 @pytest.mark.parametrize("module", ["acme_mod", "zz_acme_mod"])

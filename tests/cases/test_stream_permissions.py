@@ -17,7 +17,8 @@ from vswa_plugin.errors import ConnectError
 from vswa_plugin.launch.brokers import _binary, _listens
 from vswa_plugin.launch.processes import Child, free_port
 from vswa_plugin.wire.events import Batch, Source, encode
-from vswa_plugin.wire.transport import Transport, events_of, subject
+from vswa_plugin.wire.subjects import events_of, subject
+from vswa_plugin.wire.transport import Transport
 
 VICTIM, OTHER = Source("n", "c", 1), Source("n", "c", 2)
 #: Far above any wall clock in nanoseconds.
@@ -115,7 +116,7 @@ async def goes_on_after_forging(folder: Path, which: str) -> bool:
         worker = Publishing(address("first"), VICTIM)
         reader = Following(address("router"), "n")
         async with running(reader, worker):
-            reader.subscriber.announce(VICTIM, worker.publisher.numbering.epoch)
+            reader.subscriber.announce(VICTIM, worker.publisher.ledger.epoch)
             reader.subscriber.announce(OTHER, 1)
             worker.work(3)
             await reader.catches_up(worker)

@@ -4,7 +4,7 @@
 #include "score.h"
 
 /* Raised when what vswa_plugin.kernel relies on changes: an old build is then left aside. */
-#define VSWA_KERNEL_VERSION 1
+#define VSWA_KERNEL_VERSION 2
 #define MAX_BIT (1 << 20)
 #define MAX_GROUPS (1 << 12)
 #define SCRATCH_KEPT ((size_t)1 << 22)
@@ -197,6 +197,23 @@ static PyObject *table_items(KernelTable *self, PyObject *const *args, Py_ssize_
     return items;
 }
 
+PyDoc_STRVAR(held_doc, "held(group, bit) -> bytes\n\n"
+                       "The hashes that the rank holds in the group, in no order, as little-endian u64.");
+static PyObject *table_held_method(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    const vswa_table *t = &self->table;
+    u32 group, bit;
+    if (expect_count("held", 2, nargs) < 0 || small_number(args[0], "group", (long)t->groups, &group) < 0 ||
+        small_number(args[1], "bit", MAX_BIT, &bit) < 0)
+        return NULL;
+    /* Room for all that any rank holds there: pages that stay untouched cost nothing. */
+    size_t most = bit / 64 < t->words ? t->resident[group] : 0;
+    PyObject *packed = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(most * sizeof(u64)));
+    if (packed == NULL) return NULL;
+    size_t count = table_held(t, group, bit, PyBytes_AS_STRING(packed), most);
+    _PyBytes_Resize(&packed, (Py_ssize_t)(count * sizeof(u64)));
+    return packed;
+}
+
 /* A mask of ranks given as little-endian bytes, cut or filled with zeros to the table's words. */
 static u64 *mask_words(KernelTable *self, PyObject *source, u64 *out) {
     char *bytes;
@@ -358,6 +375,7 @@ static PyMethodDef table_methods[] = {
     FAST("discard", table_discard, discard_doc),
     FAST("masks", table_masks, masks_doc),
     FAST("items", table_items, items_doc),
+    FAST("held", table_held_method, held_doc),
     FAST("sweep", table_sweep_method, sweep_doc),
     FAST("score", table_score, score_doc),
     {"rewind", (PyCFunction)table_rewind, METH_NOARGS, "rewind()\n\nThe next sweep starts at the first row."},

@@ -314,6 +314,17 @@ static int table_sweep(vswa_table *t, u32 from, u32 to, const u64 *dead, size_t 
     return t->cursor >= t->high;
 }
 
+/* The keys that one rank holds in a group, written one after another from `out` on, which has room for `most`;
+ * how many. */
+static size_t table_held(const vswa_table *t, u32 group, u32 bit, char *out, size_t most) {
+    size_t count = 0;
+    for (u32 row = 0; row < t->high && count < most; row++) {
+        if (!(row_mask(t, row, group)[bit / 64] >> bit % 64 & 1)) continue;
+        memcpy(out + count++ * sizeof(u64), row_at(t, row), sizeof(u64));
+    }
+    return count;
+}
+
 /* NULL, or what is wrong. */
 static const char *table_check(const vswa_table *t) {
     const char *wrong = NULL;

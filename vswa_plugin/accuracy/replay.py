@@ -81,7 +81,8 @@ def replay_with(
     :param ttl: of the approximate scorer, in requests.
     """
     rules = host.reuse_rules()
-    scorers = [*built_in_scorers(rules, ttl), *host.accuracy_scorers(trace.layout(rule), rules)]
+    scorers = built_in_scorers(rules, ttl)
+    scorers += host.accuracy_scorers(trace.layout(rule), rules, [each.name for each in scorers])
     return replay(trace, host.event_adapter, rule=rule, rules=rules, scorers=scorers, progress=progress)
 
 
@@ -197,6 +198,7 @@ class _Replay:
     def report(self, trace: Trace) -> Report:
         self._settle(self._late)
         layout, outcomes = self._view.layout, [each for each in self._outcomes if each is not None]
+        failed = tuple(each.name for each in self._scorers if getattr(each, "failed", False))
         return Report(
             trace=trace.name,
             format=trace.header.format,
@@ -211,10 +213,15 @@ class _Replay:
             restarts=self._view.restarts,
             unattributed=self._view.unattributed,
             exceptions=exceptions_in(outcomes),
-            scores=scores_of(outcomes, [each.name for each in self._scorers], layout.block_size),
+            scores=scores_of(
+                outcomes,
+                [each.name for each in self._scorers if each.name not in failed],
+                layout.block_size,
+            ),
             outcomes=tuple(outcomes),
             lagged=sum(each.exception == LAG for each in outcomes),
             unfinished=len(self._waiting),
+            failed_scorers=failed,
         )
 
 

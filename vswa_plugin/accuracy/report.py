@@ -69,6 +69,7 @@ class Report(msgspec.Struct, frozen=True):
     :param unattributed: stored blocks that could not be named, so that less was promised.
     :param lagged: requests that were predicted right later, by events from before the engine's match.
     :param unfinished: requests whose results are not in the trace; they count nowhere.
+    :param failed_scorers: scorers of plugins that failed on the way, and of which nothing is shown.
     """
 
     trace: str
@@ -88,6 +89,7 @@ class Report(msgspec.Struct, frozen=True):
     outcomes: tuple[Outcome, ...]
     lagged: int = 0
     unfinished: int = 0
+    failed_scorers: tuple[str, ...] = ()
 
     def score(self, scorer: str = EXACT) -> Score:
         """:raises ConfigError: there is no such scorer; the known ones are listed."""
@@ -128,6 +130,8 @@ class Report(msgspec.Struct, frozen=True):
             said.append(
                 f"{self.unattributed} stored blocks could not be named: their parents are not in the trace"
             )
+        for name in self.failed_scorers:
+            said.append(f"scorer {name!r} of a plugin failed and is left out; the log says how")
         if mistakes := self.mistakes:
             lines = ", ".join(str(each.line) for each in mistakes[:5])
             more = ", ..." if len(mistakes) > 5 else ""

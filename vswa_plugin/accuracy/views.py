@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.dynamo.runtime import namespaced_block_hash
-from vswa_plugin.engine.contract import BlocksStored, EngineEvent, EventAdapter, Node, RawEvent
+from vswa_plugin.engine.contract import BlocksStored, EventAdapter, Node, RawEvent
 from vswa_plugin.engine.predicted import Scorer
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.publishing.ledger import Ledger, LedgerOptions
 from vswa_plugin.publishing.nodes import NodeTable
-from vswa_plugin.publishing.residency import Residency, Restart
-from vswa_plugin.wire.events import Event, Layout, Unknown, decode, encode, layout_event
-from vswa_plugin.wire.numbering import Numbering
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Event, Layout, Unknown, decode
 
 
 class View:
-    """Adapter, node table, residency and wire bytes of one rank, and what predicts from them.
+    """Adapter, ledger and wire bytes of one rank, and what predicts from them.
 
     :param new_adapter: of the rank's event format; made now, and again after a loss.
     :ivar restarts: times that nothing was known to be resident any more, though something had been.
@@ -30,81 +30,70 @@ class View:
         self._scorers = scorers
         self._new_adapter = new_adapter
         self._adapter = new_adapter()
-        self._residency = Residency(layout, NodeTable(namespaced_block_hash))
         ticks = itertools.count(1)
-        self._numbering = Numbering(lambda: next(ticks))
+        self._ledger = Ledger(
+            "trace",
+            Residency(layout, NodeTable(namespaced_block_hash)),
+            LedgerOptions(),
+            clock_ns=lambda: next(ticks),
+            clock=lambda: 0.0,
+            observe_stored=self._learn,
+        )
         self._changed = False
-        self._begin()
+        self._ledger.begin()
+        self._deliver()
 
     @property
     def layout(self) -> CacheLayout:
         """As declared, corrected by the engine's own word."""
-        return self._residency.layout
+        return self._ledger.layout
 
     @property
     def unattributed(self) -> int:
         """Stored blocks that could not be named."""
-        return self._residency.unattributed
+        return self._ledger.residency.unattributed
 
     def feed(self, raw: RawEvent) -> list[Event]:
-        """One engine event, to all scorers; what a router was told, a layout where all begins anew.
+        """One engine event, to all scorers; what a router receives, a layout where all begins anew.
 
-        :raises ConfigError: an event of another data-parallel rank.
+        :raises ConfigError: an event of another data-parallel rank, or one that does not fit the layout.
         :raises ProtocolError: not an event of the format.
         """
-        return [event for told in self._adapter.feed(raw) for event in self._feed(told)]
+        received: list[Event] = []
+        for event in self._adapter.feed(raw):
+            if event.dp_rank != 0:
+                raise ConfigError(f"expected events of one rank, 0, got one of dp_rank {event.dp_rank}")
+            self._ledger.add(event)
+            received += self._deliver()
+        return received
 
     def lose(self) -> None:
         """Events are missing here: nothing is known of the cache until it is stored again."""
         self._adapter = self._new_adapter()
-        self._residency.clear()
-        self._changed = True
-        self._begin()
+        self._ledger.lose("events are missing in the trace")
+        self._deliver()
 
-    def _feed(self, told: EngineEvent) -> list[Event]:
-        if told.dp_rank != 0:
-            raise ConfigError(f"expected events of one rank, 0, got one of dp_rank {told.dp_rank}")
-        try:
-            changes = self._residency.apply(told)
-        except Restart:
-            return self._begin()
-        if isinstance(told, BlocksStored):
-            nodes = self._names_of(told)
-            for scorer in self._scorers:
-                scorer.learn(told, nodes)
-        if not changes:
-            return []
-        self._changed = True
-        events = list(self._over_the_wire(changes))
-        for event in events:
-            for scorer in self._scorers:
-                scorer.apply(event)
-        return events
+    def _learn(self, stored: BlocksStored, nodes: Sequence[Node]) -> None:
+        for scorer in self._scorers:
+            scorer.learn(stored, nodes)
 
-    def _begin(self) -> list[Event]:
-        """As a publisher does: a new epoch, whose first event is the layout."""
-        self.restarts += self._changed  # a layout that is corrected before any block costs nothing
-        self._changed = False
-        self._numbering.new_epoch()
-        events = list(self._over_the_wire([layout_event(self._residency.layout)]))
-        for event in events:
-            assert isinstance(event, Layout)
+    def _deliver(self) -> list[Event]:
+        """Give what the ledger has published to all scorers, as a router gets it."""
+        received: list[Event] = []
+        for published in self._ledger.flush():
+            for event in decode(published.payload).events:
+                assert not isinstance(event, Unknown), "both sides have one version"
+                received.append(event)
+                self._show(event)
+        return received
+
+    def _show(self, event: Event) -> None:
+        if isinstance(event, Layout):
+            self.restarts += self._changed  # a layout that is corrected before any block costs nothing
+            self._changed = False
             for scorer in self._scorers:
                 scorer.begin(CacheLayout(event.groups, event.rule, event.model, event.hash_scheme))
-        return events
-
-    def _over_the_wire(self, changes: Sequence[Event]) -> Iterator[Event]:
-        """As a router gets them."""
-        for event in decode(encode(self._numbering.batch(changes))).events:
-            assert not isinstance(event, Unknown), "both sides have one version"
-            yield event
-
-    def _names_of(self, stored: BlocksStored) -> list[Node]:
-        """Of its leading blocks; the others could not be named."""
-        nodes: list[Node] = []
-        for block in stored.blocks:
-            node = self._residency.nodes.get(block.hash)
-            if node is None:
-                break
-            nodes.append(node)
-        return nodes
+            return
+        self._changed = True
+        for scorer in self._scorers:
+            scorer.apply(event)

@@ -28,7 +28,8 @@ from vswa_plugin.wire.events import (
     Unknown,
     decode,
 )
-from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport, events_of, source_of
+from vswa_plugin.wire.subjects import events_of, source_of
+from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 
 _EXAMPLES = """\
 examples:

@@ -103,6 +103,8 @@ def _tokens(args: argparse.Namespace, entry: Entry) -> list[int]:
 def _show(found: Explanation) -> None:
     scored = "" if found.scored else "  (not scored: stale or silent)"
     print(f"\nrank {found.rank}: {found.cached_tokens} tokens, rule {found.rule}{scored}")
+    if found.failed is not None:
+        print(f"  nothing is promised, because its rule has failed: {found.failed}")
     print(f"  resumes at block {found.boundary} of {found.boundaries}")
     for group in found.groups:
         held = ", ".join(f"{first}..{end - 1}" for first, end in group.held) or "none"

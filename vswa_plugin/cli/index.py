@@ -14,7 +14,10 @@ from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.program.life import Life, Program
+from vswa_plugin.program.status import StatusServer
 from vswa_plugin.registry.opening import registry_from_env
+from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 
 _EXAMPLES = """\
@@ -45,22 +48,25 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(_run(args))
 
 
-def fleet_for(args: argparse.Namespace) -> Fleet:
-    """A fleet of the brokers that the environment names, with the plugins' reuse rules; not connected yet."""
+def fleet_for(args: argparse.Namespace, tasks: Tasks | None = None) -> Fleet:
+    """A fleet of the brokers that the environment names, with the plugins' reuse rules; not connected yet.
+
+    :param tasks: where its long-lived tasks are watched.
+    """
     transport = Transport(os.environ.get(NATS_ENV, DEFAULT_SERVER), "vswa index")
     with load_host(args.plugin, args.no_plugin) as host:
         index = WindowIndex(rules=host.reuse_rules())
-    return Fleet(transport, registry_from_env(), namespace=args.namespace, index=index)
+    return Fleet(transport, registry_from_env(), namespace=args.namespace, index=index, tasks=tasks)
 
 
 async def _run(args: argparse.Namespace) -> int:
+    if not args.once:
+        life = Life("vswa index")
+        return await life.run(_Live(args, life))
     fleet = fleet_for(args)
     try:
         await fleet.start(args.timeout)
-        if args.once:
-            return await _once(fleet, args)
-        await _live(fleet, args)
-        return 0
+        return await _once(fleet, args)
     finally:
         await fleet.stop()
 
@@ -81,25 +87,35 @@ async def _once(fleet: Fleet, args: argparse.Namespace) -> int:
     return 0 if exact else 1
 
 
-async def _live(fleet: Fleet, args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.live import Live
+class _Live(Program):
+    """A table that keeps up, until a signal."""
 
-    from vswa_plugin.following.metrics import render
-    from vswa_plugin.program.status import Status, StatusServer
+    def __init__(self, args: argparse.Namespace, life: Life) -> None:
+        from vswa_plugin.following.metrics import render
 
-    server = StatusServer(Status(ready=True), lambda: render(fleet))
-    if args.status_port is not None:
-        await server.start("127.0.0.1", args.status_port)
-    console = Console(highlight=False)
-    try:
+        self._args = args
+        self._fleet = fleet_for(args, life.tasks)
+        self._server = StatusServer(life.status, lambda: render(self._fleet))
+
+    async def start(self) -> None:
+        await self._fleet.start(self._args.timeout)
+        if self._args.status_port is not None:
+            await self._server.start("127.0.0.1", self._args.status_port)
+
+    async def serve(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        fleet, console = self._fleet, Console(highlight=False)
         with Live(console=console, auto_refresh=False, transient=False) as live:
             while True:
                 table = _table(fleet.statuses(time.time_ns()), fleet.index.stats(), terminal=True)
                 live.update(table, refresh=True)
                 await asyncio.sleep(0.5)
-    finally:
-        await server.stop()
+
+    async def end(self) -> None:
+        await self._server.stop()
+        await self._fleet.stop()
 
 
 def _table(statuses: list[RankStatus], stats: Any, *, terminal: bool) -> Any:

@@ -15,11 +15,14 @@ from vswa_plugin.launch.topologies import (
     TOPOLOGIES,
     Topology,
     WorkerGroup,
+    add_log_arguments,
     add_router,
     add_worker_counts,
     worker_counts,
 )
 
+#: Commands that the plugin of the default engine adds; their contract is in the hook vswa_register_commands.
+_MAKE_MODEL, _GET_MODEL = "make-model", "get-model"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine-args", metavar="FILE", help="engine options, as --extra-engine-args of a worker"
     )
-    parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+    add_log_arguments(parser)
 
 
 def worker_groups(
@@ -62,12 +65,8 @@ async def model_path(args: argparse.Namespace, folder: Path, progress: Progress)
     if args.model is not None:
         return Path(args.model)
     directory = folder / "model"
-    progress(f"making a small random Gemma 3 in {directory}: its words mean nothing, all else is real")
-    # Through the command line, because the host knows no engine: gemma3_cpu's plugin provides it.
-    command = python_module("vswa_plugin", "make-model", str(directory))
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
-    if await process.wait() != 0:
-        raise VswaError("`vswa make-model` failed; its message is above")
+    progress(f"making a small random model in {directory}: its words mean nothing, all else is real")
+    await _run_command(_MAKE_MODEL, str(directory))
     return directory
 
 
@@ -79,12 +78,17 @@ def is_named(model: str | None) -> bool:
 async def _get_model(name: str, progress: Progress) -> Path:
     """The directory of a model by name; its terms and its progress go to standard error."""
     progress(f"model {name}: installed and converted where that has not been done")
-    command = python_module("vswa_plugin", "get-model", name)
+    return Path((await _run_command(_GET_MODEL, name)).strip())
+
+
+async def _run_command(name: str, argument: str) -> str:
+    """What a plugin's command prints. In a process of its own: it may take long, or need much memory."""
+    command = python_module("vswa_plugin", name, argument)
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     if process.returncode != 0:
-        raise VswaError(f"`vswa get-model {name}` failed; its message is above")
-    return Path(output.decode().strip())
+        raise VswaError(f"`vswa {name} {argument}` failed; its message is above")
+    return output.decode()
 
 
 def log_folder(args: argparse.Namespace, scratch: Path) -> Path:

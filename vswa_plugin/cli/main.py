@@ -92,7 +92,7 @@ def _run_one_of(commands: Sequence[Command], given: argparse.Namespace, rest: li
     return 0
 
 
-def _global_parser(**options: bool) -> argparse.ArgumentParser:
+def _global_parser(*, add_help: bool = True) -> argparse.ArgumentParser:
     """Options that may stand before or after the subcommand."""
     parser = argparse.ArgumentParser(
         prog="vswa",
@@ -100,7 +100,7 @@ def _global_parser(**options: bool) -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        **options,  # type: ignore[arg-type]
+        add_help=add_help,
     )
     add_plugin_arguments(parser)
     return parser

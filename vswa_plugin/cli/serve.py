@@ -12,7 +12,7 @@ from pathlib import Path
 from vswa_plugin.cli import local
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.serving import keep_serving, progress_from
-from vswa_plugin.launch.topologies import chosen_router, find_topology
+from vswa_plugin.launch.topologies import chosen_router, find_topology, log_bytes
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,7 @@ async def _serve(args: argparse.Namespace) -> int:
             http_port=args.http_port,
             routing=routing,
             keep=True,
+            log_bytes=log_bytes(args),
         )
         cluster = Cluster(settings, local.log_folder(args, Path(scratch)), progress)
         return await keep_serving(cluster, progress)

@@ -6,3 +6,60 @@ requests.py   the fields of a request, checked
 predicted.py  what is compared with an engine: scorers, and its cache without a model
 records.py    what is noted of a finished request
 """
+
+from vswa_plugin.engine.contract import (
+    MODES,
+    NO_SUCH_GROUP,
+    WORKER_ONLY,
+    BlocksMoved,
+    BlocksRemoved,
+    BlocksStored,
+    ChunkDict,
+    Engine,
+    EngineBlock,
+    EngineEvent,
+    EngineHash,
+    EngineInfo,
+    EngineSettings,
+    EventAdapter,
+    EventSink,
+    EventsLost,
+    GroupCreated,
+    Node,
+    RawEvent,
+    RequestDict,
+)
+from vswa_plugin.engine.options import Section
+from vswa_plugin.engine.predicted import Prompt, RankSetup, Scorer, SimulatedRank
+from vswa_plugin.engine.records import RequestRecord
+from vswa_plugin.engine.requests import Fields
+
+__all__ = [
+    "MODES",
+    "NO_SUCH_GROUP",
+    "WORKER_ONLY",
+    "BlocksMoved",
+    "BlocksRemoved",
+    "BlocksStored",
+    "ChunkDict",
+    "Engine",
+    "EngineBlock",
+    "EngineEvent",
+    "EngineHash",
+    "EngineInfo",
+    "EngineSettings",
+    "EventAdapter",
+    "EventSink",
+    "EventsLost",
+    "Fields",
+    "GroupCreated",
+    "Node",
+    "Prompt",
+    "RankSetup",
+    "RawEvent",
+    "RequestDict",
+    "RequestRecord",
+    "Scorer",
+    "Section",
+    "SimulatedRank",
+]

@@ -28,6 +28,12 @@ ChunkDict: TypeAlias = dict[str, Any]
 
 MODES = ("agg", "prefill", "decode")
 
+#: The section of :attr:`EngineSettings.options` whose keys mean the same to every engine: ``reuse_rule``, the
+#: name of a rule that the engine can keep its cache by; and, where its pools can be sized one by one,
+#: ``kv_blocks``: blocks of each rank's pools, by ``sliding`` (of every sliding window) and ``global``. An
+#: engine refuses what it cannot do.
+ANY_ENGINE = "vswa"
+
 #: Key of a request's first chunk for what only the worker is told; it is taken off before Dynamo sees the
 #: chunk. A mapping that may hold ``dp_rank``, the rank that serves the request, and ``transferred_tokens``,
 #: the prompt tokens that another worker computed and this one received (``cached_tokens`` is then that
@@ -38,7 +44,7 @@ WORKER_ONLY = "vswa"
 class EngineSettings(msgspec.Struct, frozen=True):
     """What a worker was asked to run; given to ``vswa_engine``.
 
-    :param engine: the name given to ``--engine``.
+    :param engine: the name given to ``--engine``; empty where nobody has named one, see ``vswa_engine``.
     :param mode: one of :data:`MODES`.
     :param model_path: directory (or file) of the model.
     :param served_model_name: the name clients use.
@@ -70,6 +76,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     #: Directory with config and tokenizer for Dynamo, where it is not the model path itself; there once the
     #: engine has started.
     model_dir: str | None = None
+    #: Version of the engine's package, for operators; empty where it is not known.
+    engine_version: str = ""
+    #: The name that ``--engine`` takes; an engine that answers for an empty one must say it.
+    engine: str = ""
 
 
 class Engine(Protocol):
@@ -77,7 +87,10 @@ class Engine(Protocol):
 
     #: What ``vswa_event_adapter`` is asked for, e.g. ``"trtllm"``.
     event_format: str
-    info: EngineInfo
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine states about itself; complete once it has started."""
 
     def start(self, on_events: EventSink) -> None:
         """Load the model and begin to serve. Called once, in a thread; may take minutes.

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 import msgspec
 
 from vswa_plugin.following.subscriber import Subscriber, SubscriberOptions
+from vswa_plugin.following.view import View
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Connected, Disconnected, Entry, Joined, Left, Registry, Updated
+from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.events import Rank, Source
 from vswa_plugin.wire.transport import Transport
 
@@ -51,9 +53,14 @@ class Fleet:
         namespace: str | None = None,
         options: SubscriberOptions | None = None,
         index: WindowIndex | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         self.index = index if index is not None else WindowIndex()
-        self.subscriber = Subscriber(transport, self.index, namespace=namespace, options=options)
+        #: Where the long-lived tasks of a fleet are watched.
+        self.tasks = tasks if tasks is not None else Tasks()
+        self.subscriber = Subscriber(
+            transport, self.index, namespace=namespace, options=options, tasks=self.tasks
+        )
         #: Live workers by registry key.
         self.entries: dict[str, Entry] = {}
         self._transport = transport
@@ -69,26 +76,28 @@ class Fleet:
         """
         await self._transport.connect(timeout)
         await self.subscriber.start()
-        self._watching = asyncio.create_task(self._watch(), name="fleet registry")
+        self._watching = self.tasks.start(self._watch(), "watch the registry")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._listed.wait(), timeout)
 
     async def stop(self) -> None:
         if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+            await self.tasks.stop([self._watching])
         await self.subscriber.stop()
         await self._registry.close()
         await self._transport.close()
 
     async def settled(self, timeout: float) -> bool:
-        """Wait until every registered rank is live; False if one still was not after ``timeout`` s."""
+        """Wait until every registered rank is live, or cannot become so; whether all are.
+
+        :param timeout: seconds after which the wait ends in any case.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not self._all_live():
+                while not all(view is not None and (_live(view) or view.broken) for view in self._wanted()):
                     self.subscriber.changed.clear()
                     await self.subscriber.changed.wait()
-        return self._all_live()
+        return all(view is not None and _live(view) for view in self._wanted())
 
     def statuses(self, now_ns: int) -> list[RankStatus]:
         """All ranks, sorted. ``now_ns`` is the wall clock, for the lag figure."""
@@ -121,9 +130,9 @@ class Fleet:
                 of_window[tier] = of_window.get(tier, 0) + count
         return totals
 
-    def _all_live(self) -> bool:
-        views = [self.subscriber.view(rank) for entry in self.entries.values() for rank in _ranks(entry)]
-        return all(view is not None and view.layout is not None and not view.reader.stale for view in views)
+    def _wanted(self) -> list[View | None]:
+        """The views of all registered ranks; None where there is none yet."""
+        return [self.subscriber.view(rank) for entry in self.entries.values() for rank in _ranks(entry)]
 
     async def _watch(self) -> None:
         async with self._registry.watch(self._namespace) as changes:
@@ -148,6 +157,10 @@ class Fleet:
         self.entries.pop(entry.key, None)
         for rank in _ranks(entry):
             self.subscriber.withdraw(rank)
+
+
+def _live(view: View) -> bool:
+    return view.layout is not None and not view.reader.stale
 
 
 def _ranks(entry: Entry) -> Iterable[Rank]:

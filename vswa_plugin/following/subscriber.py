@@ -1,12 +1,14 @@
 """The router's side of the event streams: all ranks' events from NATS into one window index.
 
-Thin: stream.py decides what to apply and what to ask, view.py what may be scored. Everything runs on one
-event loop; requests to publishers are tasks, a few at a time, so that many gaps at once are no storm.
+Thin: reader.py decides what to apply and what to ask, view.py what may be scored, due.py whose turn it is.
+Everything runs on one event loop; requests to publishers are tasks, a few at a time, so that many gaps at
+once are no storm. What goes wrong with one rank costs that rank alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Coroutine, Iterator
@@ -16,6 +18,7 @@ import msgspec
 
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError, VswaError
+from vswa_plugin.following.due import Due
 from vswa_plugin.following.reader import (
     Apply,
     Ask,
@@ -26,13 +29,18 @@ from vswa_plugin.following.reader import (
     Reset,
     Unreadable,
 )
-from vswa_plugin.following.view import View, ViewOptions
+from vswa_plugin.following.view import Attention, View, ViewOptions
+from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire import control
 from vswa_plugin.wire.control import Request
 from vswa_plugin.wire.events import Event, Layout, Rank, Source, decode
-from vswa_plugin.wire.transport import Transport, events_of, source_of, subject
+from vswa_plugin.wire.subjects import events_of, source_of, subject
+from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
+
+#: However short the heartbeats of a publisher are, the clock is looked at no more often.
+LEAST_TICK_S = 0.02
 
 
 class Index(Protocol):
@@ -59,7 +67,11 @@ class SubscriberOptions(msgspec.Struct, frozen=True):
 
 
 class SubscriberStats(msgspec.Struct):
-    """Counters since start, over all ranks."""
+    """Counters since start, over all ranks.
+
+    :param foreign_subjects: messages on subjects that are not those of a rank that we follow.
+    :param errors: times that a rank was given up until its next epoch because something unforeseen happened.
+    """
 
     messages: int = 0
     malformed: int = 0
@@ -67,6 +79,7 @@ class SubscriberStats(msgspec.Struct):
     requests: int = 0
     became_stale: int = 0
     became_live: int = 0
+    errors: int = 0
 
 
 class Subscriber:
@@ -74,6 +87,7 @@ class Subscriber:
 
     :param namespace: Dynamo namespace, or None for all.
     :param component: Dynamo component, or None for all.
+    :param tasks: where its long-lived task is watched.
     """
 
     def __init__(
@@ -84,55 +98,73 @@ class Subscriber:
         namespace: str | None = None,
         component: str | None = None,
         options: SubscriberOptions | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         self.options = options or SubscriberOptions()
         self.stats = SubscriberStats()
-        #: Set when a rank became live or left; for whoever waits for that.
+        #: Set when a rank became live, was given up or left; for whoever waits for that.
         self.changed = asyncio.Event()
         self._transport = transport
         self._index = index
         self._namespace = namespace
         self._component = component
         self._views: dict[Rank, View] = {}
+        #: Views of ranks that have left the registry and are still heard of: workers that drain.
+        self._departed: dict[Rank, View] = {}
         self._by_subject: dict[str, View] = {}
+        self._repairing: dict[Rank, View] = {}
+        self._attention = Attention(4 * self.options.view.tick_s)
+        self._due = Due()
+        self._tick_s = self.options.view.tick_s
         self._requests = asyncio.Semaphore(self.options.requests)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = tasks if tasks is not None else Tasks()
+        self._asking: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Subscribe; the transport must be connected. Raises ConnectError."""
         await self._transport.subscribe(events_of(self._namespace, self._component), self._on_message)
         await self._transport.flush()
-        self._ticking = asyncio.create_task(self._tick_forever(), name="subscriber ticks")
+        self._ticking = self._tasks.start(self._tick_forever(), "watch the heartbeats")
 
     async def stop(self) -> None:
         """End all tasks; the transport stays open and goes on delivering until it is closed."""
-        tasks = [*self._tasks, *([self._ticking] if self._ticking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop([*self._asking, *([self._ticking] if self._ticking else [])])
 
     def views(self) -> Iterator[View]:
-        """All ranks that are known, in no order."""
+        """All ranks that are followed, in no order."""
         return iter(self._views.values())
 
     def view(self, rank: Rank) -> View | None:
         return self._views.get(rank)
 
+    def silent(self, rank: Rank) -> bool:
+        """Whether nothing is heard of a rank, be it registered or one that has left and drains."""
+        view = self._views.get(rank) or self._departed.get(rank)
+        return view is None or view.silent
+
     def announce(self, source: Source, epoch: int) -> None:
         """The registry says that this rank lives, in that epoch: fetch what it holds if we have not."""
-        view = self._view(source)
+        known = self._departed.get(source.rank) or self._views.get(source.rank)
+        # One that has left begins anew; one of another source spoke under this number first.
+        if known is not None and (known.departed or known.source != source):
+            self._forget(known)
+        view = self._follow(source)
         view.registered = True
-        self._carry_out(view, view.reader.on_announced(epoch))
-        self._settle_scored(view)
+        self._take(view, view.reader.on_announced(epoch))
 
     def withdraw(self, rank: Rank) -> None:
-        """The registry says that this rank has gone."""
+        """The registry says that this rank has gone. It may drain: what it still says changes nothing."""
         view = self._views.pop(rank, None)
-        if view is not None:
-            self._by_subject.pop(subject(view.source, "events"), None)
-            self._index.drop(rank)
-            self.changed.set()
+        if view is None:
+            return
+        self._repairing.pop(rank, None)
+        self._index.drop(rank)
+        view.layout, view.departed, view.registered = None, True, False
+        self._departed[rank] = view
+        self._by_subject[subject(view.source, "events")] = view
+        self._due.add(view)
+        self.changed.set()
 
     # -- incoming ----------------------------------------------------------------------------------
 
@@ -141,38 +173,91 @@ class Subscriber:
         view = self._by_subject.get(event_subject) or self._first_from(event_subject)
         if view is None:
             return
-        view.heard()
+        if view.departed:  # it drains: that it lives is all that counts
+            with contextlib.suppress(ProtocolError):
+                self._heard(view, decode(payload).epoch)
+            return
         now = self._now()
         try:
-            effects = view.reader.on_batch(decode(payload), now)
+            batch = decode(payload)
         except ProtocolError as error:
             self.stats.malformed += 1
             if view.reader.stats.malformed == 0:
                 logger.warning("%s: %s (further ones are only counted)", view.source, error)
             effects = view.reader.on_malformed(now)
-        self._carry_out(view, effects)
-        self._settle_scored(view)
+        else:
+            was_silent = self._heard(view, batch.epoch)
+            effects = view.reader.on_batch(batch, now)
+            if not effects and not was_silent:
+                return
+        self._take(view, effects)
+
+    def _heard(self, view: View, epoch: int) -> bool:
+        """A valid message came, no sign of life where its epoch is over; whether that ends a silence."""
+        if epoch < view.reader.epoch:
+            return False
+        silent = view.silent
+        view.heard()
+        if silent:
+            self._due.add(view)
+        return silent
 
     def _first_from(self, event_subject: str) -> View | None:
-        """The view of a subject that was not met before; None where it is not one of ours."""
+        """The view of a subject that was not met before; None where it is not that of a rank of ours."""
         try:
-            view = self._view(source_of(event_subject))
+            source = source_of(event_subject)
         except ConfigError as error:
-            self.stats.foreign_subjects += 1
-            if self.stats.foreign_subjects == 1:
-                logger.warning("a message on a foreign subject is ignored, as all further ones: %s", error)
+            self._foreign(str(error))
             return None
-        self._by_subject[event_subject] = view
-        return view
+        known = self._views.get(source.rank) or self._departed.get(source.rank)
+        if known is not None and known.source != source:
+            self._foreign(f"{event_subject} speaks for {known.source}")
+            return None
+        return self._follow(source)
 
-    def _view(self, source: Source) -> View:
+    def _foreign(self, reason: str) -> None:
+        self.stats.foreign_subjects += 1
+        if self.stats.foreign_subjects == 1:
+            logger.warning("a message on a foreign subject is ignored, as all further ones: %s", reason)
+
+    def _follow(self, source: Source) -> View:
         view = self._views.get(source.rank)
         if view is None:
-            view = View(source, self.options.view, self.options.reader, random.random)
+            options = self.options
+            view = View(source, options.view, options.reader, random.random, self._attention)
             self._views[source.rank] = view
+            self._by_subject[subject(source, "events")] = view
+            self._due.add(view)
         return view
 
+    def _forget(self, view: View) -> None:
+        """Nothing is known of it any more."""
+        rank = view.source.rank
+        self._due.discard(view)
+        self._by_subject.pop(subject(view.source, "events"), None)
+        if view.departed:
+            del self._departed[rank]
+            return
+        del self._views[rank]
+        self._repairing.pop(rank, None)
+        self._index.drop(rank)
+        self.changed.set()
+
     # -- effects -----------------------------------------------------------------------------------
+
+    def _take(self, view: View, effects: list[Effect]) -> None:
+        """Carry effects out and settle whether the rank is scored. Whatever fails costs this rank alone."""
+        try:
+            if effects:
+                self._carry_out(view, effects)
+            if view.reader.stale:
+                self._repairing[view.source.rank] = view
+            self._settle_scored(view)
+        except Exception as error:
+            self.stats.errors += 1
+            if view.broken is None:
+                logger.exception("%s: not scored until its next epoch", view.source)
+            self._give_up(view, f"{type(error).__name__}: {error}")
 
     def _carry_out(self, view: View, effects: list[Effect]) -> None:
         for effect in effects:
@@ -195,20 +280,33 @@ class Subscriber:
                     )
 
     def _apply(self, view: View, events: tuple[Event, ...]) -> None:
-        rank = view.source.rank
         for event in events:
+            if view.broken is not None:
+                return
             try:
                 if isinstance(event, Layout):
-                    view.layout = CacheLayout(
-                        event.groups, event.rule, event.model, event.hash_scheme
-                    ).check()
-                    self._index.join(rank, view.layout)
+                    self._join(view, event)
                 else:
-                    self._index.apply(rank, event)
+                    self._index.apply(view.source.rank, event)
             except VswaError as error:
-                if view.broken is None:
-                    logger.error("%s: not scored until its next epoch: %s", view.source, error)
-                view.broken = str(error)
+                logger.error("%s: not scored until its next epoch: %s", view.source, error)
+                self._give_up(view, str(error))
+
+    def _join(self, view: View, event: Layout) -> None:
+        if (heartbeat_s := event.heartbeat) is not None and heartbeat_s != view.heartbeat_s:
+            view.heartbeat_s = heartbeat_s
+            self._due.add(view)
+            self._tick_s = max(LEAST_TICK_S, min(self._tick_s, heartbeat_s / 4))
+        layout = CacheLayout(event.groups, event.rule, event.model, event.hash_scheme).check()
+        self._index.join(view.source.rank, layout)
+        view.layout = layout
+
+    def _give_up(self, view: View, reason: str) -> None:
+        """Nothing of this epoch is believed any more."""
+        view.broken = reason
+        view.layout = None
+        self._index.drop(view.source.rank)
+        self.changed.set()
 
     def _reset(self, view: View) -> None:
         view.broken = None
@@ -248,29 +346,40 @@ class Subscriber:
                 effects = view.reader.on_failure(request, str(error), self._now())
                 logger.info("%s: repair is tried again: %s", view.source, error)
             else:
-                view.heard()
+                self._heard(view, reply.epoch)
                 effects = view.reader.on_reply(request, reply, self._now())
         if self._views.get(view.source.rank) is view:
-            self._carry_out(view, effects)
-            self._settle_scored(view)
+            self._take(view, effects)
 
     async def _tick_forever(self) -> None:
         while True:
-            await asyncio.sleep(self.options.view.tick_s)
-            now = self._now()
-            for view in list(self._views.values()):
-                view.tick(now, self._transport.connected)
-                if view.forgotten:
+            await asyncio.sleep(self._tick_s)
+            self.tick(self._now())
+
+    def tick(self, now: float) -> None:
+        """Time has passed: look at the ranks that are silent by now, and at those under repair.
+
+        :param now: seconds of the event loop's clock.
+        """
+        self._attention.tick(now, self._transport.connected)
+        for view in self._due.take(self._attention.now):
+            if view.forgotten:
+                if not view.departed:
                     logger.info("%s: silent for long and in no registry: forgotten", view.source)
-                    self.withdraw(view.source.rank)
-                    continue
-                self._carry_out(view, view.reader.on_tick(now))
-                self._settle_scored(view)
+                self._forget(view)
+                continue
+            self._due.add(view)
+            if not view.departed:
+                self._take(view, [])
+        for rank, view in list(self._repairing.items()):
+            if not view.reader.stale:
+                del self._repairing[rank]
+            self._take(view, view.reader.on_tick(now))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
 
     @staticmethod
     def _now() -> float:

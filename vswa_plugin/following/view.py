@@ -7,6 +7,7 @@ router that was suspended must not blame its workers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -19,7 +20,7 @@ from vswa_plugin.wire.events import Source
 class ViewOptions(msgspec.Struct, frozen=True):
     """How long what is doubtful is believed. Seconds.
 
-    :param heartbeat_s: what publishers were told with ``--heartbeat``.
+    :param heartbeat_s: between the heartbeats of publishers whose layout does not say it.
     :param missed_heartbeats: how many may be missing before a rank counts as silent.
     :param stale_grace_s: how long a stale view is scored as last seen.
     :param forget_s: after how long a silent rank that is in no registry is forgotten.
@@ -32,12 +33,41 @@ class ViewOptions(msgspec.Struct, frozen=True):
 
     @property
     def tick_s(self) -> float:
-        """How often views look at the clock."""
+        """How often a subscriber looks at the clock, while no publisher has shorter heartbeats."""
         return self.heartbeat_s / 4
 
 
+class Attention:
+    """The time in which publishers could have been heard: one clock for all views.
+
+    :param most_pause_s: a longer pause between two ticks was our own: the loop did not run, and what came in
+        waits unread.
+    :ivar now: seconds of attention since the start.
+    """
+
+    def __init__(self, most_pause_s: float) -> None:
+        self.now = 0.0
+        self._most_pause_s = most_pause_s
+        self._ticked_at: float | None = None
+
+    def tick(self, now: float, connected: bool) -> None:
+        """Time has passed, with the broker reachable or not.
+
+        :param now: seconds of a monotonic clock.
+        """
+        before, self._ticked_at = self._ticked_at, now
+        if before is not None and connected and now - before < self._most_pause_s:
+            self.now += now - before
+
+
 class View:
-    """One rank as a router sees it. Times are seconds of the router's monotonic clock."""
+    """One rank as a router sees it.
+
+    :ivar layout: of the rank, once the index has taken it; None: nothing of the rank is in the index.
+    :ivar heartbeat_s: of its publisher.
+    :ivar departed: it has left the registry, and nothing that it says counts until it is announced again.
+    :ivar broken: why nothing of this epoch is believed: an event that could not be applied.
+    """
 
     def __init__(
         self,
@@ -45,42 +75,54 @@ class View:
         options: ViewOptions,
         reader_options: ReaderOptions | None = None,
         jitter: Callable[[], float] = lambda: 0.0,
+        attention: Attention | None = None,
     ) -> None:
         self.source = source
         self.reader = Reader(reader_options, jitter)
         self.layout: CacheLayout | None = None
-        self.registered = False
+        self.heartbeat_s = options.heartbeat_s
+        self.registered = self.departed = False
         self.stale_since: float | None = None
         self.stale_reason = "nothing seen yet"
-        #: An event that could not be applied: nothing of this epoch is believed any more.
         self.broken: str | None = None
         self._options = options
-        self._silent_s = 0.0
-        self._ticked_at: float | None = None
+        self._attention = attention if attention is not None else Attention(4 * options.tick_s)
+        self._heard_at = self._attention.now
 
     def heard(self) -> None:
-        """Anything arrived from this rank."""
-        self._silent_s = 0.0
-
-    def tick(self, now: float, connected: bool) -> None:
-        """Time has passed, with the broker reachable or not."""
-        before, self._ticked_at = self._ticked_at, now
-        # A longer pause than this was our own: the loop did not run, and what came in waits unread.
-        if before is not None and connected and now - before < 4 * self._options.tick_s:
-            self._silent_s += now - before
+        """A valid message of the current epoch arrived from this rank."""
+        self._heard_at = self._attention.now
 
     @property
     def silent(self) -> bool:
         """Its heartbeats are missing."""
-        return self._silent_s > self._options.missed_heartbeats * self._options.heartbeat_s
+        return self._attention.now > self._heard_at + self._silent_after_s
 
     @property
     def forgotten(self) -> bool:
-        """Silent for long, and nobody says that it is alive."""
-        return not self.registered and self._silent_s > self._options.forget_s
+        """It is silent for so long that only the registry could still know it."""
+        return not self.registered and self._attention.now > self._heard_at + self._forget_after_s
+
+    @property
+    def due(self) -> float:
+        """When, on the clock of attention, time alone will next change something; infinity: never."""
+        if not self.silent and not self.departed:
+            return self._heard_at + self._silent_after_s
+        return math.inf if self.registered else self._heard_at + self._forget_after_s
+
+    @property
+    def _silent_after_s(self) -> float:
+        return self._options.missed_heartbeats * self.heartbeat_s
+
+    @property
+    def _forget_after_s(self) -> float:
+        return max(self._options.forget_s, self._silent_after_s)
 
     def scored(self, now: float) -> bool:
-        """Whether what is known of this rank may be promised."""
+        """Whether what is known of this rank may be promised.
+
+        :param now: as :attr:`stale_since`, seconds of the router's monotonic clock.
+        """
         if self.layout is None or self.silent or self.reader.unreadable or self.broken is not None:
             return False
         return self.stale_since is None or now - self.stale_since < self._options.stale_grace_s

@@ -24,7 +24,8 @@ def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
     Order: by plugin name; a rule that is there already cannot be replaced.
     Combine: all rules, the built-in ones included. A name that is taken costs that plugin its rules; the
         message names both owners.
-    Errors: all rules of that plugin are left out; counted, logged once per plugin and minute.
+    Errors: all rules of that plugin are left out; counted, logged once per plugin and minute. A rule that
+        raises later, or answers out of its bounds, is counted too, and its ranks score 0 for that prompt.
 
     :returns: by name, objects with the shape of ``vswa_plugin.blocks.reuse.ReuseRule``; a layout names its
         rule.

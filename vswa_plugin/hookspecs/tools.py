@@ -23,7 +23,8 @@ def vswa_accuracy_scorers(layout: CacheLayout, rules: Mapping[str, ReuseRule]) -
         new scorers each time: they keep state, and are used from one thread.
     Order: by plugin name, behind the built-in ones.
     Combine: all scorers. A name that is taken costs that plugin its scorers.
-    Errors: all scorers of that plugin are left out; counted, logged once per plugin and minute.
+    Errors: all scorers of that plugin are left out; counted, logged once per plugin and minute. A scorer that
+        fails later is counted once, asked no more, and left out of the report.
 
     :param layout: frozen; the cache groups and the reuse rule of the trace's header.
     :param rules: all reuse rules by name.
@@ -60,6 +61,9 @@ def vswa_register_commands(commands: Commands) -> None:
     Combine: all commands that were added. A name that is taken raises PluginError from ``commands.add``,
         which names both owners.
     Errors: all commands of that plugin are left out; counted, logged with the plugin's name.
+    Two names have a meaning to ``vswa demo`` and ``vswa serve``, which run them for the default engine: the
+        plugin of that engine (see ``vswa_engine``) adds ``make-model DIR``, which writes a small model there,
+        and ``get-model NAME``, which installs a model and prints its directory alone on standard output.
 
     :param commands: call ``commands.add(name, help, configure, run)`` per command;
         ``configure(parser)`` adds arguments, ``run(args)`` returns the exit code.

@@ -43,6 +43,8 @@ def vswa_engine(settings: EngineSettings) -> Engine | None:
         model directory, options), at most two seconds; the slow part belongs in ``Engine.start``.
     Order: stops at the first answer; look at ``settings.engine`` before anything else.
     Combine: first non-None. None from all means "unknown engine", and the worker says which are known.
+    Default: ``settings.engine`` is empty where nobody has named an engine. A plugin whose engine is to be the
+        default answers then too, and says the name in ``EngineInfo.engine``; all others give None.
     Errors: ConfigError is the user's answer: it goes through unchanged and the worker exits with it.
         Any other exception costs this plugin's answer; if no other plugin answers, the worker exits and
         names this one.
@@ -55,7 +57,7 @@ def vswa_engine(settings: EngineSettings) -> Engine | None:
 
 
 @hookspec
-def vswa_engine_names() -> list[str]:  # type: ignore[empty-body]
+def vswa_engine_names() -> list[str]:  # type: ignore[empty-body]  # pluggy never calls it
     """Name all engines that this plugin's ``vswa_engine`` answers for.
 
     Called: for ``--help`` and for the message about an unknown engine. Must not import the engine.
@@ -77,7 +79,9 @@ def vswa_event_adapter(event_format: str, layout: CacheLayout) -> EventAdapter |
         An adapter may keep state.
     Order: stops at the first answer; look at ``event_format`` before anything else.
     Combine: first non-None. None from all is an error of the configuration.
-    Errors: that plugin has no answer; counted, logged once per plugin and minute.
+    Errors: that plugin has no answer; counted, logged once per plugin and minute. The same holds for what
+        the adapter raises later beside ProtocolError, or answers that is no list of engine events: the rank
+        then begins a new epoch with nothing resident.
 
     :param event_format: the engine's ``event_format``, e.g. ``trtllm``.
     :param layout: frozen; the cache groups that the engine declared.

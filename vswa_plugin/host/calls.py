@@ -75,7 +75,7 @@ class Isolation:
         except BaseException as error:
             # Hooks are synchronous, so a SystemExit or CancelledError here is the plugin's own and must not
             # end the task or thread that called it.
-            self._note(implementation, error)
+            self.note(implementation, error)
             answer = Lost(implementation.plugin, error)
         if self._trace:
             self._log_call(implementation, answer, self._clock() - began)
@@ -97,7 +97,8 @@ class Isolation:
             lines.append(f'{name}{{plugin="{plugin}",hook="{hook}"}} {count}')
         return "\n".join(lines) + "\n"
 
-    def _note(self, implementation: Implementation, error: BaseException) -> None:
+    def note(self, implementation: Implementation, error: BaseException) -> None:
+        """Count a failure of the plugin, and log it if that was not done within the last minute."""
         key = (implementation.plugin, implementation.hook)
         now = self._clock()
         with self._lock:

@@ -17,7 +17,7 @@ import pluggy
 from vswa_plugin import hookspecs
 from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.engine.contract import Engine, EventAdapter
-from vswa_plugin.engine.predicted import SimulatedRank
+from vswa_plugin.engine.predicted import Scorer, SimulatedRank
 from vswa_plugin.errors import PluginError
 from vswa_plugin.wire.events import Rank
 
@@ -199,15 +199,12 @@ def check_rank(answer: object, ranks: Set[Rank]) -> None:
 def check_scorers(answer: object, taken: Collection[str]) -> None:
     """Refuse what is no list of objects with the shape of ``vswa_plugin.engine.predicted.Scorer``.
 
-    :param taken: names that scorers of other plugins have.
+    :param taken: names that other scorers have.
     """
-    from vswa_plugin.accuracy.scorers import built_in_scorers
-    from vswa_plugin.engine.predicted import Scorer
-
     check_answer(answer)
     if not isinstance(answer, list | tuple):
         raise TypeError(f"expected a list of scorers, got {type(answer).__name__}")
-    names = [*taken, *(scorer.name for scorer in built_in_scorers())]
+    names = list(taken)
     for scorer in answer:
         _check_parts(scorer, Scorer)
         if scorer.name in names:
@@ -225,5 +222,5 @@ def metric_families(text: str, taken: set[str]) -> set[str]:
 
     names = {family.name for family in text_string_to_metric_families(text)}
     if names & taken:
-        raise ValueError(f"another plugin gives these metrics already: {', '.join(sorted(names & taken))}")
+        raise ValueError(f"these metrics are on the page already: {', '.join(sorted(names & taken))}")
     return names

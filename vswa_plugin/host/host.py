@@ -7,7 +7,7 @@ the answers of all plugins and name none. How plugins get into the host is in pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,8 @@ from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
 from vswa_plugin.hookspecs.commands import Command, Commands
 from vswa_plugin.host import checks as plugin_checks
 from vswa_plugin.host import sources as plugin_sources
-from vswa_plugin.host.calls import FAILURES_METRIC, Lost
+from vswa_plugin.host.calls import FAILURES_METRIC, Implementation, Lost
+from vswa_plugin.host.guards import Guard, GuardedAdapter, GuardedEngine, GuardedRule, GuardedScorer
 from vswa_plugin.host.registered import PluginSet
 from vswa_plugin.host.registered import PluginStatus as PluginStatus
 
@@ -50,7 +51,7 @@ class PluginHost(PluginSet):
     """
 
     def engine(self, settings: EngineSettings) -> Engine:
-        """The engine that ``settings.engine`` names: ``vswa_engine``.
+        """The engine that ``settings.engine`` names, or the default where that is empty: ``vswa_engine``.
 
         :raises ConfigError: from the engine's plugin, unchanged; or no plugin has such an engine.
         :raises PluginError: the plugin that should have answered failed.
@@ -72,7 +73,7 @@ class PluginHost(PluginSet):
             if isinstance(answer, Lost):
                 lost.append(answer)
             elif answer is not None:
-                return cast("Engine", answer)
+                return GuardedEngine(cast("Engine", answer), Guard(self._isolation, implementation))
         raise self._no_engine(settings.engine, lost)
 
     def engine_names(self) -> list[str]:
@@ -86,9 +87,9 @@ class PluginHost(PluginSet):
         :raises PluginError: no plugin reads this format; names those that failed.
         """
         arguments = {"event_format": event_format, "layout": layout}
-        adapter, lost = self._ask_first("vswa_event_adapter", arguments, plugin_checks.check_adapter)
-        if adapter is not None:
-            return cast("EventAdapter", adapter)
+        adapter, owner, lost = self._ask_first("vswa_event_adapter", arguments, plugin_checks.check_adapter)
+        if owner is not None:
+            return GuardedAdapter(cast("EventAdapter", adapter), Guard(self._isolation, owner))
         raise PluginError(
             f"no plugin reads KV events of the format {event_format!r}{self._why_not(lost)}; "
             f"see `vswa plugins`"
@@ -113,7 +114,11 @@ class PluginHost(PluginSet):
             answer = self._isolation.call(implementation, {}, check)
             if answer is None or isinstance(answer, Lost):
                 continue
-            added = dict(cast("Mapping[str, ReuseRule]", answer))
+            guard = Guard(self._isolation, implementation)
+            added = {
+                name: GuardedRule(rule, guard)
+                for name, rule in cast("Mapping[str, ReuseRule]", answer).items()
+            }
             rules.update(added)
             owners.update(dict.fromkeys(added, implementation.plugin))
         return rules
@@ -141,14 +146,21 @@ class PluginHost(PluginSet):
         arguments = {"request": request, "candidates": candidates}
         return cast("Rank | None", self._ask_first("vswa_select_worker", arguments, check)[0])
 
-    def accuracy_scorers(self, layout: CacheLayout, rules: Mapping[str, ReuseRule]) -> list[Scorer]:
-        """New scorers for one trace, those of all plugins: ``vswa_accuracy_scorers``."""
+    def accuracy_scorers(
+        self, layout: CacheLayout, rules: Mapping[str, ReuseRule], taken: Collection[str] = ()
+    ) -> list[Scorer]:
+        """New scorers for one trace, those of all plugins: ``vswa_accuracy_scorers``.
+
+        :param taken: names of scorers that are there already; no plugin may use them.
+        """
         scorers: list[Scorer] = []
         for implementation in self._calls["vswa_accuracy_scorers"]:
-            check = partial(plugin_checks.check_scorers, taken=[each.name for each in scorers])
+            names = [*taken, *(each.name for each in scorers)]
+            check = partial(plugin_checks.check_scorers, taken=names)
             answer = self._isolation.call(implementation, {"layout": layout, "rules": rules}, check)
             if answer is not None and not isinstance(answer, Lost):
-                scorers += cast("Sequence[Scorer]", answer)
+                guard = Guard(self._isolation, implementation)
+                scorers += [GuardedScorer(each, guard) for each in cast("Sequence[Scorer]", answer)]
         return scorers
 
     def simulated_rank(self, setup: RankSetup) -> SimulatedRank:
@@ -157,7 +169,7 @@ class PluginHost(PluginSet):
         :raises ConfigError: from a plugin, unchanged.
         :raises PluginError: no plugin simulates this reuse rule; names those that failed.
         """
-        rank, lost = self._ask_first(
+        rank, _, lost = self._ask_first(
             "vswa_simulated_rank",
             {"setup": setup},
             plugin_checks.check_simulated_rank,
@@ -195,9 +207,14 @@ class PluginHost(PluginSet):
         if self._calls["vswa_request_finished"]:
             self._show("vswa_request_finished", {"record": record})
 
-    def metrics(self) -> str:
-        """Prometheus text of all plugins, and the host's own failure counters: ``vswa_metrics``."""
+    def metrics(self, page: str = "") -> str:
+        """Prometheus text of all plugins, and the host's own failure counters: ``vswa_metrics``.
+
+        :param page: to which the text is added; no plugin may repeat a metric of it.
+        """
         taken = {FAILURES_METRIC}
+        if page and self._calls["vswa_metrics"]:
+            taken |= plugin_checks.metric_families(page, set())
 
         def check(answer: object) -> None:
             plugin_checks.check_answer(answer)
@@ -239,16 +256,16 @@ class PluginHost(PluginSet):
         arguments: Mapping[str, object],
         check: Callable[[object], None],
         through: tuple[type[Exception], ...] = (),
-    ) -> tuple[Any, list[Lost]]:
-        """The first answer, or None; and the plugins that failed before it."""
+    ) -> tuple[Any, Implementation | None, list[Lost]]:
+        """The first answer and whose it is, or None twice; and the plugins that failed before it."""
         lost: list[Lost] = []
         for implementation in self._calls[hook]:
             answer = self._isolation.call(implementation, arguments, check, through=through)
             if isinstance(answer, Lost):
                 lost.append(answer)
             elif answer is not None:
-                return answer, lost
-        return None, lost
+                return answer, implementation, lost
+        return None, None, lost
 
     def _ask_all(
         self, hook: str, arguments: Mapping[str, object], check: Callable[[object], None]
@@ -261,6 +278,11 @@ class PluginHost(PluginSet):
         if engine in known:
             reason = self._why_not(lost) or ": its plugin names it, but gave no engine"
             return PluginError(f"engine {engine!r} cannot be used{reason}; see `vswa plugins`")
+        if not engine:
+            return ConfigError(
+                "--engine: expected the name of an engine, got none, and no plugin has a default"
+                f"{self._why_not(lost)}; known: {', '.join(known)}"
+            )
         return ConfigError(f"{unknown_choice('engine', engine, known)}{self._why_not(lost)}")
 
     def _why_not(self, lost: Sequence[Lost]) -> str:

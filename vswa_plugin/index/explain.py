@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.errors import VswaError
 from vswa_plugin.index.part import Part
 from vswa_plugin.index.plans import Boundaries, boundaries_for, run_starts
 from vswa_plugin.wire.events import Rank
@@ -34,6 +35,8 @@ class Explanation(msgspec.Struct, frozen=True):
     :param boundaries: the deepest boundary of the prompt, in blocks.
     :param boundary: the deepest that the rank could resume at; 0: none.
     :param cached_tokens: what it would reuse.
+    :param failed: what the reuse rule said as it failed: the rank scores 0, and of the groups only what they
+        hold is known; None: it did not fail.
     """
 
     rank: Rank
@@ -44,12 +47,33 @@ class Explanation(msgspec.Struct, frozen=True):
     boundary: int
     cached_tokens: int
     groups: tuple[GroupExplanation, ...]
+    failed: str | None = None
 
 
 def explain_part(part: Part, hashes: Sequence[int], prompt_len: int) -> list[Explanation]:
     """All ranks of a part, in order."""
-    asked = boundaries_for(part.rule, part.layout, prompt_len, len(hashes))
-    return [_explain_rank(part, rank, hashes, prompt_len, asked) for rank in sorted(part.members)]
+    ranks = sorted(part.members)
+    try:
+        part.rule.needs(part.layout, prompt_len)  # of no use here, but where it fails there is no score
+        asked = boundaries_for(part.rule, part.layout, prompt_len, len(hashes))
+        return [_explain_rank(part, rank, hashes, prompt_len, asked) for rank in ranks]
+    except VswaError as error:
+        return [_without_rule(part, rank, hashes, str(error)) for rank in ranks]
+
+
+def _without_rule(part: Part, rank: Rank, hashes: Sequence[int], failed: str) -> Explanation:
+    held = zip(part.layout.groups, part.held(rank, hashes), strict=True)
+    return Explanation(
+        rank=rank,
+        model=part.layout.model,
+        rule=part.rule.name,
+        scored=part.members[rank].scored,
+        boundaries=0,
+        boundary=0,
+        cached_tokens=0,
+        groups=tuple(GroupExplanation(group, _runs(blocks), None, None) for group, blocks in held),
+        failed=failed,
+    )
 
 
 def _explain_rank(

@@ -75,6 +75,10 @@ class PythonTable:
     def items(self, group: int) -> Iterable[tuple[int, int]]:
         return self._groups[group].items()
 
+    def held(self, group: int, bit: int, piece: int) -> Iterator[Hashes]:
+        holders = self._groups[group]
+        return _of_rank(list(holders), list(holders.values()), bit, piece)
+
     def score(self, hashes: Hashes, plan: Plan, wanted: int, ranks: list[Rank | None]) -> dict[Rank, int]:
         scores: dict[Rank, int] = {}
         for boundary, found in self._settle(hashes[: plan.boundaries], plan, wanted):
@@ -214,6 +218,14 @@ class PythonTable:
             for ranks in map(holders.get, hashes[len(hashes) - need :], repeat(0)):
                 held &= ranks
         return held
+
+
+def _of_rank(hashes: list[int], masks: list[int], bit: int, piece: int) -> Iterator[Hashes]:
+    """Consumes its lists, so that giving their memory back takes no longer than a piece does."""
+    while hashes:
+        last = zip(hashes[-piece:], masks[-piece:], strict=True)
+        yield [sequence_hash for sequence_hash, mask in last if mask >> bit & 1]
+        del hashes[-piece:], masks[-piece:]
 
 
 class _Window:

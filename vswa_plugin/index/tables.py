@@ -5,7 +5,7 @@ A rank is a bit. ``group`` is the index of a cache group in the layout. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -35,6 +35,14 @@ class Table(Protocol):
 
     def items(self, group: int) -> Iterable[tuple[int, int]]:
         """Every hash of the group, with its ranks (never none)."""
+
+    def held(self, group: int, bit: int, piece: int) -> Iterator[Hashes]:
+        """The hashes that one rank holds at the moment of the call, in no order.
+
+        The call takes them in at once, as fast as memory can be read; what comes later changes nothing of
+        them. They are then handed out with the work of looking at ``piece`` hashes at a time, and some of the
+        pieces may be empty.
+        """
 
     def score(self, hashes: Hashes, plan: Plan, wanted: int, ranks: list[Rank | None]) -> dict[Rank, int]:
         """For the ranks of the mask ``wanted`` the deepest boundary, as the plan reports it; none at 0.
@@ -92,6 +100,7 @@ class KernelTable:
         self.rows = table.rows
         self.nbytes = table.nbytes
         self.check = table.check
+        self._held = table.held
         self._score = table.score
         self._sweep = table.sweep
 
@@ -107,6 +116,11 @@ class KernelTable:
             plan.limit,
         )
         return scores
+
+    def held(self, group: int, bit: int, piece: int) -> Iterator[Hashes]:
+        packed: bytes = self._held(group, bit)
+        hashes = memoryview(packed).cast("Q")
+        return (hashes[at : at + piece] for at in range(0, len(hashes), piece))
 
     def sweep(self, dead: int, budget: int, group: int = ALL_GROUPS) -> bool:
         done: bool = self._sweep(mask_bytes(dead), budget, group)

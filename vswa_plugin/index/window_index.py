@@ -13,7 +13,7 @@ from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
 from vswa_plugin.blocks.kernel import load_kernel, require_kernel
 from vswa_plugin.blocks.layout import HASH_SCHEME, CacheLayout
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
-from vswa_plugin.errors import ConfigError, StreamError
+from vswa_plugin.errors import ConfigError, StreamError, VswaError
 from vswa_plugin.index.dump import DUMP_VERSION, GroupDump, IndexDump, RankDump
 from vswa_plugin.index.explain import Explanation, explain_part
 from vswa_plugin.index.part import DEVICE, Part, check_tier
@@ -46,7 +46,8 @@ class WindowIndex:
     :param max_blocks: distinct blocks of all groups that are kept; what does not fit is left out and counted,
         so that ranks score less than they could, never more. None: no limit.
     :param kernel: True: the compiled kernel or ConfigError; False: pure Python; None: what there is.
-    :param rules: reuse rules by name; one of its own is asked for tokens, the built-in ones need not be.
+    :param rules: reuse rules by name; one of its own is asked for tokens, the built-in ones need not be. One
+        that raises a VswaError costs its own ranks their score of that prompt, and no other rank anything.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class WindowIndex:
         """A rank that holds nothing yet. Under the layout that it has already: nothing changes.
 
         :raises ConfigError: an unknown rule, or a layout that the rule cannot be applied to.
+        :raises PluginFailed: the rule of a plugin failed as it was asked; nothing has changed.
         """
         before = self._of_rank.get(rank)
         if before is not None and before.layout == layout:
@@ -146,7 +148,7 @@ class WindowIndex:
         return not left
 
     def score(self, sequence_hashes: Hashes, prompt_len: int, model: str | None = None) -> dict[Rank, int]:
-        """Cached tokens of every rank that would reuse any.
+        """Cached tokens of every rank that would reuse any. Ranks whose reuse rule fails are left out.
 
         :param sequence_hashes: of the prompt's full blocks; fewer are scored as far as they go.
         :param prompt_len: tokens of the prompt.
@@ -176,6 +178,8 @@ class WindowIndex:
     def tiers(self, rank: Rank, sequence_hashes: Sequence[int], cached_tokens: int) -> dict[str, int]:
         """Whole reused blocks by tier: each in the slowest of what must be loaded at its position.
 
+        Empty where the reuse rule fails: which blocks would be loaded is then unknown.
+
         :param cached_tokens: as scored.
         """
         part = self._part_of(rank)
@@ -183,9 +187,12 @@ class WindowIndex:
         if not any(member.slow):  # a router asks for every rank and request
             return {DEVICE: cached_tokens // part.block_size}
         boundary, prompt_len = _resumed(part.block_size, len(sequence_hashes), cached_tokens)
+        try:
+            firsts = [part.rule.first_needed(group, boundary, prompt_len) for group in part.layout.groups]
+        except VswaError:
+            return {}
         slowest: dict[int, str] = {}
-        for group, slow in zip(part.layout.groups, member.slow, strict=True):
-            first = part.rule.first_needed(group, boundary, prompt_len)
+        for first, slow in zip(firsts, member.slow, strict=True):
             needed = sequence_hashes[first:boundary]
             if slow.keys().isdisjoint(needed):  # at the speed of C: a router asks for long prompts too
                 continue
@@ -202,7 +209,7 @@ class WindowIndex:
     def explain(
         self, sequence_hashes: Sequence[int], prompt_len: int, model: str | None = None
     ) -> list[Explanation]:
-        """Why each rank scores what it scores."""
+        """Why each rank scores what it scores; where its reuse rule fails, what that said."""
         return [
             explanation
             for part in self.parts(model)

@@ -21,10 +21,12 @@ from vswa_plugin.launch.topologies import (
     Routing,
     Topology,
     WorkerGroup,
+    add_log_arguments,
     add_router,
     add_worker_counts,
     chosen_router,
     find_topology,
+    log_bytes,
     worker_counts,
 )
 from vswa_plugin.program.args import make_parser
@@ -41,10 +43,11 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
   PREFILL_ENGINE_ARGS, DECODE_ENGINE_ARGS   the same for each kind of disaggregated workers
   NATS_SERVER, ETCD_ENDPOINTS               brokers (several etcd with commas); embedded ones where not set
   DYN_HTTP_HOST, DYN_HTTP_PORT              where the frontend listens (127.0.0.1, 8000)
-  VSWA_ENGINE                               the engine (gemma3_cpu)
+  VSWA_ENGINE                               the engine, as --engine of a worker
   ROUTER                                    of agg_router and disagg_router: exact or stock (or --router)
   DYN_ROUTER_*                              cost options of exact routers, see their --help
   VSWA_DYNAMO_EVENTS                        what stock is told: boundary (default), or global as Dynamo today
+  VSWA_TERMINATION_LOG                      a file for the reason why this program ended
 
 example:
   vswa make-model /tmp/gemma
@@ -73,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     environ = os.environ.get
     made.add_argument("--model-path", default=environ("MODEL_PATH"), help="default: MODEL_PATH")
     made.add_argument("--served-model-name", default=environ("SERVED_MODEL_NAME"), metavar="NAME")
-    made.add_argument("--engine", default=environ("VSWA_ENGINE", "gemma3_cpu"), help="default: gemma3_cpu")
+    made.add_argument("--engine", help="as --engine of a worker (default: VSWA_ENGINE, else the worker's)")
     add_worker_counts(made, several=1)
     add_router(made)
     made.add_argument("--http-host", default=environ("DYN_HTTP_HOST", "127.0.0.1"), help="default: 127.0.0.1")
@@ -84,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         help="agg, disagg: how the frontend chooses workers (round-robin)",
     )
     made.add_argument("--namespace", default=environ("DYN_NAMESPACE", "dynamo"), help="default: dynamo")
-    made.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+    add_log_arguments(made)
     return made
 
 
@@ -106,7 +109,7 @@ def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Clus
         model_path=given.model_path,
         served_model_name=given.served_model_name or Path(given.model_path).resolve().name,
         groups=_groups(topology, worker_counts(given, topology), environ),
-        engine=given.engine,
+        engine=given.engine or environ.get("VSWA_ENGINE", ""),
         namespace=given.namespace,
         http_host=given.http_host,
         http_port=given.http_port,
@@ -114,6 +117,7 @@ def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Clus
         routing=routing,
         worker_options=tuple(argv[split + 1 :]),
         keep=True,
+        log_bytes=log_bytes(given),
     )
     check_settings(settings)
     return settings, given.log_dir

@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import math
 import os
-import re
 import socket
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -41,7 +40,8 @@ READY_TIMEOUT_S = 30.0
 #: How long a worker may drain before it is killed; above its own --drain-timeout.
 STOP_TIMEOUT_S = 40.0
 Progress = Callable[[str], None]
-_STATUS = re.compile(r"status on (http://\S+):")
+#: Between two looks at how large the logs are.
+LOG_INTERVAL_S = 1.0
 
 
 class Cluster:
@@ -149,7 +149,8 @@ class Cluster:
         kind = "worker" if group.mode == "agg" else group.mode
         name = f"{kind}-{next(self._numbers[kind])}"
         command = python_module("vswa_plugin.worker", *worker_arguments(self.settings, group), *options)
-        self._progress(f"starting {name}: {self.settings.engine} with {self.settings.model_path}")
+        engine = f"{self.settings.engine} with " if self.settings.engine else ""
+        self._progress(f"starting {name}: {engine}{self.settings.model_path}")
         child = await self._start_child(name, command, env or {})
         self.workers.append(child)
         return child
@@ -166,7 +167,7 @@ class Cluster:
             async def joined() -> bool:
                 for broker in self._brokers:
                     broker.check()
-                return child.pid in await self._ids_by_pid(registry)
+                return child.pid in await self._entries_by_pid(registry)
 
             await child.until(joined, "registered", math.inf if self.settings.keep else WORKER_TIMEOUT_S)
 
@@ -174,6 +175,15 @@ class Cluster:
         """The workers in the registry."""
         async with self._registry() as registry:
             return await registry.entries()
+
+    async def status_urls(self) -> dict[str, list[str]]:
+        """Where our workers serve their status, by mode; those that were given ``--status-port``."""
+        async with self._registry() as registry:
+            entries = await self._entries_by_pid(registry)
+        urls: dict[str, list[str]] = {}
+        for entry in (entries[worker.pid] for worker in self.workers if worker.pid in entries):
+            urls.setdefault(entry.mode, []).extend([entry.status_url] if entry.status_url else [])
+        return urls
 
     @asynccontextmanager
     async def _registry(self) -> AsyncIterator[Registry]:
@@ -184,14 +194,14 @@ class Cluster:
         finally:
             await registry.close()
 
-    async def _ids_by_pid(self, registry: Registry) -> dict[int, int]:
-        """Our workers in the registry; none while it is away: they wait for it too, and say so."""
+    async def _entries_by_pid(self, registry: Registry) -> dict[int, Entry]:
+        """Workers of this machine; none while the registry is away: they wait for it too, and say so."""
         try:
             entries = await registry.entries()
         except ConnectError:
             return {}
         here = socket.gethostname()
-        return {entry.pid: entry.worker_id for entry in entries if entry.host == here}
+        return {entry.pid: entry for entry in entries if entry.host == here}
 
     async def wait_for_model(self) -> None:
         """Return once frontend and routers know all workers that were to be started, and a request is served.
@@ -224,10 +234,11 @@ class Cluster:
         """Whether each router of ours sends requests to all workers."""
         if not self.routers:
             return True
-        ids = await self._ids_by_pid(registry)
-        ours = {ids.get(worker.pid) for worker in self.workers}
+        entries = await self._entries_by_pid(registry)
+        pids = {worker.pid for worker in self.workers}
+        ours = {entry.worker_id for pid, entry in entries.items() if pid in pids}
         known = [await probe.routed_workers(url) for url in self.router_urls]
-        return all(ours <= each for each in known)
+        return len(ours) == len(pids) and all(ours <= each for each in known)
 
     async def failed(self) -> None:
         """Return when nothing but brokers is left; raises what the cluster cannot go on without.
@@ -265,24 +276,23 @@ class Cluster:
 
     def check(self) -> None:
         """Raise ChildDied if anything has ended."""
-        for child in (*self._brokers, *self._front(), *self.workers):
+        for child in self._children():
             child.check()
+
+    async def bound_logs(self) -> None:
+        """Keep the logs of all children below the bound, without end. Files are copied in a thread."""
+        while True:
+            for child in self._children():
+                await asyncio.to_thread(child.bound_log, self.settings.log_bytes)
+            # Nothing announces that a file has grown.
+            await asyncio.sleep(LOG_INTERVAL_S)
+
+    def _children(self) -> list[Child]:
+        return [*self._brokers, *self._front(), *self.workers]
 
     def _front(self) -> list[Child]:
         """What stands before the workers, in the order in which it is stopped."""
         return [*self.routers, *([self.frontend] if self.frontend else [])]
-
-
-async def status_url(worker: Child) -> str:
-    """Where a worker that was given ``--status-port 0`` serves its status, from its log."""
-    found: list[str] = []
-
-    async def told() -> bool:
-        found.extend(_STATUS.findall(worker.log()))
-        return bool(found)
-
-    await worker.until(told, "telling its status port", 20)
-    return found[-1]
 
 
 def _url(host: str, port: int) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import random
-import re
 import signal
 import socket
 import sys
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vswa_plugin.errors import ConfigError, ConnectError, VswaError
+from vswa_plugin.launch.logs import TAIL_BYTES, ChildLog
+from vswa_plugin.program.run import MESSAGE_BYTES, TERMINATION_ENV
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.01, 0.25
 #: Exit code of our programs for what the user must correct: starting them again would change nothing.
 USER_ERROR = 2
-#: How each of our programs, and argparse, begins its last message.
-_LAST_MESSAGE = re.compile(r"^[a-z][\w .-]*: (?:error|failed): ", re.MULTILINE)
 
 
 class ChildDied(VswaError):
@@ -73,16 +72,23 @@ class BackOff:
 
 
 class Child:
-    """One child process, or one after the other where it is kept. Their output goes to ``log_path``."""
+    """One child process, or one after the other where it is kept.
+
+    Their output goes to ``log_path``; why it ends, a program of ours writes to NAME.termination beside it.
+
+    :ivar env: what the process has in its environment besides ours.
+    """
 
     def __init__(self, name: str, command: Sequence[str], log_path: Path, env: Mapping[str, str]) -> None:
         self.name = name
         self.log_path = log_path
+        # Absolute: the process may work in another directory.
+        self._termination_path = log_path.with_name(f"{name}.termination").resolve()
+        self.env = {**env, TERMINATION_ENV: str(self._termination_path)}
         self._command = command
-        self._env = env
+        self._log = ChildLog(log_path)
         self._process: asyncio.subprocess.Process
         self._born_at = 0.0
-        self._log_begins = 0
         self._keeper: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._starting = asyncio.Lock()
@@ -98,15 +104,15 @@ class Child:
 
     async def _start(self) -> None:
         async with self._starting:
-            with self.log_path.open("ab") as log:
-                self._log_begins = log.tell()
+            self._termination_path.unlink(missing_ok=True)  # an earlier life's is no reason of this one
+            with self._log.begin_life() as log:
                 self._born_at = time.monotonic()
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env={**os.environ, **self._env},
+                    env={**os.environ, **self.env},
                     # Ctrl-C reaches the parent only, which stops its children in the right order.
                     start_new_session=True,
                 )
@@ -173,21 +179,27 @@ class Child:
         if self._process.returncode is None:
             self._process.kill()
 
-    def log(self) -> str:
-        """What the process has written; of the present one only."""
-        return self.log_path.read_bytes()[self._log_begins :].decode("utf-8", "replace")
+    def log(self, at_most: int = 1 << 20) -> str:
+        """The last ``at_most`` bytes of what the present process has written."""
+        return self._log.tail(at_most)
 
     def log_tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log().splitlines()[-lines:])
+        """The last lines of the present process, to be shown to a person; nothing is learnt from them."""
+        return "\n".join(self.log(TAIL_BYTES).splitlines()[-lines:])
 
     def last_words(self) -> str:
-        """Why the process says that it ended: its last message as a program of ours, else its last line."""
-        text = self.log()
-        messages = list(_LAST_MESSAGE.finditer(text))
-        if messages:
-            return text[messages[-1].end() :].strip()
-        lines = [line for line in text.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "it wrote nothing"
+        """Why the process has ended: the message that it left, else the last line of its log."""
+        try:
+            with self._termination_path.open("rb") as file:
+                message = file.read(MESSAGE_BYTES).decode("utf-8", "replace").strip()
+        except FileNotFoundError:  # no program of ours, or it was killed
+            message = ""
+        lines = [line for line in self.log_tail().splitlines() if line.strip()]
+        return message or (lines[-1].strip() if lines else "it wrote nothing")
+
+    def bound_log(self, most_bytes: int) -> bool:
+        """See :meth:`ChildLog.rotate`; for a thread."""
+        return self._log.rotate(most_bytes)
 
     def check(self) -> None:
         """Raise ChildDied if the process has ended for good, or what :meth:`keep` says."""

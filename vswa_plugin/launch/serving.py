@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import sys
 import time
 
 from vswa_plugin.launch.cluster import Cluster, Progress
+from vswa_plugin.program.life import Life, Program
 
 
 def progress_from(began: float) -> Progress:
@@ -20,41 +19,43 @@ def progress_from(began: float) -> Progress:
     return show
 
 
-async def keep_serving(cluster: Cluster, progress: Progress) -> int:
-    """Start ``cluster``, say how to use it, and keep it until SIGTERM or SIGINT; the exit code.
+class Serving(Program):
+    """A deployment that is kept until a signal. A second signal makes its workers drain no longer.
 
-    A second signal makes its workers drain no longer. However this ends, no child is left.
+    However it ends, no child is left.
+    """
+
+    def __init__(self, cluster: Cluster, progress: Progress, life: Life) -> None:
+        self._cluster = cluster
+        self._progress = progress
+        self._life = life
+
+    async def start(self) -> None:
+        """Start all processes, and say how to use them; raises what the cluster cannot start."""
+        self._life.tasks.start(self._cluster.bound_logs(), "bound logs")
+        await self._cluster.start()
+        sys.stdout.write(how_to_use(self._cluster))
+        sys.stdout.flush()
+
+    async def serve(self) -> None:
+        """Return when nothing but brokers is left; raises what the cluster cannot go on without."""
+        await self._cluster.failed()
+
+    def hurry(self) -> None:
+        self._cluster.hurry()
+
+    async def end(self) -> None:
+        self._progress("stopping")
+        await self._cluster.stop()
+
+
+async def keep_serving(cluster: Cluster, progress: Progress) -> int:
+    """Start ``cluster`` and keep it until SIGTERM or SIGINT; the exit code.
 
     :raises ConfigError, ChildDied, ConnectError: what the cluster cannot start or go on with.
     """
-    stop = asyncio.Event()
-
-    def signalled() -> None:
-        if stop.is_set():
-            cluster.hurry()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signalled)
-
-    async def serving() -> None:
-        await cluster.start()
-        sys.stdout.write(how_to_use(cluster))
-        sys.stdout.flush()
-        await cluster.failed()
-
-    tasks = [asyncio.create_task(serving()), asyncio.create_task(stop.wait())]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-        return 0
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        progress("stopping")
-        await cluster.stop()
+    life = Life("vswa launch")
+    return await life.run(Serving(cluster, progress, life))
 
 
 def how_to_use(cluster: Cluster) -> str:

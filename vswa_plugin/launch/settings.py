@@ -9,30 +9,30 @@ import msgspec
 
 from vswa_plugin.dynamo.names import ROUTER_COMPONENT, EndpointName, default_endpoint
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.launch.logs import LOG_BYTES
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router import args as router_args
 from vswa_plugin.router.pools import slug_of
 from vswa_plugin.worker import args as worker_args
-
-#: Read by the plugin dynamo_events: what a worker tells Dynamo's own router.
-PROJECTION_ENV = "VSWA_DYNAMO_EVENTS"
 
 
 class ClusterSettings(msgspec.Struct, frozen=True):
     """What to start.
 
     :param groups: the workers; see topologies.py.
+    :param engine: as ``--engine`` of a worker; empty: the default of the plugins, whatever VSWA_ENGINE says.
     :param http_port: port of the frontend; 0 for a free one.
     :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, told
         of the workers' blocks. Neither: the frontend chooses by ``router_mode``.
     :param worker_options: added to the command line of every worker; ``router_options``: of every router.
     :param keep: start frontend, routers and workers again when they fail, and wait for them without end.
+    :param log_bytes: about how large the log of a process may grow while it runs; see logs.py.
     """
 
     model_path: str
     served_model_name: str
     groups: tuple[WorkerGroup, ...] = (WorkerGroup(),)
-    engine: str = "gemma3_cpu"
+    engine: str = ""
     namespace: str = "dynamo"
     http_host: str = "127.0.0.1"
     http_port: int = 0
@@ -41,6 +41,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     worker_options: tuple[str, ...] = ()
     router_options: tuple[str, ...] = ()
     keep: bool = False
+    log_bytes: int = LOG_BYTES
 
 
 def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]:
@@ -87,11 +88,11 @@ def router_address(settings: ClusterSettings) -> tuple[str, int]:
 
 
 def routing_environment(routing: Routing) -> dict[str, str]:
-    """What tells workers which router they work behind, whatever our own environment says."""
-    told = {worker_args.ROUTER_ENV: routing.router or ""}
-    if routing.router == "stock":
-        told[PROJECTION_ENV] = os.environ.get(PROJECTION_ENV) or "boundary"
-    return told
+    """What tells workers which router they work behind, whatever our own environment says.
+
+    What a plugin makes of it, such as events for Dynamo's own router, is the plugin's affair.
+    """
+    return {worker_args.ROUTER_ENV: routing.router or ""}
 
 
 def check_settings(settings: ClusterSettings) -> None:

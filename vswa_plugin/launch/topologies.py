@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.launch.logs import LOG_BYTES
 
 #: Who routes where a topology has KV routing: our router, or Dynamo's own in its frontend.
 ROUTERS = ("exact", "stock")
@@ -63,6 +64,26 @@ class Routing(msgspec.Struct, frozen=True):
 
     router: str | None = None
     count: int = 1
+
+
+def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--log-dir`` and ``--log-size``; :func:`log_bytes` reads the latter."""
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+    parser.add_argument(
+        "--log-size",
+        type=int,
+        default=LOG_BYTES >> 20,
+        metavar="MIB",
+        help="about how large NAME.log of a process may grow; then what it holds becomes NAME.log.1, and "
+        f"what that held goes ({LOG_BYTES >> 20})",
+    )
+
+
+def log_bytes(args: argparse.Namespace) -> int:
+    """What ``--log-size`` asks for; raises ConfigError."""
+    if args.log_size < 1:
+        raise ConfigError(f"--log-size: expected at least 1 MiB, got {args.log_size}")
+    return int(args.log_size) << 20
 
 
 def find_topology(name: str) -> Topology:

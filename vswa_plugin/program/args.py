@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
+from typing import NoReturn
 
 import msgspec
 
 from vswa_plugin import __version__
 from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.program.run import LEVELS
+from vswa_plugin.program.run import LEVELS, CommandLineRefused
 from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
 from vswa_plugin.wire.transport import DEFAULT_SERVER
 
@@ -22,6 +23,7 @@ ENVIRONMENT_HELP = f"""\
   NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
 {ENVIRONMENT}  DYN_LOG          level of Dynamo's own log
   VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
+  VSWA_TERMINATION_LOG   a file for the reason why the program ended, e.g. /dev/termination-log
 """
 
 
@@ -42,9 +44,17 @@ class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
     no_plugin: list[str]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        try:
+            super().error(message)
+        except SystemExit as refused:
+            raise CommandLineRefused(message) from refused
+
+
 def make_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with ``--version`` and an epilog that is shown as it is written."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=program,
         description=description,
         epilog=epilog,
@@ -81,7 +91,8 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=1.0,
         metavar="SECONDS",
-        help="between a worker's heartbeats; routers must be told the same (1)",
+        help="between a worker's heartbeats (1); a router reads them from each worker, and takes its own "
+        "value for workers of versions that do not say",
     )
     group.add_argument(
         "--drain-timeout",

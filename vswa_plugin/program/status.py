@@ -1,8 +1,9 @@
-"""The operator's HTTP surface of a worker: /health, /ready, /metrics."""
+"""The operator's HTTP surface of a process: /health, /ready, /metrics."""
 
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 
 import msgspec
@@ -14,10 +15,23 @@ logger = logging.getLogger(__name__)
 
 
 class Status(msgspec.Struct):
-    """What the worker answers: ``failure`` makes it unhealthy, ``ready`` says that it serves."""
+    """What a process says of itself.
+
+    :param ready: it serves.
+    :param failure: why it cannot go on, which makes it unhealthy.
+    :param tasks: names of the long-lived tasks that run.
+    """
 
     ready: bool = False
     failure: str | None = None
+    tasks: Callable[[], list[str]] = list
+
+
+def reachable_url(host: str, port: int) -> str:
+    """The URL under which others reach what listens on ``host``; for all addresses, this machine's name."""
+    if host in ("", "0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class StatusServer:
@@ -60,7 +74,11 @@ class StatusServer:
 
     async def _health(self, _: web.Request) -> web.Response:
         failure = self._status.failure
-        body = {"status": "healthy" if failure is None else "failed", "reason": failure}
+        body = {
+            "status": "healthy" if failure is None else "failed",
+            "reason": failure,
+            "tasks": self._status.tasks(),
+        }
         return web.json_response(body, status=200 if failure is None else 503)
 
     async def _ready(self, _: web.Request) -> web.Response:

@@ -14,12 +14,13 @@ from vswa_plugin.blocks.hashing import sequence_hashes
 from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.engine.contract import EngineHash
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.publishing.nodes import BlockHasher
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire.events import Event, Stored
 
 #: Removals that are remembered; above it healing ends, since a claim could no longer be checked.
 MAX_REMOVALS = 1_000_000
+#: Nodes of the table that are turned round before the event loop gets a turn: some 5 ms of work.
+PREPARED_AT_ONCE = 20_000
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -38,21 +39,26 @@ class Claim(msgspec.Struct, frozen=True):
 class Healing:
     """Watches one rank's residency from a restart on. Before the first restart it costs nothing."""
 
-    def __init__(self, residency: Residency, hasher: BlockHasher) -> None:
+    def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._hasher = hasher
         self.active = False
         #: Engine events seen: the clock by which claims and removals are ordered.
         self.events = 0
         self.blocks_healed = 0
         self._removed_at: dict[tuple[int, EngineHash], int] = {}
-        self._engine_hashes: dict[int, EngineHash] = {}
 
     def restarted(self) -> None:
         """Nothing is resident as far as we know, and the engine holds more."""
         self.active = True
         self._removed_at.clear()
-        self._engine_hashes = self._residency.nodes.by_sequence_hash()
+        self._residency.nodes.begin_reverse()
+
+    def prepare(self) -> bool:
+        """Do a moment's work towards knowing engine hashes by sequence hash; True when nothing is left.
+
+        A claim that comes before that proves less.
+        """
+        return self._residency.nodes.go_on_reverse(PREPARED_AT_ONCE)
 
     def saw_removed(self, group_id: int, hashes: Sequence[EngineHash]) -> None:
         """The engine removed blocks, known to us or not."""
@@ -61,7 +67,7 @@ class Healing:
         if len(self._removed_at) > MAX_REMOVALS:
             self.active = False
             self._removed_at.clear()
-            self._engine_hashes.clear()
+            self._residency.nodes.drop_reverse()
 
     def changes(self, claim: Claim) -> list[Event]:
         """Stored events for the blocks that ``claim`` proves and that are not known to be resident."""
@@ -76,7 +82,7 @@ class Healing:
             return []
         tokens = claim.token_ids
         named = sequence_hashes(
-            self._hasher(tokens[at : at + size], claim.cache_salt, claim.lora_name)
+            self._residency.nodes.hasher(tokens[at : at + size], claim.cache_salt, claim.lora_name)
             for at in range(0, blocks * size, size)
         )
         changes: list[Event] = []
@@ -88,7 +94,7 @@ class Healing:
         return changes
 
     def _prove(self, group_id: int, sequence_hash: int, mark: int) -> list[Event]:
-        engine_hash = self._engine_hashes.get(sequence_hash)
+        engine_hash = self._residency.nodes.engine_hash_of(sequence_hash)
         if engine_hash is None or self._removed_at.get((group_id, engine_hash), -1) >= mark:
             return []  # a later removal could not be recognised, or has been seen already
         node = self._residency.readmit(group_id, engine_hash)

@@ -113,9 +113,17 @@ class History:
     """Ring and snapshots of one publisher.
 
     :param clock: monotonic seconds.
+    :param announce: the event by which a snapshot begins, of the layout at its instant.
     """
 
-    def __init__(self, residency: Residency, options: HistoryOptions, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        options: HistoryOptions,
+        clock: Callable[[], float],
+        announce: Callable[[CacheLayout], Event] = layout_event,
+    ) -> None:
+        self._announce = announce
         self._residency = residency
         self._options = options
         self._clock = clock
@@ -196,7 +204,7 @@ class History:
         snapshot.used_at = now
         begin = request.part * self._blocks_per_part
         end = begin + self._blocks_per_part
-        events: list[Event] = [layout_event(snapshot.layout)] if request.part == 0 else []
+        events: list[Event] = [self._announce(snapshot.layout)] if request.part == 0 else []
         for group_id, frozen in snapshot.groups:
             events += runs(group_id, frozen[max(0, begin) : max(0, end)], self._residency.nodes)
             begin -= len(frozen)

@@ -36,6 +36,10 @@ class NodeTable:
         self.hasher = hasher
         self._limit = limit
         self._nodes: dict[EngineHash, Node] = {}
+        #: The table the other way round, once it was wanted; kept true from then on, because it depends on
+        #: content only as well.
+        self._reverse: dict[int, EngineHash] | None = None
+        self._unreversed: list[EngineHash] = []
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -43,9 +47,30 @@ class NodeTable:
     def get(self, engine_hash: EngineHash) -> Node | None:
         return self._nodes.get(engine_hash)
 
-    def by_sequence_hash(self) -> dict[int, EngineHash]:
-        """The table turned round: sequence hash -> the engine's name."""
-        return {node.sequence_hash: engine_hash for engine_hash, node in self._nodes.items()}
+    def begin_reverse(self) -> None:
+        """Let :meth:`engine_hash_of` know all nodes, in so many calls of :meth:`go_on_reverse`."""
+        if self._reverse is None:
+            self._reverse = {}
+            self._unreversed = list(self._nodes)
+
+    def go_on_reverse(self, most: int) -> bool:
+        """Take in ``most`` nodes more, the newest first; True when none is left."""
+        waiting, reverse = self._unreversed, self._reverse
+        if reverse is None or not waiting:
+            return True
+        for engine_hash in waiting[: -most - 1 : -1]:
+            if (node := self._nodes.get(engine_hash)) is not None:
+                reverse.setdefault(node.sequence_hash, engine_hash)
+        del waiting[-most:]
+        return not waiting
+
+    def drop_reverse(self) -> None:
+        """Nobody wants to know engine hashes any more."""
+        self._reverse, self._unreversed = None, []
+
+    def engine_hash_of(self, sequence_hash: int) -> EngineHash | None:
+        """The engine's latest name of a block; None where there is none, or it is not known yet."""
+        return None if self._reverse is None else self._reverse.get(sequence_hash)
 
     def add(
         self, parent: EngineHash | None, block: EngineBlock, cache_salt: str | None, lora_name: str | None
@@ -66,6 +91,8 @@ class NodeTable:
             position, prefix = before.position + 1, before.sequence_hash
         node = Node(chain(prefix, self.hasher(block.token_ids, cache_salt, lora_name)), position, prefix)
         self._nodes[block.hash] = node
+        if self._reverse is not None:
+            self._reverse[node.sequence_hash] = block.hash
         return node
 
     def trim(self, resident: Callable[[EngineHash], bool]) -> int:
@@ -82,5 +109,7 @@ class NodeTable:
             if not resident(engine_hash):
                 gone.append(engine_hash)
         for engine_hash in gone:
-            del self._nodes[engine_hash]
+            sequence_hash = self._nodes.pop(engine_hash).sequence_hash
+            if self._reverse is not None and self._reverse.get(sequence_hash) == engine_hash:
+                del self._reverse[sequence_hash]
         return len(gone)

@@ -1,10 +1,10 @@
 """The worker's side of the event stream: engine events in, numbered batches out, heartbeats between.
 
 The engine hands over its events from its own thread and never waits: :meth:`Publisher.offer` only appends
-to a bounded inbox. Everything else happens on the worker's event loop: the adapter, the residency, the
-numbering, and a bounded queue of encoded batches towards the broker. Wire ids are given before that queue,
-so whatever is dropped there shows to readers as a gap; an inbox that overflows is treated as an engine
-whose own buffer overflowed: nothing is resident, and a new epoch begins.
+to a bounded inbox. Everything else happens on the worker's event loop: the adapter, the ledger (ledger.py),
+and a bounded queue of encoded batches towards the broker. Wire ids are given before that queue, so whatever
+is dropped there shows to readers as a gap; an inbox that overflows is treated as an engine whose own buffer
+overflowed: nothing is resident, and a new epoch begins.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from typing import Protocol
 
 import msgspec
 
-from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineEvent, EventAdapter, Node, RawEvent
+from vswa_plugin.engine.contract import BlocksStored, EventAdapter, Node, RawEvent
 from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
-from vswa_plugin.publishing.healing import Claim, Healing
-from vswa_plugin.publishing.history import History, HistoryOptions
-from vswa_plugin.publishing.residency import Residency, Restart
-from vswa_plugin.wire.events import Batch, Event, Source, decode, encode, layout_event
-from vswa_plugin.wire.numbering import Numbering, split
+from vswa_plugin.publishing.healing import Claim
+from vswa_plugin.publishing.ledger import Ledger, LedgerOptions
+from vswa_plugin.publishing.residency import Residency
+from vswa_plugin.wire.events import Batch, Source, decode
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +51,11 @@ class PublisherOptions(msgspec.Struct, frozen=True):
 
 
 class PublisherStats(msgspec.Struct):
-    """Counters since start, for /metrics and tests."""
+    """Counters since start, for /metrics and tests; what the ledger counts is in its own."""
 
-    batches: int = 0
-    events: int = 0
     heartbeats: int = 0
     bytes: int = 0
     dropped_batches: int = 0
-    rejected_events: int = 0
-    restarts: int = 0
     send_errors: int = 0
 
 
@@ -102,15 +97,18 @@ class Publisher:
         observe_stored: Callable[[Source, BlocksStored, Sequence[Node]], None] | None = None,
     ) -> None:
         self.source = source
-        self.residency = residency
         self.options = options or PublisherOptions()
         self.stats = PublisherStats()
-        self.numbering = Numbering(time.time_ns, last_epoch)
-        message_bytes = self.options.batch_bytes
-        self.history = History(residency, HistoryOptions(message_bytes=message_bytes), time.monotonic)
-        self.healing = Healing(residency, residency.nodes.hasher)
+        self.ledger = Ledger(
+            str(source),
+            residency,
+            LedgerOptions(self.options.batch_bytes, self.options.heartbeat_s),
+            clock_ns=time.time_ns,
+            clock=time.monotonic,
+            last_epoch=last_epoch,
+            observe_stored=None if observe_stored is None else self._show_stored,
+        )
         self._superseded: Batch | None = None
-        self._begun = False
         self._adapter = adapter
         self._send = send
         self._ready = ready
@@ -140,7 +138,7 @@ class Publisher:
 
     def answer(self, payload: bytes) -> bytes:
         """The answer to a reader's replay or snapshot request. Event loop only."""
-        return self.history.answer(payload)
+        return self.ledger.history.answer(payload)
 
     def on_foreign(self, payload: bytes) -> None:
         """A batch on our own subject that is not ours: where its epoch is higher, :meth:`run` ends."""
@@ -149,13 +147,23 @@ class Publisher:
         except ProtocolError as error:
             logger.warning("%s: somebody else publishes on our subject: %s", self.source, error)
             return
-        if batch.epoch > self.numbering.epoch:
+        if batch.epoch > self.ledger.epoch:
             self._superseded = batch
             self._wake()
 
+    @property
+    def engine_events(self) -> int:
+        """How many events of the engine were taken in: what :attr:`Claim.mark` is counted in."""
+        return self.ledger.healing.events
+
+    @property
+    def healing(self) -> bool:
+        """Whether finished requests can prove blocks: only after events were lost."""
+        return self.ledger.healing.active
+
     def claim(self, claim: Claim) -> None:
-        """A finished request proves blocks; of use only after a restart. Event loop only."""
-        if self.healing.active:
+        """A finished request proves blocks; of use only while :attr:`healing`. Event loop only."""
+        if self.healing:
             self._inbox.append(claim)
             self._wake()
 
@@ -166,23 +174,24 @@ class Publisher:
         """
         self._loop = asyncio.get_running_loop()
         sender = asyncio.create_task(self._send_queue(), name=f"send {self.source}")
-        self.history.begin_epoch(self.numbering.epoch)
-        self._begin_epoch()
+        self._read_inbox()  # what came before the first batch, so that event 0 is the engine's own layout
+        self.ledger.begin()
+        self._publish()
         try:
             next_heartbeat = self._loop.time()
             while not self._closing:
                 if self._superseded is not None:
                     raise Superseded(
                         f"{self.source}: another publisher has epoch {self._superseded.epoch}, ours is "
-                        f"{self.numbering.epoch}; is a worker running twice with the same id?"
+                        f"{self.ledger.epoch}; is a worker running twice with the same id?"
                     )
                 self._drain()
                 if self._loop.time() >= next_heartbeat:
-                    self._enqueue(encode(self.numbering.batch()))
+                    self._enqueue(self.ledger.heartbeat())
                     self.stats.heartbeats += 1
                     next_heartbeat = self._loop.time() + self.options.heartbeat_s
                 await self._hand_over()
-                if self._inbox or self._overflowed:
+                if self._inbox or self._overflowed or not self.ledger.healing.prepare():
                     await asyncio.sleep(0)
                     continue
                 await self._pause(next_heartbeat)
@@ -230,66 +239,42 @@ class Publisher:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped
                 self._loop.call_soon_threadsafe(self._wake)
 
-    def _begin_epoch(self) -> None:
-        """Take in what came before the first batch, so that event 0 is the engine's own layout."""
-        events = self._net_changes()
-        self._begun = True
-        self._write([layout_event(self.residency.layout), *events])
-
     def _drain(self) -> None:
-        events = self._net_changes()
-        if events:
-            self._write(events)
+        self._read_inbox()
+        self._publish()
 
-    def _net_changes(self) -> list[Event]:
-        """Wire events of all that is in the inbox. A restart among them begins a new epoch."""
-        changes: list[Event] = []
+    def _publish(self) -> None:
+        for published in self.ledger.flush():
+            self._enqueue(published.payload)
+            self._unobserved.append(partial(self._observe, self.source, published.batch))
+
+    def _read_inbox(self) -> None:
+        """Enter what waits into the ledger."""
+        ledger = self.ledger
         if self._overflowed:
             self._overflowed = False
             self._inbox.clear()
-            self.residency.clear()
-            changes = self._restart(
-                f"over {self.options.inbox_events} engine events waited: the loop was held up"
-            )
+            ledger.lose(f"over {self.options.inbox_events} engine events waited: the loop was held up")
         for item in self._take():
             if isinstance(item, Claim):
-                changes += self.healing.changes(item)
+                ledger.prove(item)
                 continue
-            self.healing.events += 1
+            ledger.healing.events += 1
             try:
-                engine_events = self._adapter.feed(item)
+                events = self._adapter.feed(item)
             except VswaError as error:
-                self._reject(error)
-                self.residency.clear()
-                changes = self._restart(f"an engine event could not be read: {error}")
+                ledger.reject(error)
+                ledger.lose(f"an engine event could not be read: {error}")
                 continue
-            for event in engine_events:
-                self._apply(event, changes)
-        return changes
+            for event in events:
+                try:
+                    ledger.add(event)
+                except VswaError as error:
+                    ledger.reject(error)
 
-    def _apply(self, event: EngineEvent, changes: list[Event]) -> None:
-        """Add to ``changes`` what ``event`` amounts to; or begin them anew with a new epoch."""
-        if self.healing.active and isinstance(event, BlocksRemoved):
-            self.healing.saw_removed(event.group_id, event.hashes)
-        try:
-            changes += self.residency.apply(event)
-            if self._observe_stored is not None and isinstance(event, BlocksStored):
-                nodes = self._names_of(event)
-                self._unobserved.append(partial(self._observe_stored, self.source, event, nodes))
-        except Restart as reason:
-            changes[:] = self._restart(str(reason))
-        except VswaError as error:
-            self._reject(error)
-
-    def _names_of(self, event: BlocksStored) -> tuple[Node, ...]:
-        """Of its leading blocks; the others could not be named."""
-        named: list[Node] = []
-        for block in event.blocks:
-            node = self.residency.nodes.get(block.hash)
-            if node is None:
-                break
-            named.append(node)
-        return tuple(named)
+    def _show_stored(self, event: BlocksStored, nodes: Sequence[Node]) -> None:
+        assert self._observe_stored is not None
+        self._unobserved.append(partial(self._observe_stored, self.source, event, nodes))
 
     def _take(self) -> Iterator[RawEvent | Claim]:
         """Up to :data:`PASS_EVENTS` waiting events: the loop has other work too, heartbeats above all."""
@@ -297,33 +282,6 @@ class Publisher:
             if not self._inbox:
                 return
             yield self._inbox.popleft()
-
-    def _reject(self, error: VswaError) -> None:
-        self.stats.rejected_events += 1
-        if self.stats.rejected_events == 1:
-            logger.error("%s: engine event rejected (further ones are only counted): %s", self.source, error)
-
-    def _restart(self, reason: str) -> list[Event]:
-        """Begin a new epoch; what was gathered before it is void. Its first event is the layout."""
-        if not self._begun:
-            return []  # the first epoch will begin with the layout anyhow
-        if self.numbering.next_event_id:  # else one has begun just now, of which nothing is out yet
-            self.stats.restarts += 1
-            logger.warning("%s: new epoch with nothing resident: %s", self.source, reason)
-            self.numbering.new_epoch()
-            self.history.begin_epoch(self.numbering.epoch)
-        self.healing.restarted()
-        return [layout_event(self.residency.layout)]
-
-    def _write(self, events: Sequence[Event]) -> None:
-        for part in split(events, self.options.batch_bytes):
-            batch = self.numbering.batch(part)
-            self.stats.batches += 1
-            self.stats.events += len(part)
-            payload = encode(batch)
-            self.history.ring.add(batch, payload)
-            self._enqueue(payload)
-            self._unobserved.append(partial(self._observe, self.source, batch))
 
     def _tell_observers(self) -> None:
         """After sending: what observers do with a batch must not delay it."""

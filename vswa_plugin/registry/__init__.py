@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
-from vswa_plugin.errors import InvariantError, ProtocolError
+from vswa_plugin.errors import ConfigError, InvariantError, ProtocolError
 from vswa_plugin.wire.events import Rank
+from vswa_plugin.wire.subjects import check_name
 
 if TYPE_CHECKING:
     from vswa_plugin.registry.watching import Watcher
@@ -31,6 +32,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     :param worker_id: Dynamo's instance id.
     :param host: name of the worker's machine; the file backend sees a crash at once where it is its own.
     :param taints: labels that requests can demand, prefer or avoid.
+    :param status_url: where the worker serves /health, /ready and /metrics; None: nowhere.
+    :param version: of vswa-plugin; ``engine_version``: of the engine. Empty: not known.
     :param visible: whether Dynamo's frontends see its model: then they send requests past any router of ours.
     """
 
@@ -55,6 +58,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str | None = None
     taints: tuple[str, ...] = ()
     visible: bool = True
+    status_url: str | None = None
+    version: str = ""
+    engine_version: str = ""
 
     @property
     def key(self) -> str:
@@ -111,7 +117,32 @@ def decode_entry(key: str, payload: bytes) -> Entry:
         raise ProtocolError(f"expected a worker entry at {key}, got {len(payload)} bytes: {error}") from error
     if entry.key != key:
         raise ProtocolError(f"expected a worker entry at {key}, got that of {entry.key}")
+    if (reason := oddity(entry)) is not None:
+        raise ProtocolError(f"the worker entry at {key} is of no use: {reason}")
     return entry
+
+
+def oddity(entry: Entry) -> str | None:
+    """Why no worker of ours can have made this entry, or None.
+
+    Nobody can send a request there or hear its events, and what is odd must not get into load book or index.
+    """
+    try:
+        check_name("namespace", entry.namespace)
+        check_name("component", entry.component)
+    except ConfigError as error:
+        return str(error)[:300]
+    if entry.block_size < 1:
+        return f"block_size: expected at least 1, got {entry.block_size}"
+    if not entry.epochs:
+        return "epochs: expected one of each dp_rank, got none"
+    numbers = [("worker_id", entry.worker_id)]
+    for rank, epoch in entry.epochs.items():
+        numbers += [("dp_rank", rank), ("epoch", epoch)]
+    for what, number in numbers:
+        if not 0 <= number < 1 << 64:
+            return f"{what}: expected a number from 0 to 2**64 - 1, got {number}"
+    return None
 
 
 def prefix_of(namespace: str | None) -> str:

@@ -7,7 +7,6 @@ again when lease or key is gone (etcd was away for long, or came back empty).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from typing import Any
@@ -18,6 +17,7 @@ from vswa_plugin.registry._etcd3_client import FAILURES, Connection, is_lost_lea
 from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
 from vswa_plugin.registry.etcd_watch import RECONCILE_S, follow
 from vswa_plugin.registry.watching import Watcher, Watchers, readable
+from vswa_plugin.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class EtcdRegistry:
     :param endpoints: as ETCD_ENDPOINTS.
     :param security: credentials; None: from the environment.
     :param reconcile_s: how often a watcher lists what is there, in case its stream died silently.
+    :param tasks: where the task that keeps the lease alive is watched.
     :raises ConfigError: an endpoint or a credential is not one; the message names the variable.
     """
 
@@ -39,6 +40,7 @@ class EtcdRegistry:
         lease_ttl_s: int = LEASE_TTL_S,
         security: EtcdSecurity | None = None,
         reconcile_s: float = RECONCILE_S,
+        tasks: Tasks | None = None,
     ) -> None:
         security = EtcdSecurity.from_env(os.environ) if security is None else security
         self._connection = Connection(parse_endpoints(endpoints), security)
@@ -49,6 +51,7 @@ class EtcdRegistry:
         self._unwritten = False
         self._keepalive: asyncio.Task[None] | None = None
         self._watchers = Watchers()
+        self._tasks = tasks if tasks is not None else Tasks()
 
     def __str__(self) -> str:
         return str(self._connection)
@@ -57,7 +60,7 @@ class EtcdRegistry:
         check_key(self._entry, entry)
         self._entry, self._unwritten = entry, True
         if self._keepalive is None:
-            self._keepalive = asyncio.create_task(self._keep_alive(), name="etcd-keepalive")
+            self._keepalive = self._tasks.start(self._keep_alive(), "keep the registration alive")
         await self._connection.call(self._put)
 
     async def update(self, **changes: object) -> Entry:
@@ -77,9 +80,7 @@ class EtcdRegistry:
 
     async def leave(self) -> None:
         if self._keepalive is not None:
-            self._keepalive.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keepalive
+            await self._tasks.stop([self._keepalive])
             self._keepalive = None
         if self._entry is not None:
             self._entry = None

@@ -16,7 +16,6 @@ Watching polls: five times a second by default, because inotify does not see oth
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from vswa_plugin.registry import Entry, changed, check_key, encode_entry, prefix
 from vswa_plugin.registry.entry_files import EntryFile, Scanner, sweep
 from vswa_plugin.registry.threads import SerialThread
 from vswa_plugin.registry.watching import View, Watcher, Watchers, readable
+from vswa_plugin.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,16 @@ class FileRegistry:
 
     :param ttl_s: an entry that was not touched for so long is gone; the same for all in a directory.
     :param poll_s: how often a watcher looks.
+    :param tasks: where the task that touches the entry is watched.
     """
 
-    def __init__(self, directory: str | Path, ttl_s: float = TTL_S, poll_s: float = POLL_S) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        ttl_s: float = TTL_S,
+        poll_s: float = POLL_S,
+        tasks: Tasks | None = None,
+    ) -> None:
         self._folder = Path(directory).absolute() / FOLDER
         self._ttl_s = ttl_s
         self._poll_s = poll_s
@@ -55,6 +62,7 @@ class FileRegistry:
         self._file: EntryFile | None = None
         self._keepalive: asyncio.Task[None] | None = None
         self._watchers = Watchers()
+        self._tasks = tasks if tasks is not None else Tasks()
 
     def __str__(self) -> str:
         return f"directory {self._folder}"
@@ -63,7 +71,7 @@ class FileRegistry:
         check_key(self._entry, entry)
         self._entry = entry
         if self._keepalive is None:
-            self._keepalive = asyncio.create_task(self._keep_alive(), name="file-keepalive")
+            self._keepalive = self._tasks.start(self._keep_alive(), "keep the registration alive")
         await self._call(self._write)
 
     async def update(self, **changes: object) -> Entry:
@@ -80,9 +88,7 @@ class FileRegistry:
 
     async def leave(self) -> None:
         if self._keepalive is not None:
-            self._keepalive.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keepalive
+            await self._tasks.stop([self._keepalive])
             self._keepalive = None
         if self._entry is not None:
             self._entry = None

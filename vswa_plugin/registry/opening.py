@@ -22,6 +22,7 @@ from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity
 from vswa_plugin.registry.file import FileRegistry
+from vswa_plugin.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +40,34 @@ ENVIRONMENT = """\
 """
 
 
-def open_registry(where: str, environ: Mapping[str, str] | None = None) -> Registry:
+def open_registry(
+    where: str, environ: Mapping[str, str] | None = None, tasks: Tasks | None = None
+) -> Registry:
     """The registry that ``where`` names (see VSWA_REGISTRY above). Connects to nothing.
 
+    :param tasks: where its long-lived tasks are watched.
     :raises ConfigError: names the variable that is wrong.
     """
     environ = os.environ if environ is None else environ
     scheme = where.partition(":")[0]
     if where == "etcd":
-        return _etcd(environ.get(ETCD_ENV) or DEFAULT_ETCD, environ)
+        return _etcd(environ.get(ETCD_ENV) or DEFAULT_ETCD, environ, tasks)
     if scheme in ("http", "https"):
-        return _etcd(where, environ)
+        return _etcd(where, environ, tasks)
     if where == "file":
-        return FileRegistry(_dynamo_directory(environ))
+        return FileRegistry(_dynamo_directory(environ), tasks=tasks)
     if scheme == "file":
-        return FileRegistry(_directory(where))
+        return FileRegistry(_directory(where), tasks=tasks)
     known = ("etcd", "file", "file:DIR", "http://host:port", "https://host:port")
     raise ConfigError(f"{REGISTRY_ENV}: {unknown_choice('registry', where, known)}")
 
 
-def registry_from_env(environ: Mapping[str, str] | None = None) -> Registry:
-    """The registry that VSWA_REGISTRY names, else the one beside Dynamo's discovery. Raises ConfigError."""
+def registry_from_env(environ: Mapping[str, str] | None = None, tasks: Tasks | None = None) -> Registry:
+    """The registry that VSWA_REGISTRY names, else the one beside Dynamo's discovery.
+
+    :param tasks: where its long-lived tasks are watched.
+    :raises ConfigError: names the variable that is wrong.
+    """
     environ = os.environ if environ is None else environ
     where = environ.get(REGISTRY_ENV) or discovery_backend(environ)
     if where is None:
@@ -67,7 +75,7 @@ def registry_from_env(environ: Mapping[str, str] | None = None) -> Registry:
             f"{DISCOVERY_ENV}: expected etcd or file for a registry beside Dynamo's discovery, got "
             f"{environ[DISCOVERY_ENV]!r}; set {REGISTRY_ENV} to etcd or file:DIR"
         )
-    return open_registry(where, environ)
+    return open_registry(where, environ, tasks)
 
 
 async def reach(registry: Registry, timeout_s: float) -> None:
@@ -102,10 +110,10 @@ def discovery_backend(environ: Mapping[str, str] | None = None) -> str | None:
     return _DISCOVERY.get(environ.get(DISCOVERY_ENV, ""))
 
 
-def _etcd(endpoints: str, environ: Mapping[str, str]) -> Registry:
+def _etcd(endpoints: str, environ: Mapping[str, str], tasks: Tasks | None) -> Registry:
     from vswa_plugin.registry.etcd import EtcdRegistry  # imports gRPC: not for those who use files
 
-    return EtcdRegistry(endpoints, security=EtcdSecurity.from_env(environ))
+    return EtcdRegistry(endpoints, security=EtcdSecurity.from_env(environ), tasks=tasks)
 
 
 def _directory(where: str) -> str:

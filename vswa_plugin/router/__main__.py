@@ -7,25 +7,30 @@ from collections.abc import Sequence
 
 from vswa_plugin.dynamo.runtime import run_on_uvloop
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.life import Life
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse
 from vswa_plugin.router.selector.app import Selector
 
+NAME = "vswa router"
+
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one router. What is local is checked before any connection is tried."""
     args = parse(argv)
     set_up_logging(args.log_level)
-    registry = open_registry(args.registry) if args.registry else registry_from_env()
+    life = Life(NAME)
+    tasks = life.tasks
+    registry = open_registry(args.registry, tasks=tasks) if args.registry else registry_from_env(tasks=tasks)
     with load_host(args.plugin, args.no_plugin) as host:
-        made = (Selector if args.http.selector_only else Router)(args, host, registry)
-        return run_on_uvloop(made.run())
+        program = (Selector if args.http.selector_only else Router)(args, host, registry, life)
+        return run_on_uvloop(life.run(program))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program("vswa router", lambda: run(argv))
+    return run_program(NAME, lambda: run(argv))
 
 
 if __name__ == "__main__":

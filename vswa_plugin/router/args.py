@@ -11,10 +11,11 @@ import msgspec
 
 from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.following.view import ViewOptions
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
 from vswa_plugin.selection import Weights
-from vswa_plugin.wire.transport import check_name
+from vswa_plugin.wire.subjects import check_name
 
 _EXAMPLE = """\
 example, with nats-server and etcd running. The frontend must not see the workers themselves, so they get a
@@ -106,6 +107,11 @@ class RouterArgs(RunArgs, frozen=True, kw_only=True):
     weights: Weights
     stale_grace_s: float
     http: HttpArgs
+
+    @property
+    def view(self) -> ViewOptions:
+        """How long what is doubtful of a worker is believed."""
+        return ViewOptions(heartbeat_s=self.heartbeat_s, stale_grace_s=self.stale_grace_s)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -145,8 +145,8 @@ class Decider:
             ranks = _preferred(ranks, avoided)
         if prompt is None:
             prompt = self._prompt(fields, routing, pool.block_size)
-        found = self._scored(pool, ranks, prompt, weights, constraints)
-        told = RoutedRequest(
+        candidates = self._scored(pool, ranks, prompt, weights, constraints)
+        routed = RoutedRequest(
             request_id,
             pool.model,
             prompt.length,
@@ -156,7 +156,7 @@ class Decider:
             metadata or {},
             pool.phase,
         )
-        chosen = self._choose(told, found, weights)
+        chosen = self._choose(routed, candidates, weights)
         decision = self._book(pool, chosen, prompt, weights)
         self.stats.decisions += 1
         self.stats.seconds += time.perf_counter() - began
@@ -207,13 +207,13 @@ class Decider:
             pool.taints.get(rank.worker_id, _NO_TAINTS),
         )
 
-    def _choose(self, told: RoutedRequest, found: Sequence[Scored], weights: Weights) -> Scored:
-        found = adjusted(found, self._hooks.score(told, found))
-        wanted = self._hooks.select_worker(told, found)
-        for each in found if wanted is not None else ():
+    def _choose(self, routed: RoutedRequest, candidates: Sequence[Scored], weights: Weights) -> Scored:
+        candidates = adjusted(candidates, self._hooks.score(routed, candidates))
+        wanted = self._hooks.select_worker(routed, candidates)
+        for each in candidates if wanted is not None else ():
             if each.rank == wanted:
                 return each
-        return choose(found, weights.router_temperature, self._rng)
+        return choose(candidates, weights.router_temperature, self._rng)
 
     def _book(self, pool: Pool, chosen: Scored, prompt: Prompt, weights: Weights) -> Decision:
         candidate = chosen.candidate

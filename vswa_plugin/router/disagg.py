@@ -1,6 +1,6 @@
 """A request in two phases: a prefill worker computes the prompt, a decode worker goes on from there. Pure.
 
-What one hands over to the other is their own affair: it is passed on as it is, whatever the engine.
+What a prefill worker hands over to a decode worker is passed on as it is, whatever the engine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vswa_plugin.dynamo.client import Refused
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.wire.events import Rank
 
-#: Prefill workers that are tried for one request before its frontend is told.
+#: Prefill workers that are tried for one request before it fails.
 PREFILL_TRIES = 3
 
 
@@ -38,7 +38,7 @@ class PrefillAnswer:
     def cached_tokens(self) -> int | None:
         """Of the prompt, what the worker reused; None where it does not say so.
 
-        In its usage, or where a usage would be of no use to it, beside what it hands over.
+        Read from its usage, or where it sends none, from what it hands over.
         """
         cached = cached_tokens_of(self._usage)
         if cached is None and isinstance(self._params, Mapping):
@@ -104,7 +104,7 @@ def addressed(request: RequestDict, rank: Rank, prefill: Rank | None = None) -> 
     return {**request, "routing": routing}
 
 
-def tell_cached_tokens(chunk: ChunkDict, cached_tokens: int) -> None:
+def set_cached_tokens(chunk: ChunkDict, cached_tokens: int) -> None:
     """Put into a decode worker's usage what was reused: its own count is of what it received."""
     usage = chunk.get("completion_usage")
     if usage:

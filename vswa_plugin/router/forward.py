@@ -4,46 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection
 
 import msgspec
 
 from vswa_plugin.dynamo.client import Call
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, RequestError, Unavailable, unknown_choice
+from vswa_plugin.router.avoided import AvoidedWorkers
+from vswa_plugin.router.counts import ForwardStats, RequestCounts
 from vswa_plugin.router.decide import Decider, Decision
 from vswa_plugin.router.disagg import (
     PREFILL_TRIES,
     PrefillAnswer,
     addressed,
+    cached_tokens_of,
     decode_request,
     prefill_request,
+    set_cached_tokens,
 )
 from vswa_plugin.router.pools import Model, Pool
-from vswa_plugin.router.promises import Accuracy, Outcome
-from vswa_plugin.router.under_way import UnderWay
+from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
 
-#: How long a worker that could not serve a request is chosen only where there is no other.
-AVOID_S = 5.0
+#: Finish reasons of a request that its engine did not finish.
+_UNFINISHED = ("cancelled", "error")
 
 
-class ForwardStats(msgspec.Struct):
-    """Counters since start.
+class Services(msgspec.Struct, frozen=True):
+    """What each request of a router is served with.
 
-    :param unavailable: requests whose worker was lost: the frontend tries once more.
-    :param prefill_retries: prompts that were given to another prefill worker because the first was lost.
+    :param live: whether the view of a rank is live.
     """
 
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    unavailable: int = 0
-    prefill_retries: int = 0
+    decider: Decider
+    accuracy: Accuracy
+    avoided: AvoidedWorkers
+    counts: RequestCounts
+    live: Callable[[Rank], bool]
 
 
 class Forwarder:
@@ -52,29 +52,67 @@ class Forwarder:
     :param live: whether the view of a rank is live.
     """
 
-    def __init__(
-        self,
-        decider: Decider,
-        accuracy: Accuracy,
-        live: Callable[[Rank], bool],
-    ) -> None:
+    def __init__(self, decider: Decider, accuracy: Accuracy, live: Callable[[Rank], bool]) -> None:
         #: By the name that clients use; kept by models.py.
         self.models: dict[str, Model] = {}
-        self.stats = ForwardStats()
-        self._decider = decider
-        self._accuracy = accuracy
-        self._live = live
-        self._avoided: dict[int, float] = {}
-        self._in_flight = 0
+        self._services = Services(decider, accuracy, AvoidedWorkers(), RequestCounts(), live)
         self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+
+    @property
+    def stats(self) -> ForwardStats:
+        return self._services.counts.stats
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return self._services.counts.under_way
 
-    async def forward(self, request: RequestDict, call: Call) -> AsyncIterator[ChunkDict]:
+    def forward(self, request: RequestDict, call: Call) -> AsyncIterator[ChunkDict]:
+        """The request's chunks, see :meth:`Forwarding.chunks`.
+
+        :raises RequestError: no such model, or the router drains.
+        """
+        if self._draining:
+            raise Unavailable("the router is stopping; another one can serve this")
+        name = str(request.get("model"))
+        model = self.models.get(name)
+        if model is None:
+            raise InvalidRequest(unknown_choice("model", name, self.models))
+        return Forwarding(self._services, model, request, call).chunks()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for those under way; False if some still were after the time-out."""
+        self._draining = True
+        return await self._services.counts.idle(timeout_s)
+
+    def forget(self, worker_id: int) -> None:
+        """The worker has gone."""
+        self._services.accuracy.drop(worker_id)
+        self._services.avoided.forget(worker_id)
+
+
+class Forwarding:
+    """One request on its way, from the choice of its workers to the end of its answer.
+
+    It is in the load book at one rank at most, and in no book any more when it ends or when its client goes:
+    Dynamo stops asking for chunks when a client goes, without closing the generator, whose ``finally`` may
+    come late, and the load must not stay until then.
+    """
+
+    def __init__(self, services: Services, model: Model, request: RequestDict, call: Call) -> None:
+        self._services = services
+        self._model = model
+        self._request = request
+        self._call = call
+        self._book = model.pool.book
+        self._tracks_output = services.decider.tracks_output
+        #: The last choice; its request may have left the load book already.
+        self._decision: Decision | None = None
+        #: Of the last choice: whether the rank's view was live, and whether its first token is still to come.
+        self._live = self._waiting = True
+        self._prefilled: PrefillAnswer | None = None
+        self._finished = self._ended = False
+
+    async def chunks(self) -> AsyncIterator[ChunkDict]:
         """Chunks of the chosen worker, as they come; those of a burst come joined (bursts.py).
 
         Where prefill and decode workers are apart, the prompt is computed before the decode worker is chosen.
@@ -82,112 +120,90 @@ class Forwarder:
         :raises RequestError: nobody can serve it, or the worker's own refusal. Unavailable: the worker was
             lost, and the frontend goes on with another one.
         """
-        model = self._model(request)
-        self.stats.requests += 1
-        under_way = UnderWay(self, model, call)
+        gone = asyncio.ensure_future(self._call.gone())
+        gone.add_done_callback(self._client_gone)
+        self._services.counts.began()
         try:
-            with self._counted(call):
-                answer = None
-                if model.apart():
-                    answer = await self._prefill(under_way, request)
-                    if under_way.ended or not answer.complete:
+            with self._services.counts.failures(self._call.request_id):
+                if self._model.apart():
+                    self._prefilled = await self._prefill()
+                    if self._ended or not self._prefilled.complete:
                         return  # the client has gone
-                    if (chunk := answer.whole) is not None:
-                        under_way.finished = True
+                    if (chunk := self._prefilled.whole) is not None:
+                        self._finished = True
                         yield chunk
                         return
-                rank = under_way.choose(model.pool if answer is None else model.decode, request)
-                told = addressed(request, rank) if answer is None else decode_request(request, rank, answer)
-                chunks = model.clients[rank.worker_id].generate(told, rank.worker_id, call)
-                with self._watched(rank.worker_id):
-                    async for chunk in chunks:
-                        under_way.saw(chunk, answer)
+                rank, addressed_request = self._choose_generating()
+                with self._services.avoided.if_lost(rank.worker_id):
+                    async for chunk in self._call_worker(rank, addressed_request):
+                        self._saw(chunk)
                         yield chunk
         finally:
-            under_way.end()
+            gone.cancel()
+            self._end()
 
-    async def _prefill(self, under_way: UnderWay, request: RequestDict) -> PrefillAnswer:
+    # -- the prompt, where prefill workers compute it ------------------------------------------------
+
+    async def _prefill(self) -> PrefillAnswer:
         """Have the prompt computed, by another worker where one is lost; incomplete: the client has gone.
 
-        :raises RequestError: as :meth:`forward`.
+        :raises RequestError: as :meth:`chunks`.
         """
-        rank = under_way.choose(under_way.model.prefill, request)
+        rank = self._choose(self._model.prefill)
         tried: set[int] = set()
         while True:
             try:
-                return await self._prefill_on(rank, under_way, request)
+                return await self._prefill_on(rank)
             except Unavailable as error:
                 tried.add(rank.worker_id)
-                if len(tried) == PREFILL_TRIES or under_way.ended:
+                if len(tried) == PREFILL_TRIES or self._ended:
                     raise
                 try:
-                    rank = under_way.choose(under_way.model.prefill, request, tried)
+                    rank = self._choose(self._model.prefill, tried)
                 except RequestError:  # there is no other: what happened is the better answer
                     raise error from None
-                self.stats.prefill_retries += 1
+                self._services.counts.stats.prefill_retries += 1
 
-    async def _prefill_on(self, rank: Rank, under_way: UnderWay, request: RequestDict) -> PrefillAnswer:
+    async def _prefill_on(self, rank: Rank) -> PrefillAnswer:
         answer = PrefillAnswer(rank)
-        worker_id, call = rank.worker_id, under_way.call
-        chunks = under_way.model.clients[worker_id].generate(prefill_request(request, rank), worker_id, call)
         try:
-            with self._watched(worker_id):
+            with self._services.avoided.if_lost(rank.worker_id):
                 # To the end of the stream: one that is left behind looks like a cancelled request.
-                async for chunk in chunks:
+                async for chunk in self._call_worker(rank, prefill_request(self._request, rank)):
                     if answer.saw(chunk):
-                        under_way.computed(answer)
-                if not answer.complete and not call.stopped():
-                    raise Unavailable(f"prefill worker {worker_id:x} ended without a last chunk")
+                        self._compare(answer.finish_reason, answer.cached_tokens)
+                        self._leave()
+                if not answer.complete and not self._call.stopped():
+                    raise Unavailable(f"prefill worker {rank.worker_id:x} ended without a last chunk")
         except Unavailable:
             if not answer.complete:
                 raise
         return answer
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and wait for those under way; False if some still were after the time-out."""
-        self._draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+    # -- choosing and calling ------------------------------------------------------------------------
 
-    def forget(self, worker_id: int) -> None:
-        """The worker has gone."""
-        self._accuracy.drop(worker_id)
-        self._avoided.pop(worker_id, None)
+    def _choose_generating(self) -> tuple[Rank, RequestDict]:
+        """Choose who generates; also what that rank is sent."""
+        answer = self._prefilled
+        if answer is None:
+            rank = self._choose(self._model.pool)
+            return rank, addressed(self._request, rank)
+        rank = self._choose(self._model.decode)
+        return rank, decode_request(self._request, rank, answer)
 
-    def _model(self, request: RequestDict) -> Model:
-        if self._draining:
-            raise Unavailable("the router is stopping; another one can serve this")
-        name = str(request.get("model"))
-        model = self.models.get(name)
-        if model is None:
-            raise InvalidRequest(unknown_choice("model", name, self.models))
-        return model
-
-    def choose(
-        self,
-        model: Model,
-        pool: Pool,
-        request: RequestDict,
-        call: Call,
-        tried: Collection[int],
-        before: Decision | None,
-    ) -> Decision:
-        """Choose a rank of ``pool``, but of no worker in ``tried``, and book the request there.
-
-        :param before: the last choice for this request: its prompt is not hashed again.
-        """
-        decision = self._decider.decide(
+    def _choose(self, pool: Pool, tried: Collection[int] = ()) -> Rank:
+        """Choose a rank, but of no worker in ``tried``; book the request there, and nowhere else any more."""
+        self._leave()
+        services, model, call, before = self._services, self._model, self._call, self._decision
+        decision = self._decision = services.decider.decide(
             pool,
-            request,
+            self._request,
             reachable=model.reachable().difference(tried),
-            avoided=self._avoided_now(),
-            prompt=before.prompt if before is not None else None,
+            avoided=services.avoided.now(),
+            prompt=before.prompt if before is not None else None,  # not hashed again
             own_id=model.endpoint.instance_id if model.endpoint is not None else None,
             request_id=call.request_id,
-            metadata=call.metadata if self._decider.hooked else None,
+            metadata=call.metadata if services.decider.hooked else None,
         )
         logger.debug(
             "request %s: %s rank %s at cost %.2f, promises %d of %d tokens",
@@ -198,69 +214,60 @@ class Forwarder:
             decision.cached_tokens,
             decision.prompt_len,
         )
-        return decision
+        self._live = services.live(decision.rank)
+        self._waiting = True
+        return decision.rank
 
-    def began(self) -> None:
-        """One request more is under way."""
-        self._in_flight += 1
-        self._idle.clear()
+    def _call_worker(self, rank: Rank, request: RequestDict) -> AsyncIterator[ChunkDict]:
+        return self._model.clients[rank.worker_id].generate(request, rank.worker_id, self._call)
 
-    def ended(self, finished: bool) -> None:
-        """One request is under way no more."""
-        self._in_flight -= 1
-        self.stats.finished += finished
-        if not self._in_flight:
-            self._idle.set()
+    # -- what the chunks say -------------------------------------------------------------------------
 
-    def compare(self, decision: Decision, block_size: int, live: bool, cached_tokens: int | None) -> None:
-        """Predicted against actual, when a prompt's engine has said what it reused; None: it has not."""
-        if cached_tokens is None:
-            self._accuracy.unreported(decision.rank)
-            return
-        self._accuracy.record(
-            Outcome(
-                decision.rank,
-                block_size,
-                decision.cached_tokens,
-                cached_tokens,
-                live,
-                decision.busy,
-                decision.in_flight,
-            )
-        )
+    def _saw(self, chunk: ChunkDict) -> None:
+        """A chunk for the client has come."""
+        if (self._waiting or self._tracks_output) and (tokens := chunk.get("token_ids")):
+            self._count(len(tokens))
+        reason = chunk.get("finish_reason")
+        if reason and not self._finished:
+            self._finished = True
+            if self._prefilled is None:
+                self._compare(str(reason), cached_tokens_of(chunk.get("completion_usage") or {}))
+            elif self._prefilled.cached_tokens is not None:
+                set_cached_tokens(chunk, self._prefilled.cached_tokens)
+            # Before the client can have seen the end: its next request must not meet the load of this one.
+            self._leave()
 
-    def tracks_output(self) -> bool:
-        return self._decider.tracks_output
+    def _count(self, tokens: int) -> None:
+        assert self._decision is not None
+        if self._waiting:
+            self._waiting = False
+            self._book.first_token(self._decision.key)
+        if self._tracks_output:
+            self._book.output(self._decision.key, tokens)
 
-    def is_live(self, rank: Rank) -> bool:
-        return self._live(rank)
+    def _compare(self, finish_reason: str, cached_tokens: int | None) -> None:
+        """The prompt's engine has finished, and has said what it reused; None: it has not."""
+        assert self._decision is not None
+        if finish_reason not in _UNFINISHED:
+            size = self._model.pool.block_size
+            self._services.accuracy.compare(self._decision, size, self._live, cached_tokens)
 
-    @contextmanager
-    def _counted(self, call: Call) -> Iterator[None]:
-        """Count how a request failed."""
-        try:
-            yield
-        except Unavailable:
-            self.stats.unavailable += 1
-            raise
-        except RequestError as error:
-            self.stats.refused += 1
-            logger.info("request %s refused: %s", call.request_id, error)
-            raise
+    # -- the end -------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _watched(self, worker_id: int) -> Iterator[None]:
-        """Avoid the worker for a while once it is lost."""
-        try:
-            yield
-        except Unavailable as error:
-            if worker_id not in self._avoided:
-                logger.warning("worker %x is avoided for %.0f s: %s", worker_id, AVOID_S, error)
-            self._avoided[worker_id] = asyncio.get_running_loop().time() + AVOID_S
-            raise
+    def _leave(self) -> None:
+        """It is in the load book no more."""
+        if self._decision is not None:
+            self._book.free(self._decision.key)
 
-    def _avoided_now(self) -> Mapping[int, float]:
-        if self._avoided:
-            now = asyncio.get_running_loop().time()
-            self._avoided = {worker: until for worker, until in self._avoided.items() if until > now}
-        return self._avoided
+    def _end(self) -> None:
+        """It has ended, however; again: nothing."""
+        if not self._ended:
+            self._ended = True
+            self._leave()
+            self._services.counts.ended(self._finished)
+
+    def _client_gone(self, gone: asyncio.Future[bool]) -> None:
+        if not gone.cancelled() and not self._ended:
+            gone.exception()  # asyncio need not report it
+            self._services.counts.stats.cancelled += not self._finished
+            self._end()

@@ -11,18 +11,24 @@ from typing import Any
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
 from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.engine.contract import MODES
+from vswa_plugin.errors import ConfigError
 from vswa_plugin.registry import Entry
+from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.forward import Forwarder
-from vswa_plugin.router.pools import Group, Model, grouped, set_ranks, slug_of
+from vswa_plugin.router.pools import Group, Model, grouped, not_used, set_ranks, slug_of
 from vswa_plugin.selection import LoadBook
+from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
 
 #: How often the registry's entries are looked at: a new worker is used within this time.
 TICK_S = 0.2
-#: How long a model that could not be shown waits for its next try.
+#: How long what has failed waits for its next try: showing a model, reaching its workers.
 RETRY_S = 5.0
+#: How long Dynamo may take to make a client of an endpoint.
+CLIENT_TIMEOUT_S = 10.0
+RUNTIME_HINT = "was etcd away for longer than the lease of Dynamo's runtime?"
 
 
 def _report_phases(model: Model) -> None:
@@ -53,22 +59,51 @@ def card_of(name: str, group: Group) -> ModelCard:
     )
 
 
-def _not_here(card: ModelCard) -> str | None:
-    """What of a model this machine lacks for showing it."""
-    if Path(card.model_path).exists():
-        return None
-    return f"expected its config and tokenizer at {card.model_path} on this machine too, got nothing there"
+def _check_here(card: ModelCard) -> None:
+    """Raises ConfigError where this machine lacks what showing the model takes."""
+    if not Path(card.model_path).exists():
+        raise ConfigError(
+            f"expected its config and tokenizer at {card.model_path} on this machine too, got nothing there"
+        )
+
+
+def _report_new(model: str, entry: Entry) -> None:
+    """Say that a worker has come, and where requests would not come to this router for it."""
+    logger.info("model %r: worker %x joins, mode %s", model, entry.worker_id, entry.mode)
+    if entry.visible:
+        logger.warning(
+            "worker %x shows %r itself: where a frontend sees it, requests bypass this router; "
+            "start it with --register hidden",
+            entry.worker_id,
+            model,
+        )
+
+
+def _endpoint_of(entry: Entry) -> EndpointName:
+    return EndpointName(entry.namespace, entry.component, entry.endpoint)
+
+
+def _not_shown(model: Model) -> str:
+    return f"model {model.name!r} cannot be shown"
+
+
+def _retried(error: Exception) -> str:
+    return f"{error or type(error).__name__}; tried again every {RETRY_S:.0f} s"
 
 
 class Models:
     """All models, kept as the registry says.
 
+    A fault of Dynamo, or of what a worker says of itself, costs the model or the endpoint that it is about:
+    it is logged once and tried again after :data:`RETRY_S`, while the others are followed as ever.
+
     :param entries: live workers by registry key, as a fleet keeps them.
     :param base: endpoint of the models; each has its name appended, but for ``only``.
-    :param forwarder: serves the requests of all models, and is told who serves which.
+    :param forwarder: serves the requests of all models; its ``models`` are kept here.
     :param only: no other model than this one.
     :param book: a new load book for a model, by its name and block size.
     :param silent: whether nothing is heard of a rank any more.
+    :param tasks: where its serving tasks are watched; one that ends unasked means that Dynamo's runtime did.
     """
 
     def __init__(
@@ -80,9 +115,9 @@ class Models:
         only: str | None = None,
         book: Callable[[str, int], LoadBook] = lambda _, block_size: LoadBook(block_size),
         silent: Callable[[Rank], bool] = lambda _: False,
+        tasks: Tasks | None = None,
     ) -> None:
-        #: The serving tasks; one that ends unasked means that Dynamo's runtime did.
-        self.serving: list[asyncio.Task[None]] = []
+        self._tasks = tasks if tasks is not None else Tasks()
         self._runtime = runtime
         self._entries = entries
         self._base = base
@@ -96,7 +131,12 @@ class Models:
         self._seen: dict[str, Entry] = {}
         self._clients: dict[EndpointName, WorkerClient] = {}
         self._endpoints: dict[EndpointName, FrontEndpoint] = {}
-        self._refused: dict[str, str] = {}
+        self._groups: dict[str, Group] = {}
+        #: Models whose workers are to be taken in, and endpoints that could not be called: when to try.
+        self._due: dict[str, float] = {}
+        self._unopened: dict[EndpointName, float] = {}
+        self._refusals = Faults()
+        self._faults = Faults()
 
     async def follow(self) -> None:
         """Keep up with the workers until cancelled."""
@@ -108,16 +148,22 @@ class Models:
         """Take in what has changed among the workers, and show what can be shown."""
         if self._entries != self._seen:
             self._seen = dict(self._entries)
-            groups = self._groups()
-            self._report(groups.values())
-            for name, group in groups.items():
-                await self._set_workers(name, group)
-            for name in self._models.keys() - groups.keys():
-                await self._set_workers(name, Group(()))
+            groups = grouped(self._seen.values(), MODES)
+            self._groups = {name: group for name, group in groups.items() if self._only in (None, name)}
+            self._refusals.report_all(not_used(self._seen.values(), self._groups.values()))
+            self._due = dict.fromkeys((*self._groups, *(self._models.keys() - self._groups.keys())), 0.0)
+        for name in [name for name, due in self._due.items() if self._now() >= due]:
+            del self._due[name]
+            what = f"workers of model {name!r} cannot be taken in"
+            try:
+                await self._take_in(name)
+                self._faults.over(what)
+            except Exception as error:  # whatever it is, it is about this model alone
+                self._due[name] = self._now() + RETRY_S
+                self._faults.report(what, _retried(error))
         self._give_up_the_silent()
-        now = asyncio.get_running_loop().time()
         for model in self._models.values():
-            if model.card is None and now >= model.retry_at and model.missing() is None:
+            if model.card is None and self._now() >= model.retry_at and model.missing() is None:
                 await self._show(model)
 
     async def hide(self) -> None:
@@ -128,42 +174,46 @@ class Models:
     def endpoints(self) -> Iterable[FrontEndpoint]:
         return self._endpoints.values()
 
-    def _groups(self) -> dict[str, Group]:
-        groups = grouped(self._seen.values(), MODES)
-        return {name: group for name, group in groups.items() if self._only in (None, name)}
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
 
-    async def _set_workers(self, name: str, group: Group) -> None:
+    async def _take_in(self, name: str) -> None:
+        """Let the model's workers be those of its group that can be called; tried again where some cannot."""
+        group = self._groups.get(name, Group())
+        clients = await self._clients_of(group)
+        used = tuple(entry for entry in group.used if entry.worker_id in clients)
+        if len(used) < len(group.used):
+            self._due[name] = self._now() + RETRY_S
         model = self._models.get(name)
-        if group.used and (model is None or model.pool.block_size != group.used[0].block_size):
+        if used and (model is None or model.pool.block_size != used[0].block_size):
             if model is not None:  # all its workers were replaced at once
-                await self._set_workers(name, Group(()))
-            size = group.used[0].block_size
+                await self._set_workers(model, (), {})
+            size = used[0].block_size
             model = self._models[name] = Model(name, size, self._book(name, size))
-        if model is None:
-            return
-        clients = {entry.worker_id: await self._client(entry) for entry in group.used}
+        if model is not None:
+            await self._set_workers(model, used, clients)
+
+    async def _set_workers(
+        self, model: Model, used: tuple[Entry, ...], clients: dict[int, WorkerClient]
+    ) -> None:
         gone = model.clients.keys() - clients.keys()
-        for entry in group.used:
+        for entry in used:
             self._left.pop(entry.worker_id, None)
             if entry.worker_id not in model.clients:
-                logger.info("model %r: worker %x joins, mode %s", name, entry.worker_id, entry.mode)
-                if entry.visible:
-                    logger.warning(
-                        "worker %x shows %r itself: where a frontend sees it, requests bypass this router; "
-                        "start it with --register hidden",
-                        entry.worker_id,
-                        name,
-                    )
+                _report_new(model.name, entry)
         for worker_id in gone:
             ranks = tuple(rank for pool in model.pools for rank in pool.ranks if rank.worker_id == worker_id)
             self._left[worker_id] = model.clients[worker_id], ranks
         model.clients = clients
-        set_ranks(model, group)
+        set_ranks(model, Group(used))
         for worker_id in gone:
-            logger.info("model %r: worker %x leaves", name, worker_id)
+            logger.info("model %r: worker %x leaves", model.name, worker_id)
             model.pool.book.drop(worker_id)
             self._forwarder.forget(worker_id)
         _report_phases(model)
+        if not used:
+            self._faults.over(_not_shown(model))
         if model.card is not None and model.missing() is not None:
             await self._hide(model)
 
@@ -178,45 +228,60 @@ class Models:
                 logger.warning("%s: its requests go on elsewhere", reason)
                 client.give_up(worker_id, reason)
 
-    async def _client(self, entry: Entry) -> WorkerClient:
-        name = EndpointName(entry.namespace, entry.component, entry.endpoint)
-        client = self._clients.get(name)
-        if client is None:
-            client = self._clients[name] = await WorkerClient.open(self._runtime, name)
-        return client
+    async def _clients_of(self, group: Group) -> dict[int, WorkerClient]:
+        """By worker id, of the workers whose endpoint can be called."""
+        names = {entry.worker_id: _endpoint_of(entry) for entry in group.used}
+        for name in dict.fromkeys(names.values()):
+            if name not in self._clients and self._now() >= self._unopened.get(name, 0.0):
+                await self._open(name)
+        return {worker_id: self._clients[name] for worker_id, name in names.items() if name in self._clients}
+
+    async def _open(self, name: EndpointName) -> None:
+        what = f"workers at {name} cannot be called"
+        try:
+            async with asyncio.timeout(CLIENT_TIMEOUT_S):
+                self._clients[name] = await WorkerClient.open(self._runtime, name)
+            self._unopened.pop(name, None)
+            self._faults.over(what)
+        except Exception as error:  # Dynamo raises plain Exception
+            self._unopened[name] = self._now() + RETRY_S
+            self._faults.report(what, _retried(error))
 
     async def _show(self, model: Model) -> None:
-        group = self._groups()[model.name]
-        card = card_of(model.name, group)
-        if (missing := _not_here(card)) is not None:
-            self._later(model, missing)
-            return
-        model.endpoint = endpoint = model.endpoint or self._endpoint(model.name)
+        what = _not_shown(model)
         try:
+            group = self._groups[model.name]
+            used = tuple(entry for entry in group.used if entry.worker_id in model.clients)
+            card = card_of(model.name, Group(used))
+            _check_here(card)
+            model.endpoint = endpoint = model.endpoint or self._endpoint(model.name)
             await endpoint.show(card)
-        except Exception as error:  # Dynamo raises plain Exception
-            self._later(model, str(error))
+        except Exception as error:  # Dynamo raises plain Exception, and a path may be one that cannot be read
+            model.retry_at = self._now() + RETRY_S
+            self._faults.report(what, _retried(error))
             return
+        self._faults.over(what)
         model.card = card
         logger.info(
             "model %r is shown on %s: %d workers, block size %d, context %d",
             model.name,
             endpoint.name,
-            len(group.used),
+            len(used),
             card.block_size,
             card.context_length,
         )
 
-    def _later(self, model: Model, reason: str) -> None:
-        model.retry_at = asyncio.get_running_loop().time() + RETRY_S
-        logger.error("model %r cannot be shown, next try in %.0f s: %s", model.name, RETRY_S, reason)
-
     async def _hide(self, model: Model) -> None:
         model.card = None
         endpoint, model.endpoint = model.endpoint, None
-        if endpoint is not None:
+        if endpoint is None:
+            return
+        try:
             await endpoint.hide()
-            logger.info("model %r is not shown any more", model.name)
+        except Exception as error:  # Dynamo raises plain Exception; its lease ends what is left
+            logger.warning("model %r could not be hidden: %s", model.name, error)
+            return
+        logger.info("model %r is not shown any more", model.name)
 
     def _endpoint(self, model: str) -> FrontEndpoint:
         """An endpoint of this model alone, by its name alone: replicas of this router must agree on it."""
@@ -226,13 +291,5 @@ class Models:
         endpoint = self._endpoints.get(name)
         if endpoint is None:
             endpoint = self._endpoints[name] = FrontEndpoint(self._runtime, name)
-            self.serving.append(endpoint.serve(self._forwarder.forward))
+            self._tasks.watch(endpoint.serve(self._forwarder.forward), RUNTIME_HINT)
         return endpoint
-
-    def _report(self, groups: Iterable[Group]) -> None:
-        """Say once of each worker that is not used why it is not."""
-        reasons = {entry.key: reason for group in groups for entry, reason in group.refused}
-        for key, reason in reasons.items():
-            if self._refused.get(key) != reason:
-                logger.error("worker %s is not used: %s", key.rpartition("/")[2].lstrip("0"), reason)
-        self._refused = reasons

@@ -10,7 +10,7 @@ import msgspec
 from xxhash import xxh3_64_hexdigest
 
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
-from vswa_plugin.registry import Entry
+from vswa_plugin.registry import Entry, oddity
 from vswa_plugin.selection import LoadBook, NoCandidate
 from vswa_plugin.wire.events import Rank
 
@@ -59,10 +59,10 @@ class Model:
 
     def reachable(self) -> set[int]:
         """Workers that Dynamo's discovery lists now."""
-        found: set[int] = set()
+        listed: set[int] = set()
         for client in set(self.clients.values()):
-            found.update(client.instance_ids())
-        return found
+            listed.update(client.instance_ids())
+        return listed
 
     def apart(self) -> bool:
         """Whether the next request goes to a prefill and a decode worker: where both are there, it does.
@@ -92,14 +92,17 @@ def _missing(phases: Collection[str]) -> str | None:
 
 
 class Group(msgspec.Struct, frozen=True):
-    """The workers of one model that fit together, and those that do not, with the reason."""
+    """The workers of one model that fit together, and those that do not, with the reason.
 
-    used: tuple[Entry, ...]
+    :param used: at least one, as :func:`grouped` makes it.
+    """
+
+    used: tuple[Entry, ...] = ()
     refused: tuple[tuple[Entry, str], ...] = ()
 
 
 def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict[str, Group]:
-    """Workers of ``modes`` by model.
+    """Workers of ``modes`` by model, without those that :func:`oddity` names.
 
     Workers of a model must agree on block size and hash scheme, else one hash of a prompt cannot score them
     all, nor one hand a prompt over to another: those that most share are used, of two as frequent those of
@@ -107,7 +110,7 @@ def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict
     """
     by_model: dict[str, list[Entry]] = {}
     for entry in entries:
-        if entry.mode in modes:
+        if entry.mode in modes and oddity(entry) is None:
             by_model.setdefault(entry.served_model_name, []).append(entry)
     return {name: _consistent(of_model) for name, of_model in sorted(by_model.items())}
 
@@ -127,6 +130,13 @@ def _consistent(entries: list[Entry]) -> Group:
             )
             refused.append((entry, reason))
     return Group(tuple(used), tuple(refused))
+
+
+def not_used(entries: Iterable[Entry], groups: Iterable[Group]) -> dict[str, str]:
+    """Of each worker that is not used the reason, for :class:`Faults`: of ``groups``, and of odd entries."""
+    refused = [each for group in groups for each in group.refused]
+    refused += [(entry, reason) for entry in entries if (reason := oddity(entry)) is not None]
+    return {f"worker {entry.worker_id:x} is not used": reason for entry, reason in refused}
 
 
 def set_ranks(model: Model, group: Group) -> None:

@@ -1,4 +1,4 @@
-"""What was promised against what the engines say they reused, in whole blocks. Pure but for the log.
+"""What was promised against what the engines report as reused, in whole blocks. Pure but for the log.
 
 A worker whose last requests were often wrong is said so once, with the likely cause.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import deque
+from typing import Protocol
 
 import msgspec
 
@@ -21,6 +22,19 @@ BOUNDS = (-65, -17, -5, -2, -1, 0, 1, 4, 16, 64)
 LOOKED_AT, LEAST = 100, 20
 #: Share of wrong ones above which an error is systematic, and below which it is over.
 SYSTEMATIC, OVER = 0.2, 0.1
+
+
+class Promise(Protocol):
+    """What is known of a promise when it is made: a :class:`~vswa_plugin.router.decide.Decision`."""
+
+    @property
+    def rank(self) -> Rank: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def in_flight(self) -> bool: ...
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -72,7 +86,27 @@ class Accuracy:
     def __init__(self) -> None:
         self.ranks: dict[Rank, RankAccuracy] = {}
         self._recent: dict[int, deque[Outcome]] = {}
-        self._told: set[int] = set()
+        self._systematic: set[int] = set()
+
+    def compare(self, promise: Promise, block_size: int, live: bool, cached_tokens: int | None) -> None:
+        """A request has finished; ``cached_tokens``: what its engine reused, None where it does not say.
+
+        :param live: whether the view of the rank was live when it was chosen.
+        """
+        if cached_tokens is None:
+            self.unreported(promise.rank)
+            return
+        self.record(
+            Outcome(
+                promise.rank,
+                block_size,
+                promise.cached_tokens,
+                cached_tokens,
+                live,
+                promise.busy,
+                promise.in_flight,
+            )
+        )
 
     def record(self, outcome: Outcome) -> None:
         """One request has finished and its engine reported what it reused."""
@@ -96,25 +130,25 @@ class Accuracy:
         for rank in [rank for rank in self.ranks if rank.worker_id == worker_id]:
             del self.ranks[rank]
         self._recent.pop(worker_id, None)
-        self._told.discard(worker_id)
+        self._systematic.discard(worker_id)
 
     def systematic(self, worker_id: int) -> bool:
         """Whether the worker's last requests were wrong too often, as the log has said."""
-        return worker_id in self._told
+        return worker_id in self._systematic
 
     def _judge(self, outcome: Outcome) -> None:
         worker_id = outcome.rank.worker_id
         recent = self._recent.setdefault(worker_id, deque(maxlen=LOOKED_AT))
         recent.append(outcome)
-        if outcome.error == 0 and worker_id not in self._told:
+        if outcome.error == 0 and worker_id not in self._systematic:
             return
         wrong = [each for each in recent if each.error]
-        if worker_id in self._told:
+        if worker_id in self._systematic:
             if len(wrong) < OVER * len(recent):
-                self._told.discard(worker_id)
+                self._systematic.discard(worker_id)
                 logger.info("worker %x: predictions are right again", worker_id)
         elif len(recent) >= LEAST and len(wrong) > SYSTEMATIC * len(recent):
-            self._told.add(worker_id)
+            self._systematic.add(worker_id)
             logger.warning(
                 "worker %x: %d of its last %d predictions were wrong, by %+.1f blocks in the mean "
                 "(promised minus reused); likely cause: %s",

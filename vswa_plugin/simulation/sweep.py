@@ -212,7 +212,8 @@ class Bench:
 
     def _scorer(self, name: str, setup: RankSetup) -> Scorer:
         scorers = built_in_scorers(self._rules)
-        scorers += self._host.accuracy_scorers(setup.layout, self._rules)
+        names = [each.name for each in scorers]
+        scorers += self._host.accuracy_scorers(setup.layout, self._rules, names)
         for scorer in scorers:
             if scorer.name == name:
                 return scorer

@@ -18,6 +18,8 @@ VERSION = 1
 #: No publisher sends more in one message; what is larger is refused unread.
 MAX_MESSAGE_BYTES = 8 << 20
 U64 = Annotated[int, msgspec.Meta(ge=0)]
+#: No publisher pauses longer between two heartbeats; what says so is not believed.
+MAX_HEARTBEAT_S = 3_600.0
 #: The best tier that holds a block, fastest first.
 TIERS = ("device", "host", "disk")
 
@@ -49,12 +51,22 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):
-    """The cache groups of the rank and its reuse rule: event 0 of every epoch."""
+    """The cache groups of the rank and its reuse rule: event 0 of every epoch.
+
+    :param heartbeat_s: seconds between the publisher's heartbeats; None: it does not say.
+    """
 
     groups: tuple[CacheGroup, ...]
     rule: str
     hash_scheme: str
     model: str
+    heartbeat_s: float | None = None
+
+    @property
+    def heartbeat(self) -> float | None:
+        """:attr:`heartbeat_s` where it can be believed; else None."""
+        stated = self.heartbeat_s
+        return stated if stated is not None and 0 < stated <= MAX_HEARTBEAT_S else None
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
@@ -120,9 +132,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         return self.first_event_id + len(self.events)
 
 
-def layout_event(layout: CacheLayout) -> Layout:
+def layout_event(layout: CacheLayout, heartbeat_s: float | None = None) -> Layout:
     """The event that announces ``layout``."""
-    return Layout(layout.groups, layout.rule, layout.hash_scheme, layout.model)
+    return Layout(layout.groups, layout.rule, layout.hash_scheme, layout.model, heartbeat_s)
 
 
 class _Header(msgspec.Struct, array_like=True):

@@ -1,19 +1,17 @@
-"""Subjects and the connection to NATS. The only module that imports nats."""
+"""The connection to NATS. The only module that imports nats."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import nats
 import nats.errors
 
-from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.wire.events import VERSION, Source
+from vswa_plugin.errors import ConnectError
 from vswa_plugin.wire.login import connect_options
 
 logger = logging.getLogger(__name__)
@@ -21,48 +19,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_SERVER = "nats://127.0.0.1:4222"
 #: Well below the 2 MiB at which the client makes callers wait.
 _READY_BYTES = 256 << 10
-_ROOT = f"vswa.v{VERSION}"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 #: Called with (subject, payload) for each message.
 Handler = Callable[[str, bytes], Awaitable[None]]
-
-
-def check_name(what: str, name: str) -> str:
-    """``name``, fit to be one token of a subject and one segment of a registry key.
-
-    :raises ConfigError: dots, wildcards, spaces and the like would change what a subject means.
-    """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what}: expected letters, digits, '-' and '_' only, got {name!r}")
-    return name
-
-
-def subject(source: Source, channel: str) -> str:
-    """The subject of one rank's ``events`` or ``control``."""
-    namespace = check_name("namespace", source.namespace)
-    component = check_name("component", source.component)
-    return f"{_ROOT}.{namespace}.{component}.{source.worker_id:x}.{source.dp_rank}.{channel}"
-
-
-def events_of(namespace: str | None = None, component: str | None = None) -> str:
-    """Subject wildcard for the events of all ranks, of one namespace or component where given."""
-    tokens = [check_name("namespace", namespace) if namespace else "*"]
-    tokens.append(check_name("component", component) if component else "*")
-    return ".".join((_ROOT, *tokens, "*", "*", "events"))
-
-
-def source_of(event_subject: str) -> Source:
-    """The rank that publishes on ``event_subject``; raises ConfigError where that is not one of ours."""
-    parts = event_subject.split(".")
-    try:
-        *_, namespace, component, worker_id, dp_rank, _channel = parts
-        return Source(namespace, component, int(worker_id, 16), int(dp_rank))
-    except ValueError as error:
-        raise ConfigError(
-            f"expected a subject {_ROOT}.<namespace>.<component>.<worker>.<rank>.events, "
-            f"got {event_subject!r}"
-        ) from error
 
 
 class Transport:

@@ -7,25 +7,31 @@ from collections.abc import Sequence
 
 from vswa_plugin.dynamo.runtime import run_on_uvloop
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.life import Life
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.worker.app import Worker
-from vswa_plugin.worker.args import parse
+from vswa_plugin.worker.args import parse, with_engine_name
+
+NAME = "vswa worker"
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one worker. What is local is checked before any connection is tried."""
     args = parse(argv)
     set_up_logging(args.log_level)
-    registry = open_registry(args.registry) if args.registry else registry_from_env()
+    life = Life(NAME)
+    tasks = life.tasks
+    registry = open_registry(args.registry, tasks=tasks) if args.registry else registry_from_env(tasks=tasks)
     with load_host(args.plugin, args.no_plugin) as host:
         engine = host.engine(args.settings)
         host.event_adapter(engine.event_format, engine.info.layout)  # refused now rather than after start
-        return run_on_uvloop(Worker(args, host, engine, registry).run())
+        args = with_engine_name(args, engine)
+        return run_on_uvloop(life.run(Worker(args, host, engine, registry, life)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program("vswa worker", lambda: run(argv))
+    return run_program(NAME, lambda: run(argv))
 
 
 if __name__ == "__main__":

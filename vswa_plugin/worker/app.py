@@ -1,51 +1,51 @@
-"""Wiring and life of one worker: check, connect, start, serve, drain, leave."""
+"""One worker: what is wired to what, and what it does in each part of its life."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from vswa_plugin import __version__
 from vswa_plugin.dynamo.runtime import ShownModel, WorkerEndpoint, connect, namespaced_block_hash
 from vswa_plugin.engine.contract import Engine, RawEvent
-from vswa_plugin.errors import ConfigError, ConnectError, VswaError
+from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.hookspecs import WorkerContext
 from vswa_plugin.host.host import PluginHost
-from vswa_plugin.program.status import Status, StatusServer
+from vswa_plugin.program.life import Failed, Life, Program
+from vswa_plugin.program.status import StatusServer, reachable_url
 from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry, Registry, last_epoch
 from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.wire.events import Rank, Source
-from vswa_plugin.wire.transport import Transport, subject
+from vswa_plugin.wire.subjects import subject
+from vswa_plugin.wire.transport import Transport
 from vswa_plugin.worker.args import WorkerArgs
 from vswa_plugin.worker.handler import RequestHandler
-from vswa_plugin.worker.liveness import WATCH_INTERVAL_S, Stall, end_at_any_rate
+from vswa_plugin.worker.liveness import WATCH_INTERVAL_S, Stall
 from vswa_plugin.worker.metrics import render
 
 logger = logging.getLogger(__name__)
 
 #: How long NATS and etcd may take to appear when a worker starts.
 CONNECT_TIMEOUT_S = 30.0
+RUNTIME_HINT = "was etcd away, or this process stopped, for longer than the lease of Dynamo's runtime?"
 
 
-class WorkerFailed(VswaError):
-    """The worker cannot go on: exit code 1, so that whoever runs it restarts it."""
-
-
-class Worker:
-    """One worker from its checked arguments to its exit code. ``engine`` is built and not started.
+class Worker(Program):
+    """One worker. ``engine`` is built and not started.
 
     :raises ConfigError: the engine has another number of ranks than was asked for.
     """
 
-    def __init__(self, args: WorkerArgs, host: PluginHost, engine: Engine, registry: Registry) -> None:
+    def __init__(
+        self, args: WorkerArgs, host: PluginHost, engine: Engine, registry: Registry, life: Life
+    ) -> None:
         asked, ranks = args.settings.data_parallel_size, engine.info.data_parallel_size
         if asked not in (1, ranks):
             raise ConfigError(
@@ -57,68 +57,42 @@ class Worker:
         self._registry = registry
         # Without echo: what comes in on our own subject is somebody else's.
         self._transport = Transport(args.nats_server, f"vswa worker {args.endpoint}", echo=False)
-        self._status = Status()
+        self._life = life
+        self._server = StatusServer(life.status, self._metrics)
         self._publishers: dict[int, Publisher] = {}
         self._publishing: list[asyncio.Task[None]] = []
         self._told_epochs: dict[int, int] = {}
         self._endpoint: WorkerEndpoint | None = None
+        self._handler: RequestHandler | None = None
         self._engine_started = False
-        #: Told when the engine gives a sign of life.
-        self._alive: Callable[[], None] = lambda: None
+        self._status_url: str | None = None
 
-    async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT (0) or until something fails (raises)."""
-        server = StatusServer(self._status, self._metrics)
-        stop = self._stop_signal()
-        try:
-            if self._args.status_port is not None:
-                await server.start(self._args.status_host, self._args.status_port)
-            starting = asyncio.create_task(self._start(), name="start")
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if not starting.done():
-                logger.info("stopping before the start was complete")
-                starting.cancel()
-                await asyncio.wait((starting,))
-                return 0
-            endpoint, handler, serving = await starting
-            try:
-                await self._until_stopped(stop, serving, handler)
-            except WorkerFailed as error:
-                await self._give_up(str(error), endpoint, handler)
-                raise
-            await self._drain(endpoint, handler, stop)
-            return 0
-        finally:
-            await self._end()
-            await server.stop()
+    @property
+    def in_flight(self) -> int:
+        return self._handler.in_flight if self._handler is not None else 0
 
-    async def _start(self) -> tuple[WorkerEndpoint, RequestHandler, asyncio.Task[None]]:
+    async def start(self) -> None:
         """Connect, start the engine, serve, and say so."""
+        if self._args.status_port is not None:
+            port = await self._server.start(self._args.status_host, self._args.status_port)
+            self._status_url = reachable_url(self._args.status_host, port)
         await self._probe()
         endpoint = self._endpoint = WorkerEndpoint(connect(), self._args.endpoint)
         self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
+        await self._go_live(endpoint, self._make_handler(endpoint.worker_id))
+
+    def _make_handler(self, worker_id: int) -> RequestHandler:
         host = self._host
-        handler = RequestHandler(
+        self._handler = RequestHandler(
             self._engine,
             self._args.settings.served_model_name,
-            endpoint.worker_id,
+            worker_id,
             host.request_finished if host.implements("vswa_request_finished") else None,
             self._publishers,
             host.request_arrived if host.implements("vswa_request_arrived") else None,
         )
-        self._alive = handler.alive
-        return endpoint, handler, await self._go_live(endpoint, handler)
-
-    def _stop_signal(self) -> asyncio.Event:
-        """Set by SIGTERM or SIGINT; again while draining: drain no longer."""
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        return stop
+        return self._handler
 
     async def _probe(self) -> None:
         """Reach all brokers before Dynamo's runtime tries, which would block this loop for minutes."""
@@ -144,7 +118,8 @@ class Worker:
         logger.info("%s started in %.1f s", settings.engine, time.monotonic() - began)
         for publisher in self._publishers.values():
             await self._serve_readers(publisher)
-            self._publishing.append(asyncio.create_task(publisher.run(), name=f"publish {publisher.source}"))
+            publishing = self._life.tasks.start(publisher.run(), f"publish {publisher.source}")
+            self._publishing.append(publishing)
 
     async def _serve_readers(self, publisher: Publisher) -> None:
         """Answer replay and snapshot requests, and notice a second publisher of the same rank."""
@@ -187,18 +162,18 @@ class Worker:
 
     def _on_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
         """The engine's sink: called from its thread."""
-        self._alive()
+        if self._handler is not None:
+            self._handler.alive()
         self._host.engine_events(dp_rank, events)
         self._publishers[dp_rank].offer(events)
 
-    async def _go_live(self, endpoint: WorkerEndpoint, handler: RequestHandler) -> asyncio.Task[None]:
+    async def _go_live(self, endpoint: WorkerEndpoint, handler: RequestHandler) -> None:
         settings, info = self._args.settings, self._engine.info
-        serving = endpoint.serve(handler.handle)
+        self._life.tasks.watch(endpoint.serve(handler.handle), RUNTIME_HINT)
         entry = self._entry(endpoint.worker_id)
         await self._registry.join(entry)
         self._told_epochs = dict(entry.epochs)
         await self._show(endpoint)
-        self._status.ready = True
         windows = ", ".join(group.label for group in info.layout.groups)
         logger.info(
             "worker %x serves %r (mode %s, windows %s, block size %d) on %s",
@@ -209,11 +184,10 @@ class Worker:
             info.layout.block_size,
             self._args.endpoint,
         )
-        return serving
 
     async def _tell_epochs(self) -> None:
         """Keep the registry's epochs true after a restart of a stream."""
-        epochs = {rank: each.numbering.epoch for rank, each in self._publishers.items()}
+        epochs = {rank: each.ledger.epoch for rank, each in self._publishers.items()}
         if epochs == self._told_epochs:
             return
         try:
@@ -244,7 +218,7 @@ class Worker:
 
     def _entry(self, worker_id: int) -> Entry:
         settings, info = self._args.settings, self._engine.info
-        layout = self._publishers[0].residency.layout
+        layout = self._publishers[0].ledger.layout
         return Entry(
             namespace=self._args.endpoint.namespace,
             component=self._args.endpoint.component,
@@ -259,7 +233,7 @@ class Worker:
             rule=layout.rule,
             hash_scheme=layout.hash_scheme,
             groups=layout.groups,
-            epochs={rank: each.numbering.epoch for rank, each in self._publishers.items()},
+            epochs={rank: each.ledger.epoch for rank, each in self._publishers.items()},
             total_kv_blocks=info.total_kv_blocks,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -267,57 +241,45 @@ class Worker:
             reasoning_parser=self._args.reasoning_parser,
             taints=self._args.taints,
             visible=self._args.showing.visible,
+            status_url=self._status_url,
+            version=__version__,
+            engine_version=info.engine_version,
         )
 
-    async def _until_stopped(
-        self, stop: asyncio.Event, serving: asyncio.Task[None], handler: RequestHandler
-    ) -> None:
-        """Return on the stop signal; raise WorkerFailed when engine, publisher or runtime has ended."""
+    async def serve(self) -> None:
+        """Look after the engine, and keep the registry's epochs true.
+
+        :raises Failed: the engine has failed or hangs.
+        """
         stall = Stall(self._args.stall_timeout_s)
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
             if (reason := self._engine.failure()) is not None:
-                raise WorkerFailed(f"the engine has failed: {reason}")
-            if stall.seen(handler.in_flight, handler.signs_of_life):
-                raise WorkerFailed(
+                raise Failed(f"the engine has failed: {reason}")
+            assert self._handler is not None, "it is there once the worker has started"
+            if stall.seen(self.in_flight, self._handler.signs_of_life):
+                raise Failed(
                     f"the engine hangs: no chunk and no event for {self._args.stall_timeout_s:g} s, with "
-                    f"{handler.in_flight} requests under way (--stall-timeout)"
-                )
-            if serving.done():
-                raise WorkerFailed(
-                    f"Dynamo's runtime ended unasked ({_why(serving)}); was etcd away, or this process "
-                    "stopped, for longer than its lease?"
+                    f"{self.in_flight} requests under way (--stall-timeout)"
                 )
             await self._tell_epochs()
-            for task in self._publishing:
-                if task.done():
-                    raise WorkerFailed(f"a publisher ended unasked ({_why(task)})")
 
-    async def _give_up(self, reason: str, endpoint: WorkerEndpoint, handler: RequestHandler) -> None:
+    async def leave(self) -> None:
+        assert self._endpoint is not None
+        await asyncio.gather(self._registry.leave(), self._endpoint.withdraw())
+
+    async def drain(self) -> None:
+        assert self._handler is not None
+        await self._handler.drain(self._args.drain_timeout_s)
+
+    async def give_up(self, reason: str) -> None:
         """Nobody shall send requests here any more, and those under way go on elsewhere."""
-        logger.error("giving up: %s", reason)
-        self._status.failure = reason
-        end_at_any_rate(reason)
-        await asyncio.gather(self._registry.leave(), endpoint.withdraw())
-        handler.abandon(reason)
-        await handler.drain(1.0)
+        await self.leave()
+        assert self._handler is not None
+        self._handler.abandon(reason)
+        await self._handler.drain(1.0)
 
-    async def _drain(self, endpoint: WorkerEndpoint, handler: RequestHandler, stop: asyncio.Event) -> None:
-        self._status.ready = False
-        logger.info("stopping: no new requests, waiting for %d under way", handler.in_flight)
-        stop.clear()
-        await asyncio.gather(self._registry.leave(), endpoint.withdraw())
-        draining = asyncio.create_task(handler.drain(self._args.drain_timeout_s))
-        again = asyncio.create_task(stop.wait())
-        await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
-        if handler.in_flight:
-            logger.warning("%d requests are cancelled: not done in time", handler.in_flight)
-        for task in (draining, again):
-            task.cancel()
-
-    async def _end(self) -> None:
-        """Give everything back, whatever was reached."""
+    async def end(self) -> None:
         await self._registry.close()
         if self._engine_started:
             await asyncio.to_thread(self._engine.stop)
@@ -327,13 +289,8 @@ class Worker:
         await self._transport.close()
         if self._endpoint is not None:
             await self._endpoint.shutdown()
+        await self._server.stop()
 
     def _metrics(self) -> str:
-        return render(self._publishers, self._engine) + self._host.metrics()
-
-
-def _why(task: asyncio.Task[None]) -> str:
-    if task.cancelled():
-        return "cancelled"
-    error = task.exception()
-    return "no error given" if error is None else f"{type(error).__name__}: {error}"
+        page = render(self._publishers, self._engine)
+        return page + self._host.metrics(page)

@@ -12,11 +12,11 @@ import msgspec
 
 from vswa_plugin.dynamo.names import REASONING_PARSER, TOOL_CALL_PARSER, EndpointName, default_endpoint
 from vswa_plugin.dynamo.runtime import check_parser
-from vswa_plugin.engine.contract import MODES, EngineSettings
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.engine.contract import ANY_ENGINE, MODES, Engine, EngineSettings
+from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
-from vswa_plugin.wire.transport import check_name
+from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.worker.engine_args import load_engine_args
 
 #: How a worker shows itself, and which router it works behind.
@@ -129,8 +129,9 @@ def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--mode", default="agg", metavar="|".join(MODES), help="see below (agg)")
     model.add_argument(
         "--engine",
-        default=os.environ.get("VSWA_ENGINE", "gemma3_cpu"),
-        help="an engine that a plugin provides (`vswa plugins`); default gemma3_cpu or VSWA_ENGINE",
+        default=os.environ.get("VSWA_ENGINE", ""),
+        help="an engine that a plugin provides (`vswa plugins`); default: VSWA_ENGINE, else the one that "
+        "answers where none is named, as gemma3_cpu does",
     )
     model.add_argument(
         "--model-path",
@@ -205,8 +206,9 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         )
     options, source = load_engine_args(given.extra_engine_args, given.override_engine_args)
     if given.reuse_rule is not None:
-        section = options.get("vswa")
-        options["vswa"] = {**(section if isinstance(section, dict) else {}), "reuse_rule": given.reuse_rule}
+        section = options.get(ANY_ENGINE)
+        known = section if isinstance(section, dict) else {}
+        options[ANY_ENGINE] = {**known, "reuse_rule": given.reuse_rule}
         source = f"--reuse-rule and {source}"
     model_path = str(Path(given.model_path).resolve())
     return WorkerArgs(
@@ -229,6 +231,22 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         status_host=given.status_host,
         status_port=given.status_port,
     )
+
+
+def with_engine_name(args: WorkerArgs, engine: Engine) -> WorkerArgs:
+    """``args`` with the name of ``engine``, where none was given.
+
+    :raises PluginError: an engine that answers for no name does not say its own.
+    """
+    if args.settings.engine:
+        return args
+    if not engine.info.engine:
+        raise PluginError(
+            "expected the default engine to say its name in EngineInfo.engine, got none; "
+            "name one with --engine or VSWA_ENGINE"
+        )
+    settings = msgspec.structs.replace(args.settings, engine=engine.info.engine)
+    return msgspec.structs.replace(args, settings=settings)
 
 
 def _stall_timeout(given: float) -> float:

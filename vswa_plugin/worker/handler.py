@@ -69,7 +69,7 @@ class RequestHandler:
         if self._arrived is not None:
             self._arrived(request_id, request)
         # Of all ranks: which one serves it is known with its first chunk.
-        marks = {rank: publisher.healing.events for rank, publisher in self._publishers.items()}
+        marks = {rank: publisher.engine_events for rank, publisher in self._publishers.items()}
         chunks: asyncio.Queue[ChunkDict | Exception | None] = asyncio.Queue()
 
         def ended(_: object) -> None:
@@ -77,7 +77,7 @@ class RequestHandler:
             gone.cancel()
             self._ended(tracked, chunks)
             publisher = self._publishers.get(tracked.dp_rank)
-            if publisher is not None and publisher.healing.active and tracked.reused_here:
+            if publisher is not None and publisher.healing and tracked.reused_here:
                 publisher.claim(tracked.claim(marks[tracked.dp_rank]))
 
         self._open.add(chunks)

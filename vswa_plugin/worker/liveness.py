@@ -1,15 +1,9 @@
-"""An engine that hangs: how a worker knows, and that it ends whatever the engine does."""
+"""An engine that hangs: how a worker knows."""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-
 #: How often a worker looks after its engine.
 WATCH_INTERVAL_S = 0.5
-#: How long the end of a worker that has failed may take, its engine's above all.
-END_TIMEOUT_S = 20.0
 
 
 class Stall:
@@ -31,18 +25,3 @@ class Stall:
             return False
         self._quiet += 1
         return 0 < self._looks <= self._quiet
-
-
-def end_at_any_rate(reason: str) -> None:
-    """End the process in :data:`END_TIMEOUT_S`, should it still be there: a failed one that hangs in the end
-    of its engine would never be started again.
-    """
-
-    def end() -> None:
-        sys.stderr.write(f"vswa worker: failed: {reason}; its end took longer than {END_TIMEOUT_S:g} s\n")
-        sys.stderr.flush()
-        os._exit(1)
-
-    timer = threading.Timer(END_TIMEOUT_S, end)
-    timer.daemon = True
-    timer.start()

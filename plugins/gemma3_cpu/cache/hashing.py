@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from vswa_plugins.trtllm_events import HASH_ALGO, salt_id
-from vswa_plugins.trtllm_events import block_key as _computed
+from ...trtllm_events import HASH_ALGO, salt_id
+from ...trtllm_events import block_key as _computed
 
 __all__ = ["HASH_ALGO", "block_key", "salt_id"]
 

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .paged import KVStore, Run, clip_runs, find_runs, pays_to_gather, slots_of
-
-Float32 = NDArray[np.float32]
+from .tensors import Float32
 
 #: Where every score lies within this distance of 0, softmax leaves out its maximum: exp of it times any
 #: number of positions stays far from the limits of float32 (e^88).

@@ -12,19 +12,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..weights.safetensors import Float32, SafetensorsSource, TensorSource, check_tensors
 from .attention import LARGEST_BOUND, ChunkPlan, attend, plan_chunk
-from .config import Gemma3Config, load_config
+from .config import Gemma3Config
 from .paged import KVStore, PagedKV, group_layers
 from .rope import RopeTable, interleave
+from .tensors import Float32, TensorSource, check_tensors
 
-__all__ = ["Chunk", "Gemma3Model", "PagedKV", "group_layers", "load_model"]
+__all__ = ["Chunk", "Gemma3Model", "PagedKV", "group_layers"]
 
 # tanh(c (g + 0.044715 g^3)) as tanh(g (c + cubic g^2)).
 _GELU_SCALE = np.float32(math.sqrt(2 / math.pi))
@@ -82,14 +81,6 @@ class _GroupPass(NamedTuple):
 
     rotation: NDArray[np.complex64]  # [N, 1, head_dim/2]
     plans: list[ChunkPlan]
-
-
-def load_model(model_dir: str | Path, config: Gemma3Config | None = None) -> Gemma3Model:
-    """The model of a Hugging Face directory.
-
-    :raises ConfigError: the directory, its config.json or its tensors do not fit.
-    """
-    return Gemma3Model(config or load_config(model_dir), SafetensorsSource(model_dir))
 
 
 class Gemma3Model:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
+from vswa_plugin import __version__
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.engine.contract import (
     MODES,
@@ -27,11 +28,12 @@ from vswa_plugin.errors import ConfigError, Unavailable, unknown_choice
 
 from ..model.blas import choose_threads, set_threads
 from ..model.config import Gemma3Config
-from ..model.model import Gemma3Model, load_model
+from ..model.model import Gemma3Model
+from ..name import NAME
 from ..transfer.puller import Puller
 from ..transfer.server import ServerOptions, TransferServer
 from ..transfer.wire import Timeouts
-from ..weights.source import find_model
+from ..weights.source import find_model, load_model
 from .contract import Contract
 from .disagg import FetchedPrompts, KeptPrompts
 from .generation import Generation, Output
@@ -73,6 +75,8 @@ class Gemma3CpuEngine:
             total_kv_blocks=self._plan.total_kv_blocks,
             data_parallel_size=_rank_count(settings),
             model_dir=self._source.converted_dir,
+            engine_version=__version__,  # it comes with this package
+            engine=NAME,
         )
         self._limits = _limits(self._config, self._plan, self._mode, self.info.data_parallel_size)
         self._ranks = [self._make_rank(number) for number in range(self.info.data_parallel_size)]

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vswa_plugin.engine.contract import ANY_ENGINE
 from vswa_plugin.engine.options import Section
 from vswa_plugin.errors import ConfigError
 
 SECTION = "gemma3_cpu"
-#: The section that all engines of this project read; of it, ``reuse_rule`` means something here.
-ANY_ENGINE = "vswa"
 
 #: Options that TensorRT-LLM has and that mean nothing here.
 _IGNORED_TOP = """
@@ -104,6 +103,7 @@ class EngineOptions:
     :param max_tokens: tokens that the global pool holds; None: see :mod:`.pools`.
     :param event_buffer_max_size: KV events kept between two steps; 0 turns them off.
     :param kv_blocks: pool sizes in blocks that were given, by window in tokens (None: global).
+    :param sliding_blocks: pool size in blocks that was given for each sliding window alike; it goes first.
     :param kv_memory_mb: bound on the pools whose size was not given, in MiB.
     :param max_queue_size: requests that may wait.
     :param max_chunk_tokens: prompt tokens of one request computed per step.
@@ -131,6 +131,7 @@ class EngineOptions:
     enable_block_reuse: bool = True
     event_buffer_max_size: int = 100_000
     kv_blocks: Mapping[int | None, int] = field(default_factory=dict)
+    sliding_blocks: int | None = None
     kv_memory_mb: int = 1024
     max_queue_size: int = 64
     max_chunk_tokens: int = 512
@@ -155,7 +156,10 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
     """
     top = Section(data, source)
     kv = top.section("kv_cache_config")
-    own = top.section(SECTION)
+    own, any_engine = top.section(SECTION), top.section(ANY_ENGINE)
+    any_pools = any_engine.section("kv_blocks")
+    any_pools.check({"sliding", "global"})
+    any_global = any_pools.integer("global", None)
     _check(top, _USED_TOP, _IGNORED_TOP.split(), _ONLY_TOP)
     _check(kv, _USED_KV, _IGNORED_KV.split(), _ONLY_KV)
     _check(own, _USED_OWN)
@@ -170,7 +174,8 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
         max_tokens=kv.integer("max_tokens", None),
         enable_block_reuse=kv.boolean("enable_block_reuse", True),
         event_buffer_max_size=kv.integer("event_buffer_max_size", 100_000, low=0),
-        kv_blocks=_pool_sizes(own.section("kv_blocks")),
+        kv_blocks=_pool_sizes(own.section("kv_blocks")) | ({None: any_global} if any_global else {}),
+        sliding_blocks=any_pools.integer("sliding", None),
         kv_memory_mb=own.integer("kv_memory_mb", 1024),
         max_queue_size=own.integer("max_queue_size", 64),
         max_chunk_tokens=own.integer("max_chunk_tokens", 512),
@@ -179,7 +184,7 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
         enable_partial_reuse=kv.boolean("enable_partial_reuse", True),
         host_cache_size=kv.integer("host_cache_size", 0, low=0),
         host_blocks=_pool_sizes(own.section("host_blocks"), low=0),
-        reuse_rule=_reuse_rule(kv, own, top.section(ANY_ENGINE)),
+        reuse_rule=_reuse_rule(kv, own, any_engine),
         transfer_host=own.text("transfer_host", "127.0.0.1"),
         transfer_port=own.integer("transfer_port", 0, low=0, high=65_535),
         transfer_timeout_s=own.seconds("transfer_timeout_s", 30.0, above_zero=True),

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..cache.api import DEVICE, Slot
 from ..model.config import Gemma3Config
+from ..model.tensors import Float32
 from .pools import CachePlan
-
-Float32 = NDArray[np.float32]
 
 
 class PageStore:
@@ -27,7 +25,7 @@ class PageStore:
         self.block_size = plan.pools[0].group.block_size
         self._shape = (config.num_key_value_heads, config.head_dim)
         #: Per cache group and level: [2 (keys, values), layers, kv_heads, pages * block_size, head_dim].
-        self._levels: list[tuple[Float32, Float32]] = [()] * len(plan.pools)  # type: ignore[list-item]
+        self._levels: dict[int, tuple[Float32, Float32]] = {}
         for groups in shared:
             members = [plan.pools[group] for group in groups]
             device = self._new(members[0].layers, sum(pool.num_blocks for pool in members))

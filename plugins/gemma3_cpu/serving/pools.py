@@ -1,6 +1,6 @@
 """From the options and the model's layers to cache groups and pool sizes. Pure.
 
-A pool that ``gemma3_cpu.kv_blocks`` names has the size given there. The others:
+A pool that ``vswa.kv_blocks`` or ``gemma3_cpu.kv_blocks`` names has the size given there. The others:
 
 * global: ``kv_cache_config.max_tokens``, else four whole contexts (``max_seq_len``);
 * sliding: the larger of half the global pool's blocks, and ``max_batch_size`` times what one running request
@@ -149,16 +149,19 @@ def _pool_sizes(
     """Blocks per window. ``layers``: window of the cache -> how many layers keep their blocks there."""
     _check_named("kv_blocks", options.kv_blocks, layers, options.source)
     block = options.tokens_per_block
+    given = dict(options.kv_blocks)
+    if options.sliding_blocks is not None:
+        given |= dict.fromkeys((w for w in layers if w is not None), options.sliding_blocks)
     per_request = {w: _request_blocks(w, options, context) for w in layers}
-    global_blocks = options.kv_blocks.get(None, _blocks(options.max_tokens or 4 * context, block))
+    global_blocks = given.get(None, _blocks(options.max_tokens or 4 * context, block))
     sizes: dict[int | None, int] = {}
     for window in layers:
         rule = global_blocks
         if window is not None:
             rule = max(options.max_batch_size * per_request[window], global_blocks // 2)
-        sizes[window] = options.kv_blocks.get(window, rule)
+        sizes[window] = given.get(window, rule)
     if options.max_tokens is None:
-        free = [window for window in layers if window not in options.kv_blocks]
+        free = [window for window in layers if window not in given]
         block_bytes = {w: count * bytes_per_token * block for w, count in layers.items()}
         _shrink(sizes, free, per_request, block_bytes, options)
     return sizes

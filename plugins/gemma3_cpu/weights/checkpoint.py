@@ -24,7 +24,7 @@ from ..model.config import (
     Gemma3Config,
     parse_config,
 )
-from .safetensors import Float32, expected_shapes
+from ..model.tensors import Float32, expected_shapes
 
 BOS, EOS, PAD, END_OF_TURN = 2, 1, 0, 5
 #: Special tokens and single bytes: made unlikely, so that greedy text is text and does not end at once.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vswa_plugin.errors import ConfigError
 
-from .safetensors import Float32
+from ..model.tensors import Float32
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -32,9 +32,9 @@ from ..model.config import (
     Gemma3Config,
     parse_config,
 )
+from ..model.tensors import Float32, expected_shapes
 from .gguf_file import GgufFile, require_gguf
 from .gguf_tokenizer import Vocabulary, read_vocabulary, tokenizer_config, tokenizer_json
-from .safetensors import Float32, expected_shapes
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..model.config import CONFIG_FILE, Gemma3Config, load_config, parse_config
+from ..model.model import Gemma3Model
 from .gguf_file import GgufFile, is_gguf, require_gguf
 from .gguf_import import check_tensors, import_gguf, read_config
+from .safetensors import SafetensorsSource
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,14 @@ def find_model(path: str | Path) -> ModelSource:
     if not is_complete(directory):
         require_gguf()
     return ModelSource(directory, config, source.path)
+
+
+def load_model(model_dir: str | Path, config: Gemma3Config | None = None) -> Gemma3Model:
+    """The model of a Hugging Face directory.
+
+    :raises ConfigError: the directory, its config.json or its tensors do not fit.
+    """
+    return Gemma3Model(config or load_config(model_dir), SafetensorsSource(model_dir))
 
 
 def cache_root() -> Path:

@@ -2,31 +2,85 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+from typing import NamedTuple
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from vswa_plugin.cli.demo.report import Answer, Choice, Tally
 from vswa_plugin.errors import ProtocolError
 from vswa_plugin.registry import Entry
 
-#: What an exact router logs of a choice, on level debug.
-_CHOSEN = r"request {}: (?:agg|prefill) rank ([0-9a-f]+)\.\d+ at cost \S+, promises (\d+) of"
+#: What an exact router counts of each worker: finished requests, and the tokens that it promised for them.
+_FINISHED, _TOKENS = "vswa_router_predictions_total", "vswa_router_cached_tokens_total"
+
+
+class Promises(NamedTuple):
+    """Of one worker: ``finished`` requests, and the ``tokens`` promised for them."""
+
+    finished: int = 0
+    tokens: int = 0
+
+
+def promises_of(pages: Iterable[str]) -> dict[int, Promises]:
+    """What routers have promised of each worker, by worker id, from their pages of metrics."""
+    finished: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    for page in pages:
+        for family in text_string_to_metric_families(page):
+            for name, labels, value, *_ in family.samples:
+                if name == _FINISHED:
+                    finished[int(labels["worker"], 16)] += int(value)
+                elif name == _TOKENS and labels["which"] == "predicted":
+                    tokens[int(labels["worker"], 16)] += int(value)
+    return {worker_id: Promises(count, tokens[worker_id]) for worker_id, count in finished.items()}
+
+
+def newly_promised(before: Mapping[int, Promises], now: Mapping[int, Promises]) -> tuple[int, int]:
+    """The worker that has finished one request more, and the tokens that were promised for it.
+
+    :raises ProtocolError: not exactly one request has finished.
+    """
+    more = {
+        worker_id: Promises(each.finished - known.finished, each.tokens - known.tokens)
+        for worker_id, each in now.items()
+        if each != (known := before.get(worker_id, Promises()))
+    }
+    if len(more) != 1 or any(each.finished != 1 for each in more.values()):
+        counts = {f"{worker_id:x}": each.finished for worker_id, each in more.items()}
+        raise ProtocolError(f"expected one finished request more on the routers' /metrics, got {counts}")
+    ((worker_id, promised),) = more.items()
+    return worker_id, promised.tokens
+
+
+async def pages_of(router_urls: Iterable[str]) -> list[str]:
+    """/metrics of each router."""
+    pages = []
+    async with aiohttp.ClientSession() as session:
+        for url in router_urls:
+            async with session.get(f"{url}/metrics") as response:
+                pages.append(await response.text())
+    return pages
 
 
 class Choices:
     """Finds out about one request after the other, none at the same time.
 
     :param workers: entries of those that compute prompts, which are the ones that are chosen by prefix.
-    :param router_logs: reads what each exact router has logged; none where Dynamo's own router chooses.
+    :param router_pages: reads /metrics of each exact router; None where Dynamo's own router chooses.
     """
 
     def __init__(
-        self, tally: Tally, workers: Sequence[Entry], router_logs: Sequence[Callable[[], str]] = ()
+        self,
+        tally: Tally,
+        workers: Sequence[Entry],
+        router_pages: Callable[[], Awaitable[Iterable[str]]] | None = None,
     ) -> None:
         self.block_size = workers[0].block_size
-        self.exact = bool(router_logs)
+        self.exact = router_pages is not None
         #: A letter per worker.
         self.names = {
             worker_id: chr(ord("A") + number)
@@ -34,20 +88,27 @@ class Choices:
         }
         self._tally = tally
         self._component = workers[0].component
-        self._router_logs = router_logs
+        self._router_pages = router_pages
         self._before: dict[int, frozenset[int]] = {}
+        self._promised_before: Mapping[int, Promises] = {}
 
-    def begin(self) -> None:
+    async def begin(self) -> None:
         """Before a request, when all that came before is counted."""
         self._before = self._tally.held_globally(self._component)
         self._tally.newly_stored.clear()
+        if self._router_pages is not None:
+            self._promised_before = promises_of(await self._router_pages())
 
-    def take(self, answer: Answer) -> Choice:
+    async def take(self, answer: Answer) -> Choice:
         """After it, when its events are counted.
 
         :raises ProtocolError: nothing says who was chosen.
         """
-        worker_id, promised = self._logged(answer) if self.exact else self._said(answer)
+        if self._router_pages is None:
+            worker_id, promised = self._said(answer)
+        else:
+            now = promises_of(await self._router_pages())
+            worker_id, promised = newly_promised(self._promised_before, now)
         path = self._tally.path_of_newest(self._component)[: answer.prompt_tokens // self.block_size]
         alone = {
             each: self.block_size * sum(1 for _ in takewhile(held.__contains__, path))
@@ -59,15 +120,6 @@ class Choices:
         """Whether the engine reused what was promised, in whole blocks."""
         promised = -1 if answer.choice is None else answer.choice.promised // self.block_size
         return promised == answer.cached_tokens // self.block_size
-
-    def _logged(self, answer: Answer) -> tuple[int, int]:
-        for log in self._router_logs:
-            if found := re.findall(_CHOSEN.format(answer.request_id), log()):
-                worker_id, promised = found[-1]  # after a migration the last one counts
-                return int(worker_id, 16), int(promised)
-        raise ProtocolError(
-            f"expected a router's choice for request {answer.request_id}, got none in its log"
-        )
 
     def _said(self, answer: Answer) -> tuple[int, int]:
         """Dynamo's frontend says so in the answer, of the prompt's blocks as a share of them."""

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,21 @@ from vswa_plugin.cli.demo.report import (
     show_windows,
     verdict,
 )
-from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, show_choice, show_choices
+from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, pages_of, show_choice, show_choices
 from vswa_plugin.dynamo.names import COMPONENTS
-from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress, status_url
+from vswa_plugin.engine.contract import ANY_ENGINE
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress
 from vswa_plugin.launch.serving import progress_from
 from vswa_plugin.launch.topologies import chosen_router, find_topology
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire.events import decode
-from vswa_plugin.wire.transport import Transport, events_of, source_of
+from vswa_plugin.wire.subjects import events_of, source_of
+from vswa_plugin.wire.transport import Transport
 
 #: Small enough that three documents do not fit into the sliding pool of one worker, so that blocks go.
-_OVERRIDE = {"gemma3_cpu": {"kv_blocks": {"512": 96, "global": 200}}}
+_OVERRIDE = {ANY_ENGINE: {"kv_blocks": {"sliding": 96, "global": 200}}}
 #: One document and the last window of another; the global windows of all.
-_ROUTED_OVERRIDE = {"gemma3_cpu": {"kv_blocks": {"512": 80, "global": 320}}}
+_ROUTED_OVERRIDE = {ANY_ENGINE: {"kv_blocks": {"sliding": 80, "global": 320}}}
 _SENTENCES = ("Once upon a time", "Water boils at a temperature of", "2 + 2 =")
 _DOCUMENTS = ("harbour", "orchard", "railway", "library", "theatre")
 #: Which document each request asks about; the third question about one is the first that must hit.
@@ -57,8 +60,8 @@ _ROUTED_PLAN = (
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        "What happens: an embedded nats-server and etcd, Dynamo's frontend and gemma3_cpu workers start on\n"
-        "free loopback ports; chat requests about three long documents are streamed; what each worker\n"
+        "What happens: an embedded nats-server and etcd, Dynamo's frontend and workers start on free\n"
+        "loopback ports; chat requests about three long documents are streamed; what each worker\n"
         "stored and removed per window is counted from its events on NATS; everything stops.\n"
         "  disagg: the requests are conversations, and what each moved from a prefill to a decode worker is\n"
         "shown beside what a full cache would have moved.\n"
@@ -91,7 +94,6 @@ async def _demo(args: argparse.Namespace) -> int:
             http_port=args.http_port,
             routing=routing,
             worker_options=("--heartbeat", "0.1", "--status-port", "0"),
-            router_options=("--log-level", "debug"),
         )
         cluster = Cluster(settings, local.log_folder(args, Path(folder)), progress)
         seen = await _watch(cluster, args, progress)
@@ -138,7 +140,9 @@ async def _watch(cluster: Cluster, args: argparse.Namespace, progress: Progress)
         seen.modes = {entry.worker_id: entry.mode for entry in entries}
         apart = "prefill" in seen.modes.values()
         transfers = await _transfers(cluster, entries) if apart else None
-        seen.choices = _choices(cluster, seen.tally, entries) if routed else None
+        computing = [entry for entry in entries if entry.mode != "decode"]
+        pages = partial(pages_of, cluster.router_urls) if cluster.routers else None
+        seen.choices = Choices(seen.tally, computing, pages) if routed else None
         asking = _Asking(cluster, seen.tally, transfers, seen.choices)
         async with aiohttp.ClientSession() as session:
             for number, name in enumerate(plan):
@@ -156,12 +160,10 @@ async def _watch(cluster: Cluster, args: argparse.Namespace, progress: Progress)
 
 async def _transfers(cluster: Cluster, entries: Sequence[Entry]) -> Transfers:
     """Read from the workers' /metrics from now on what goes from prefill to decode."""
-    urls: dict[str, list[str]] = {"prefill": [], "decode": []}
-    for child in cluster.workers:
-        urls[child.name.partition("-")[0]].append(await status_url(child))
-    made = Transfers(urls["prefill"], urls["decode"], entries[0].groups)
-    await made.begin()
-    return made
+    urls = await cluster.status_urls()
+    transfers = Transfers(urls["prefill"], urls["decode"], entries[0].groups)
+    await transfers.begin()
+    return transfers
 
 
 async def _listen(cluster: Cluster, tally: Tally) -> Transport:
@@ -186,13 +188,6 @@ def document(name: str) -> str:
         for number in range(1, 41)
     ]
     return "\n".join(lines)
-
-
-def _choices(cluster: Cluster, tally: Tally, entries: Sequence[Entry]) -> Choices:
-    """Who of the workers that compute prompts is chosen from now on."""
-    computing = [entry for entry in entries if entry.mode != "decode"]
-    logs = [router.log for router in cluster.routers]
-    return Choices(tally, computing, logs)
 
 
 class _Asking:
@@ -220,7 +215,7 @@ class _Asking:
         }
         recomputed = self._tally.recomputed[self._computes]
         if self._choices is not None:
-            self._choices.begin()
+            await self._choices.begin()
         answer = await stream_chat(session, self._cluster.url, body)
         await self._tally.settled()
         answer.overpromise = self._tally.recomputed[self._computes] - recomputed
@@ -228,7 +223,7 @@ class _Asking:
         if self._transfers is not None:
             answer.moved, answer.full = await self._transfers.take(answer.prompt_tokens)
         if self._choices is not None:
-            answer.choice = self._choices.take(answer)
+            answer.choice = await self._choices.take(answer)
             show_choice(number + 1, name, answer, self._choices)
         else:
             show_answer(number + 1, name, answer)

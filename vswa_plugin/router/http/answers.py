@@ -28,7 +28,7 @@ from vswa_plugin.router.http.messages import (
 )
 from vswa_plugin.router.pools import grouped
 from vswa_plugin.wire.events import Rank, Source
-from vswa_plugin.wire.transport import subject
+from vswa_plugin.wire.subjects import subject
 
 #: Blocks times ranks times groups that one explanation may look at: some 100 ms.
 MAX_EXPLAINED = 300_000

@@ -22,7 +22,7 @@ from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.pools import Pool
 from vswa_plugin.router.promises import BOUNDS, Accuracy
 from vswa_plugin.router.replicas.load import SharedLoad
-from vswa_plugin.router.selector.reservations import Reservations
+from vswa_plugin.router.reservations import Reservations
 
 _RANK = ("worker", "dp_rank")
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -26,12 +26,22 @@ from vswa_plugin.router.http.answers import (
     worker_answers,
 )
 from vswa_plugin.router.http.dump import Asked, dump
-from vswa_plugin.router.http.messages import MAX_BODY_BYTES, ErrorAnswer, HashQuery, HealthAnswer, Query
+from vswa_plugin.router.http.messages import (
+    MAX_BODY_BYTES,
+    ErrorAnswer,
+    HashQuery,
+    HealthAnswer,
+    Query,
+    Release,
+    ReleaseAnswer,
+    SelectAnswer,
+    SelectionWish,
+    SelectQuery,
+)
 from vswa_plugin.router.http.metrics import RouterMetrics
 from vswa_plugin.router.http.openapi import document
 from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation
-from vswa_plugin.router.selector.choices import Selection
-from vswa_plugin.router.selector.reservations import SelectionIdTaken, UnknownReservation
+from vswa_plugin.router.reservations import Reservations, SelectionIdTaken, UnknownReservation
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +62,16 @@ class NoSelector(UnknownModel):
     """This router forwards requests itself."""
 
 
+class Selecting(Protocol):
+    """What answers ``/select`` and what follows from it; see router/selector/choices.py."""
+
+    reservations: Reservations
+
+    def select(self, query: SelectQuery) -> SelectAnswer: ...
+    def first_token(self, wish: SelectionWish) -> ReleaseAnswer: ...
+    def release(self, wish: Release) -> ReleaseAnswer: ...
+
+
 class RouterServer:
     """Serves the API for one router.
 
@@ -65,7 +85,7 @@ class RouterServer:
         hasher: Hasher,
         status: Status,
         metrics: RouterMetrics,
-        selection: Selection | None = None,
+        selection: Selecting | None = None,
     ) -> None:
         self._fleet = fleet
         self._hasher = hasher
@@ -163,7 +183,7 @@ class RouterServer:
     async def _openapi(self, _: web.Request) -> Any:
         return document()
 
-    def _selecting(self) -> Selection:
+    def _selecting(self) -> Selecting:
         if self._selection is None:
             raise NoSelector(
                 "expected a router started with --selector-only, got one that forwards requests itself: send "

@@ -8,8 +8,10 @@ import random
 
 from vswa_plugin.errors import ConnectError
 from vswa_plugin.router.replicas.load import INTERVAL_S, SharedLoad
+from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.events import VERSION
-from vswa_plugin.wire.transport import Transport, check_name
+from vswa_plugin.wire.subjects import check_name
+from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -18,16 +20,23 @@ class Replicas:
     """Thin: :class:`SharedLoad` decides what is said and what it means.
 
     :param namespace: of the workers; None: all. Routers of other namespaces are not heard.
+    :param tasks: where its tasks are watched.
     """
 
     def __init__(
-        self, transport: Transport, namespace: str | None, *, interval_s: float = INTERVAL_S
+        self,
+        transport: Transport,
+        namespace: str | None,
+        tasks: Tasks | None = None,
+        *,
+        interval_s: float = INTERVAL_S,
     ) -> None:
         self._wanted = asyncio.Event()
         self.load = SharedLoad(random.getrandbits(63), self._wanted.set)
         self._transport = transport
         self._prefix = f"vswa.v{VERSION}.{check_name('namespace', namespace or 'all')}.routers"
         self._interval_s = interval_s
+        self._watched = tasks if tasks is not None else Tasks()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopped = False
 
@@ -36,16 +45,14 @@ class Replicas:
         await self._transport.subscribe(f"{self._prefix}.*.load", self._receive)
         await self._transport.flush()
         self._tasks = [
-            asyncio.create_task(self._tick_forever(), name="router load ticks"),
-            asyncio.create_task(self._send_forever(), name="router load"),
+            self._watched.start(self._tick_forever(), "share load, in time"),
+            self._watched.start(self._send_forever(), "share load"),
         ]
 
     async def stop(self) -> None:
         """Say goodbye; the transport stays open."""
         self._stopped = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._watched.stop(self._tasks)
         if self._tasks:
             await self._send(self.load.farewell())
 

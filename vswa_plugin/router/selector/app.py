@@ -6,18 +6,18 @@ pins the request with the headers that it is told.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
 
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
+from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.following.subscriber import SubscriberOptions
 from vswa_plugin.host.host import PluginHost
-from vswa_plugin.program.status import Status
+from vswa_plugin.index import WindowIndex
+from vswa_plugin.program.life import Life, Program
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach
 from vswa_plugin.router.args import SELECTOR_PORT, RouterArgs
 from vswa_plugin.router.decide import Decider
-from vswa_plugin.router.following import fleet_of
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.promises import Accuracy
@@ -33,15 +33,24 @@ CONNECT_TIMEOUT_S = 30.0
 SETTLE_S = 2.0
 
 
-class Selector:
-    """One selector from its checked arguments to its exit code."""
+class Selector(Program):
+    """One selector."""
 
-    def __init__(self, args: RouterArgs, host: PluginHost, registry: Registry) -> None:
+    def __init__(self, args: RouterArgs, host: PluginHost, registry: Registry, life: Life) -> None:
         self._http = args.http
+        #: Of the HTTP API, once it is served.
+        self.port = 0
         self._registry = registry
         transport = Transport(args.nats_server, "vswa selector")
-        self.fleet = fleet_of(args, host, registry, transport)
-        self.replicas = Replicas(transport, args.namespace)
+        self.fleet = Fleet(
+            transport,
+            registry,
+            namespace=args.namespace,
+            options=SubscriberOptions(view=args.view),
+            index=WindowIndex(rules=host.reuse_rules()),
+            tasks=life.tasks,
+        )
+        self.replicas = Replicas(transport, args.namespace, life.tasks)
         self.accuracy = Accuracy()
         decider = Decider(self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
         self.selection = Selection(
@@ -54,53 +63,30 @@ class Selector:
             reservations=self.selection.reservations,
             replicas=self.replicas.load,
         )
-        self.status = Status()
         self.server = RouterServer(
             self.fleet,
             namespaced_sequence_hashes,
-            self.status,
+            life.status,
             RouterMetrics(self.fleet, counted),
             self.selection,
         )
 
-    async def start(self) -> int:
-        """Connect, take in what the workers hold, and serve; the port."""
+    async def start(self) -> None:
+        """Connect, take in what the workers hold, and serve."""
         await reach(self._registry, CONNECT_TIMEOUT_S)
         await self.fleet.start(CONNECT_TIMEOUT_S)
         await self.replicas.start()
         exact = await self.fleet.settled(SETTLE_S)
         port = SELECTOR_PORT if self._http.port is None else self._http.port
-        bound = await self.server.start(self._http.host, port)
+        self.port = await self.server.start(self._http.host, port)
         logger.info(
             "%d workers in the registry%s",
             len(self.fleet.entries),
             "" if exact else ", not all of them known yet",
         )
-        self.status.ready = True
-        return bound
 
-    async def stop(self) -> None:
+    async def end(self) -> None:
         """Other routers are told that nothing is reserved here any more."""
-        self.status.ready = False
         await self.server.stop()
         await self.replicas.stop()
         await self.fleet.stop()
-
-    async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT (0) or until the start fails (raises)."""
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        starting = asyncio.create_task(self.start(), name="start")
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                await starting
-                await stopping
-            return 0
-        finally:
-            for task in (starting, stopping):
-                task.cancel()
-            await asyncio.gather(starting, stopping, return_exceptions=True)
-            await self.stop()

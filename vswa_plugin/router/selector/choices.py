@@ -13,6 +13,7 @@ from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.registry import Entry
 from vswa_plugin.router.decide import Decider, Decision, Hasher
 from vswa_plugin.router.decide import Prompt as KnownPrompt
+from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.http.answers import (
     Prompt,
     endpoint_of,
@@ -28,9 +29,9 @@ from vswa_plugin.router.http.messages import (
     SelectionWish,
     SelectQuery,
 )
-from vswa_plugin.router.pools import Group, Model, Pool, grouped, set_ranks
-from vswa_plugin.router.promises import Accuracy, Outcome
-from vswa_plugin.router.selector.reservations import Reservation, Reservations
+from vswa_plugin.router.pools import Group, Model, Pool, grouped, not_used, set_ranks
+from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.reservations import Reservation, Reservations
 from vswa_plugin.selection import LoadBook, NoCandidate
 from vswa_plugin.wire.events import Rank
 
@@ -79,6 +80,7 @@ class Selection:
         self._new_book = new_book
         self._models: dict[str, Model] = {}
         self._seen: dict[str, Entry] = {}
+        self._faults = Faults()
 
     def models(self) -> Mapping[str, Model]:
         """By name, with the workers that are in the registry now."""
@@ -116,20 +118,7 @@ class Selection:
         """Raises UnknownReservation."""
         reservation = self.reservations.release(wish.selection_id)
         decision = reservation.computes
-        if wish.cached_tokens is None:
-            self._accuracy.unreported(decision.rank)
-        else:
-            self._accuracy.record(
-                Outcome(
-                    decision.rank,
-                    reservation.block_size,
-                    decision.cached_tokens,
-                    wish.cached_tokens,
-                    reservation.live,
-                    decision.busy,
-                    decision.in_flight,
-                )
-            )
+        self._accuracy.compare(decision, reservation.block_size, reservation.live, wish.cached_tokens)
         return ReleaseAnswer(wish.selection_id, decision.cached_tokens)
 
     def _chosen(self, model: Model, query: SelectQuery, prompt: Prompt, selection_id: str) -> Reservation:
@@ -190,6 +179,7 @@ class Selection:
 
     def _update(self) -> None:
         groups = grouped(self._seen.values(), MODES)
+        self._faults.report_all(not_used(self._seen.values(), groups.values()))
         for name, group in groups.items():
             size = group.used[0].block_size
             model = self._models.get(name)

@@ -1,0 +1,31 @@
+"""What does not work right now and is tried again: each fault is logged when it comes, not at each try."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+
+class Faults:
+    """Reasons by what fails for them, which is the beginning of a sentence: ``worker 1f is not used``."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def report(self, what: str, reason: str) -> None:
+        """It fails for that reason; logged unless the reason is the last one."""
+        if self._known.get(what) != reason:
+            logger.error("%s: %s", what, reason)
+        self._known[what] = reason
+
+    def report_all(self, reasons: Mapping[str, str]) -> None:
+        """All that fails now; what is not among it works."""
+        for what, reason in reasons.items():
+            self.report(what, reason)
+        self._known = dict(reasons)
+
+    def over(self, what: str) -> None:
+        """It works; should it fail again, that is logged."""
+        self._known.pop(what, None)
