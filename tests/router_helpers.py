@@ -16,7 +16,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ from vswa_plugin.wire.subjects import subject
 from vswa_plugin.wire.transport import Transport
 
 ECHO = "x-dynamo-meta-echo"
+
+
+def prompt_of(name: str, words: int = 150) -> str:
+    return " ".join(f"{name}{number * 7 % 31}" for number in range(words))
 
 
 class EchoRank:
@@ -309,8 +313,8 @@ class Stack:
         (found,) = (echo for echo in self.echoes if wanted <= echo.options.items())
         return found
 
-    async def replace_the_dead(self) -> None:
-        """Start a worker for the one that has died, or that is frozen."""
+    async def replace_the_dead(self) -> Echo:
+        """Start a worker for the one that has died, or that is frozen; the new one."""
         (dead,) = (echo for echo in self.echoes if logged(echo.child, "dies now"))
         with contextlib.suppress(ProcessLookupError):
             os.kill(dead.child.pid, signal.SIGKILL)
@@ -318,7 +322,17 @@ class Stack:
         self.killed.add(dead.child.name)
         self.echoes.remove(dead)
         kept = {name: value for name, value in dead.options.items() if name in ("component", "mode")}
-        await self.echo(**kept)
+        return await self.echo(**kept)
+
+    async def used(self, has_served: Callable[[], bool]) -> None:
+        """Send new prompts until one has been served where ``has_served`` looks.
+
+        That a worker or a router is registered says nothing of when those that call it have noticed.
+        """
+        async with asyncio.timeout(30):
+            while not has_served():
+                self._numbers += 1
+                assert (await self.ask(prompt_of(f"fresh{self._numbers}-", 20)))[0] == 200
 
     async def child(self, name: str, module: str, *arguments: str) -> Child:
         child = await Child.start(name, python_module(module, *arguments), self.folder, self._env)
@@ -359,7 +373,9 @@ class Stack:
             assert answer.status == 200, await answer.text()
             async for line in answer.content:
                 if line.startswith(b"data: {"):
-                    for choice in json.loads(line[6:])["choices"]:
+                    chunk = json.loads(line[6:])
+                    assert "choices" in chunk, chunk
+                    for choice in chunk["choices"]:
                         yield choice["text"]
 
     def _post(

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, long_prompt, metric, post
-from tests.router_helpers import Echo, Stack, logged
+from tests.router_helpers import Echo, Stack, logged, prompt_of
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.processes import Child
 
@@ -42,10 +42,6 @@ def stack(
     finally:
         codes = run(made.stop())
     assert {code for name, code in codes.items() if name not in made.killed} == {0}, codes
-
-
-def prompt_of(name: str, words: int = 150) -> str:
-    return " ".join(f"{name}{number * 7 % 31}" for number in range(words))
 
 
 def of_mode(stack: Stack, mode: str) -> list[Echo]:
