@@ -7,7 +7,7 @@ RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo serve test lint wheel-check format bench bench-compare clean
+.PHONY: help demo serve test quick lint wheel-check format bench bench-compare clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
 
 test: $(DEV)  ## all tests but the soaks, under ten minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(DEV)  ## the quick tests, with a tenth of the examples: one to two minutes
+	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m quick $(ARGS)
 
 lint: $(DEV)  ## formatting, lint, types, and who may import what
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo --no-cache

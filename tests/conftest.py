@@ -12,12 +12,35 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.properties import register_profiles
 from vswa_plugin.launch.brokers import start_etcd, start_nats
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.topologies import WorkerGroup
 
+HERE = Path(__file__).parent
+#: What starts servers or programs, or runs long, is not quick: tests in these folders or with these fixtures.
+NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry", "simulation", "testing"}
+SERVERS = {"brokers", "cluster"}
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
+
+register_profiles()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for folder in sorted({path.parent for path in HERE.rglob("test_*.py")} - {HERE}):
+        for name in folder.relative_to(HERE).parts:
+            config.addinivalue_line("markers", f"{name}: what is in the folders of that name")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test is marked with the names of its folders, and with ``quick`` where it is."""
+    for item in items:
+        folders = item.path.parent.relative_to(HERE).parts if item.path.is_relative_to(HERE) else ()
+        for name in folders:
+            item.add_marker(name)
+        if not (NOT_QUICK & set(folders) or SERVERS & set(getattr(item, "fixturenames", ()))):
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from tests.standin_engine import StandinEngine
 from vswa_plugin.engine.contract import ChunkDict, EngineSettings, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 from vswa_plugin.hookspecs import hookimpl
+from vswa_plugin.testing.engine import StandinEngine
 
 NAME = "failing"
 #: None: it hangs, and takes its time to stop.

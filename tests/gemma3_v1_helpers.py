@@ -11,9 +11,9 @@ from vswa_plugins.gemma3_cpu.cache.v1 import CacheManagerV1
 from vswa_plugins.gemma3_cpu.cache.v1.sequence import CacheSequenceV1
 from vswa_plugins.gemma3_cpu.cache.v1.tree import Node
 
-from tests import reuse_walks
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import resumable, rule_named
+from vswa_plugin.testing import walks
 
 SLIDING, GLOBAL = 0, 1
 
@@ -144,15 +144,15 @@ def layout_of(manager: CacheManagerV1) -> CacheLayout:
 def walked(manager: CacheManagerV1, prompt: Sequence[int], salt: str | None, partial: bool) -> int:
     """Cached tokens by another walk, over a copy of the manager's tree."""
     layout = layout_of(manager)
-    tree = reuse_walks.Tree(layout.block_size)
+    tree = walks.BlockTree(layout.block_size)
     root = manager._tree.roots.get(salt)
     if root is not None:
         tree.root = _copied(manager, root)
-    return reuse_walks.WALKS[layout.rule](layout, tree, tuple(prompt), partial).tokens
+    return walks.WALKS[layout.rule](layout, tree, tuple(prompt), partial).tokens
 
 
-def _copied(manager: CacheManagerV1, node: Node) -> reuse_walks.Node:
-    copy = reuse_walks.Node(node.tokens)
+def _copied(manager: CacheManagerV1, node: Node) -> walks.TreeBlock:
+    copy = walks.TreeBlock(node.tokens)
     copy.pages = {w.spec.group_id for w in manager.windows if node.pages[w.index] is not None}
     copy.children = [_copied(manager, child) for child in node.children.values()]
     return copy

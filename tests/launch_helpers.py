@@ -13,7 +13,7 @@ import aiohttp
 from tests.e2e_helpers import eventually
 from vswa_plugin.launch.processes import Child, python_module
 
-STANDIN = str(Path(__file__).with_name("standin_engine.py"))
+STANDIN = "vswa_plugin.testing.engine"
 
 
 def alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Write the golden logits of tests/test_gemma3_model.py: ``python tests/make_gemma3_golden.py [OUT]``.
+"""Write the golden logits of tests/plugins/gemma3_cpu/test_model.py: ``python make_gemma3_golden.py [OUT]``.
 
 Needs ``pip install torch transformers`` beside this project. Each file holds a config.json, the seed of the
 weights (made again by ``make_checkpoint``), a prompt longer than the window, and the logits that Hugging Face

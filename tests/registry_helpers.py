@@ -1,56 +1,32 @@
-"""Registries under test: the same handle for each backend, with outages, and a reader that is strict."""
+"""The registries under test: an etcd of its own and a directory, with ways to reach past them and outages."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from socket import gethostname
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.launch.brokers import _binary, _listens
 from vswa_plugin.launch.processes import Child, free_port
-from vswa_plugin.registry import (
-    Change,
-    Connected,
-    Disconnected,
-    Entry,
-    Joined,
-    Left,
-    Registry,
-    Updated,
-    encode_entry,
-)
+from vswa_plugin.registry import Entry
 from vswa_plugin.registry._etcd3_client import Connection
 from vswa_plugin.registry.entry_files import file_name
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity, parse_endpoints
 from vswa_plugin.registry.file import FOLDER, FileRegistry
-from vswa_plugin.registry.watching import Watcher
+from vswa_plugin.testing.registry_backends import ENTRY as ENTRY
+from vswa_plugin.testing.registry_backends import PATIENCE_S as PATIENCE_S
+from vswa_plugin.testing.registry_backends import Reader as Reader
+from vswa_plugin.testing.registry_backends import content_of as content_of
+from vswa_plugin.testing.registry_backends import entry as entry
+from vswa_plugin.testing.registry_backends import joined_and_watched as joined_and_watched
+from vswa_plugin.testing.registry_backends import plant_entry as plant_entry
+from vswa_plugin.testing.registry_backends import remote as remote
 
-ENTRY = Entry(
-    namespace="ns",
-    component="backend",
-    worker_id=0xABC,
-    mode="agg",
-    engine="gemma3_cpu",
-    served_model_name="gemma",
-    model_path="/models/gemma",
-    context_length=8192,
-    block_size=32,
-    rule="trtllm_v2",
-    hash_scheme="dynamo-xxh3-1337",
-    groups=(CacheGroup(0, 512, 32), CacheGroup(1, None, 32)),
-    epochs={0: 2**63, 1: 5},
-    total_kv_blocks=100,
-    host=gethostname(),
-)
-PATIENCE_S = 20.0
 #: A worker that does nothing but be registered: argv is the registry and its entry. The lock of a file
 #: needs no short TTL to show a crash.
 _WORKER = """
@@ -70,84 +46,10 @@ asyncio.run(main())
 """
 
 
-def entry(worker_id: int, epoch: int = 1, namespace: str = "ns") -> Entry:
-    return msgspec.structs.replace(ENTRY, worker_id=worker_id, epochs={0: epoch}, namespace=namespace)
-
-
-def remote(worker_id: int, epoch: int = 1, namespace: str = "ns") -> Entry:
-    """An entry of another machine: planted, it lives for a TTL."""
-    return msgspec.structs.replace(entry(worker_id, epoch, namespace), host="elsewhere")
-
-
 async def start_worker(where: str, joined: Entry, log_dir: Path) -> Child:
     """A process of its own that joins with ``joined``; it is not waited for."""
     command = [sys.executable, "-c", _WORKER, where, msgspec.json.encode(joined).decode()]
     return await Child.start(f"worker-{joined.worker_id}", command, log_dir)
-
-
-class Reader:
-    """Applies changes and refuses those that do not fit what it holds."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-        self.content: dict[str, Entry] = {}
-        self.seen: list[Change] = []
-        self.connected = False
-
-    def apply(self, change: Change) -> None:
-        self.seen.append(change)
-        match change:
-            case Joined(new):
-                assert new.key not in self.content
-                self.content[new.key] = new
-            case Updated(new):
-                assert self.content[new.key] != new
-                self.content[new.key] = new
-            case Left(old):
-                assert self.content.pop(old.key) == old
-            case Connected():
-                assert not self.connected
-                self.connected = True
-            case Disconnected(reason):
-                assert reason
-                self.connected = False
-
-    async def until(self, reached: Callable[[Reader], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not reached(self):
-                self.apply(await anext(self._watcher))
-
-    async def until_holds(self, *entries: Entry) -> None:
-        """Read until exactly ``entries`` are held."""
-        expected = {each.key: each for each in entries}
-        await self.until(lambda reader: reader.content == expected and reader.connected)
-
-
-@asynccontextmanager
-async def joined_and_watched(worker: Registry, router: Registry) -> AsyncIterator[Reader]:
-    """``worker`` has joined with ``entry(1)``, and ``router`` watches it; both are closed at the end."""
-    await worker.join(entry(1))
-    async with router.watch() as watcher:
-        reader = Reader(watcher)
-        await reader.until_holds(entry(1))
-        yield reader
-    await asyncio.gather(worker.close(), router.close())
-
-
-class Backend(Protocol):
-    """One place where registries meet."""
-
-    name: str
-    where: str
-    ttl_s: int
-
-    def registry(self, ttl_s: int | None = None) -> Any: ...
-    async def plant(self, key: str, payload: bytes) -> None: ...
-    async def remove(self, key: str) -> None: ...
-    async def clear(self) -> None: ...
-    async def go_away(self) -> None: ...
-    async def come_back(self) -> None: ...
-    async def stop(self) -> None: ...
 
 
 async def start_etcd(folder: Path, data: Path, url: str, *options: str) -> Child:
@@ -166,10 +68,13 @@ async def start_etcd(folder: Path, data: Path, url: str, *options: str) -> Child
 class EtcdBackend:
     """An etcd of its own, so that it may be killed."""
 
-    name = "etcd"
     ttl_s = 1
+    patience_s = PATIENCE_S
+    outlives_s = 2.2
+    settings = ("ETCD_ENDPOINTS",)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run) -> None:
+        self.run = run
         self._folder = folder
         self._data = 0
         self.port = free_port()
@@ -179,6 +84,9 @@ class EtcdBackend:
 
     def registry(self, ttl_s: int | None = None) -> EtcdRegistry:
         return EtcdRegistry(self.where, ttl_s or self.ttl_s, EtcdSecurity(), reconcile_s=60)
+
+    async def start_worker(self, joined: Entry) -> Child:
+        return await start_worker(self.where, joined, self._folder)
 
     async def call(self, use: Callable[[Any], Any]) -> Any:
         return await self._connection.call(use)
@@ -207,16 +115,25 @@ class EtcdBackend:
 
 
 class FileBackend:
-    name = "file"
-    ttl_s = 5
+    """A directory. An entry that names this host needs a lock on its file: else its worker counts as dead."""
 
-    def __init__(self, folder: Path) -> None:
+    ttl_s = 5
+    patience_s = PATIENCE_S
+    outlives_s = 1.4
+    settings = ("VSWA_REGISTRY",)
+
+    def __init__(self, folder: Path, run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run) -> None:
+        self.run = run
+        self._logs = folder
         self._folder = folder / "registry"
         self._entries = self._folder / FOLDER
         self.where = f"file:{self._folder}"
 
     def registry(self, ttl_s: int | None = None) -> FileRegistry:
         return FileRegistry(self._folder, ttl_s or self.ttl_s, poll_s=0.02)
+
+    async def start_worker(self, joined: Entry) -> Child:
+        return await start_worker(self.where, joined, self._logs)
 
     async def plant(self, key: str, payload: bytes) -> None:
         self._entries.mkdir(parents=True, exist_ok=True)
@@ -236,15 +153,3 @@ class FileBackend:
 
     async def come_back(self) -> None:
         (self._folder / "away").rename(self._entries)
-
-    async def stop(self) -> None:
-        pass
-
-
-async def plant_entry(backend: Backend, planted: Entry) -> None:
-    """An entry of a worker that needs no keepalive and whose life no lock shows."""
-    await backend.plant(planted.key, encode_entry(planted))
-
-
-async def content_of(registry: Registry, namespace: str | None = None) -> dict[str, Entry]:
-    return {each.key: each for each in await registry.entries(namespace)}

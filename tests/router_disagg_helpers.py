@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from tests.test_router_forward import FakeCall, Step
+from tests.router.test_forward import FakeCall, Step
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict

@@ -23,7 +23,6 @@ from typing import Any
 import aiohttp
 
 from tests.e2e_helpers import eventually
-from tests.stream_helpers import DirectAdapter
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.dynamo.names import LOOPBACK_ENV, EndpointName, default_endpoint
@@ -35,6 +34,7 @@ from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
+from vswa_plugin.testing.streams import DirectAdapter
 from vswa_plugin.wire.events import Source
 from vswa_plugin.wire.subjects import subject
 from vswa_plugin.wire.transport import Transport
@@ -268,7 +268,9 @@ class Stack:
 
     async def router(self, *options: str) -> Child:
         self._numbers += 1
-        where = ("--endpoint", f"dyn://{self.name}-front.router.generate", "--namespace", self.name)
+        where = ["--namespace", self.name]
+        if "--selector-only" not in options:
+            where += ["--endpoint", f"dyn://{self.name}-front.router.generate"]
         child = await self.child(f"router-{self._numbers}", "vswa_plugin.router", *where, *options)
         await child.until(lambda: _true("workers in the registry" in child.log()), "started", 30)
         self.routers.append(child)

@@ -11,7 +11,6 @@
     ├── PluginFailed           something of a plugin failed, which costs that plugin's part alone
     ├── StreamError            an event stream that is broken and will be repaired
     │   └── ProtocolError      bytes that are not a message of this protocol version
-    ├── PluginFailed           something of a plugin failed: it costs that plugin's part alone
     └── InvariantError         a bug of this project: please report it
 
 ``except VswaError`` catches whatever this project raises on purpose.
@@ -21,6 +20,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+__all__ = [
+    "ConfigError",
+    "ConnectError",
+    "InvalidRequest",
+    "InvariantError",
+    "Overloaded",
+    "PluginError",
+    "PluginFailed",
+    "ProtocolError",
+    "RequestError",
+    "StreamError",
+    "Unavailable",
+    "VswaError",
+    "unknown_choice",
+]
 
 
 class VswaError(Exception):

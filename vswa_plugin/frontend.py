@@ -16,6 +16,7 @@ from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.program.args import add_log_level, check_log_level, make_parser
 from vswa_plugin.program.life import Life, Program
+from vswa_plugin.program.options import port, zero_or_more
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import reach_discovery
 from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
@@ -23,6 +24,7 @@ from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 logger = logging.getLogger("vswa_plugin.frontend")
 
 NAME = "vswa frontend"
+PROGRAM = "python -m vswa_plugin.frontend"
 
 _EXAMPLE = """\
 example:
@@ -34,15 +36,15 @@ Models appear as their workers register. NATS_SERVER and ETCD_ENDPOINTS say wher
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     made = make_parser(
-        "python -m vswa_plugin.frontend",
+        program,
         "NVIDIA Dynamo's OpenAI-compatible HTTP frontend, as `python -m dynamo.frontend` starts "
         "it, but from ai-dynamo-runtime alone.",
         _EXAMPLE,
     )
     made.add_argument("--http-host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    made.add_argument("--http-port", type=int, default=8000, help="port to listen on (8000)")
+    made.add_argument("--http-port", type=port, default=8000, help="port to listen on (8000)")
     made.add_argument(
         "--router-mode",
         default="round-robin",
@@ -51,7 +53,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--namespace", help="show only models of this Dynamo namespace")
     made.add_argument(
-        "--migration-limit", type=int, default=3, help="how often a request may move to another worker (3)"
+        "--migration-limit",
+        type=zero_or_more,
+        default=3,
+        help="how often a request may move to another worker (3)",
     )
     add_log_level(made)
     return made
@@ -90,9 +95,9 @@ async def _probe() -> None:
     await reach_discovery(timeout_s=30)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the frontend; the exit code."""
-    given = parser().parse_args(argv)
+    given = parser(program).parse_args(argv)
     set_up_logging(check_log_level(given.log_level))
     if given.router_mode not in ROUTER_MODES:
         raise ConfigError(f"--router-mode: {unknown_choice('mode', given.router_mode, ROUTER_MODES)}")
@@ -107,8 +112,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     return run_on_uvloop(life.run(Frontend(settings, life)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(NAME, lambda: run(argv))
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """The exit code; ``program`` is what usage and refusals call it."""
+    return run_program(NAME, lambda: run(argv, program))
 
 
 if __name__ == "__main__":

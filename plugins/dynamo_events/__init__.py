@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import hookimpl
 
 from .feed import Feed, RankFeed
@@ -15,68 +14,75 @@ from .projection import MODES, Projection
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vswa_plugin.blocks.layout import CacheLayout
-    from vswa_plugin.blocks.reuse import ReuseRule
-    from vswa_plugin.engine.contract import BlocksStored, Node
+    from vswa_plugin.blocks import CacheLayout, ReuseRule
+    from vswa_plugin.engine import BlocksStored, Node, Section
     from vswa_plugin.hookspecs import WorkerContext
-    from vswa_plugin.wire.events import Batch, Source
+    from vswa_plugin.wire import Batch, Source
 
     from .scorer import BoundaryProjection
 
-#: ``off``, ``global`` or ``boundary``; where it is not set, what the router in front needs.
-MODE_ENV = "VSWA_DYNAMO_EVENTS"
-#: Which router a worker works behind: ``stock`` is Dynamo's own.
-ROUTER_ENV = "VSWA_ROUTER"
 
-# One per process, as the worker is.
-_feed: Feed | None = None
+class DynamoEvents:
+    """The hooks of one worker, and its feed unless that is off."""
+
+    #: The launcher says in VSWA_ROUTER which router a worker works behind; ``stock`` is Dynamo's own.
+    option_variables: ClassVar[Mapping[str, str]] = {"VSWA_DYNAMO_EVENTS": "mode", "VSWA_ROUTER": "router"}
+
+    def __init__(self) -> None:
+        self._mode = "off"
+        self._feed: Feed | None = None
+
+    @hookimpl
+    def vswa_options(self, options: Section) -> None:
+        self._mode = mode_from(options)
+
+    @hookimpl
+    def vswa_worker_connected(self, worker: WorkerContext) -> None:
+        self._feed = None if self._mode == "off" else connect(self._mode, worker)
+
+    @hookimpl
+    def vswa_kv_stored(self, source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
+        if self._feed is not None:
+            self._feed.stored(source, stored, nodes)
+
+    @hookimpl
+    def vswa_kv_batch(self, source: Source, batch: Batch) -> None:
+        if self._feed is not None:
+            self._feed.batch(source, batch)
+
+    @hookimpl
+    def vswa_accuracy_scorers(
+        self, layout: CacheLayout, rules: Mapping[str, ReuseRule]
+    ) -> list[BoundaryProjection] | None:
+        from .scorer import BoundaryProjection
+
+        try:
+            return [BoundaryProjection(layout, rules)]
+        except ConfigError:  # no such projection of this rule, or no such rule: the replay says which
+            return None
+
+    @hookimpl
+    def vswa_metrics(self) -> str | None:
+        return None if self._feed is None else self._feed.text()
+
+    @hookimpl
+    def vswa_stopping(self) -> None:
+        """Let Dynamo's publishers go while its runtime is still there."""
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.close()
 
 
-@hookimpl
-def vswa_worker_connected(worker: WorkerContext) -> None:
-    global _feed
-    mode = mode_from(os.environ)
-    _feed = None if mode == "off" else connect(mode, worker)
+def mode_from(options: Section) -> str:
+    """The projection that is asked for; ``boundary`` by default behind Dynamo's own router.
 
-
-@hookimpl
-def vswa_kv_stored(source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
-    if _feed is not None:
-        _feed.stored(source, stored, nodes)
-
-
-@hookimpl
-def vswa_kv_batch(source: Source, batch: Batch) -> None:
-    if _feed is not None:
-        _feed.batch(source, batch)
-
-
-@hookimpl
-def vswa_accuracy_scorers(
-    layout: CacheLayout, rules: Mapping[str, ReuseRule]
-) -> list[BoundaryProjection] | None:
-    from .scorer import BoundaryProjection
-
-    try:
-        return [BoundaryProjection(layout, rules)]
-    except ConfigError:  # no such projection of this rule, or no such rule: the replay says which
-        return None
-
-
-@hookimpl
-def vswa_metrics() -> str | None:
-    return None if _feed is None else _feed.text()
-
-
-def mode_from(environ: Mapping[str, str]) -> str:
-    """The projection that the environment asks for; ``boundary`` by default behind Dynamo's own router.
-
-    :raises ConfigError: there is no such projection.
+    :raises ConfigError: there is no such projection, router or option.
     """
-    mode = environ.get(MODE_ENV) or ("boundary" if environ.get(ROUTER_ENV) == "stock" else "off")
-    if mode not in (known := ("off", *MODES)):
-        raise ConfigError(f"{MODE_ENV}: {unknown_choice('projection', mode, known)}")
-    return mode
+    options.check({"mode", "router"})
+    router = options.choice("router", ("exact", "stock"), "exact")
+    if options.data.get("mode") is False:  # what YAML reads where somebody writes off
+        return "off"
+    return options.choice("mode", ("off", *MODES), "boundary" if router == "stock" else "off")
 
 
 def connect(mode: str, worker: WorkerContext) -> Feed:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vswa_plugin.engine.contract import BlocksStored, Node
-from vswa_plugin.wire.events import Batch, Source
+from vswa_plugin.engine import BlocksStored, Node
+from vswa_plugin.wire import Batch, Source
 
 from .projection import Changes, Projection, Run
 from .tree import Block, unpacked
@@ -27,6 +28,9 @@ class DynamoPublisher(Protocol):
 
     def publish_batch(self, events: Sequence[Any]) -> None:
         """:raises ValueError: an event that it cannot read; or, closed, a plain Exception."""
+
+    def shutdown(self) -> None:
+        """End its background tasks, and take it out of Dynamo's discovery."""
 
 
 class RankFeed:
@@ -48,6 +52,9 @@ class RankFeed:
                 self.projection.apply(event)
         finally:
             self._tell(source)
+
+    def close(self) -> None:
+        self._publisher.shutdown()
 
     def _tell(self, source: Source) -> None:
         changes = self.projection.changes()
@@ -98,6 +105,12 @@ class Feed(Collector):
 
     def batch(self, source: Source, batch: Batch) -> None:
         self._ranks[source.dp_rank].batch(source, batch)
+
+    def close(self) -> None:
+        """End the publishers of all ranks, the others too where one of them fails."""
+        with ExitStack() as closing:
+            for rank in self._ranks.values():
+                closing.callback(rank.close)
 
     def text(self) -> str:
         """All metrics in Prometheus text format."""

@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
-from vswa_plugin.engine.contract import BlocksStored, Node
+from vswa_plugin.blocks import RULES, CacheLayout, ReuseRule, rule_named
+from vswa_plugin.engine import BlocksStored, Node
 from vswa_plugin.errors import ConfigError, InvariantError, unknown_choice
-from vswa_plugin.wire.events import Cleared, Event, Layout, Removed, Stored, Unknown
+from vswa_plugin.wire import Cleared, Event, Layout, Removed, Stored, Unknown
 
 from .tree import KNOWN, Block, Tree, packed
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import cast
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.blocks.reuse import ReuseRule, rule_named
-from vswa_plugin.engine.contract import BlocksStored, Node
-from vswa_plugin.engine.predicted import Prompt
-from vswa_plugin.wire.events import Event, layout_event
+from vswa_plugin.blocks import CacheLayout, ReuseRule, rule_named
+from vswa_plugin.engine import BlocksStored, Node, Prompt
+from vswa_plugin.wire import Event, layout_event
 
 from .projection import Projection
 

@@ -4,8 +4,7 @@ Groups with a window are read as chunked, their window as the chunk. At the edge
 nothing at all; one token later it needs that chunk's first block, and then one more with every block.
 """
 
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.blocks.reuse import Needs, ReuseRule
+from vswa_plugin.blocks import CacheGroup, CacheLayout, Needs, ReuseRule
 from vswa_plugin.hookspecs import hookimpl
 
 

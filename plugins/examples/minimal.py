@@ -3,7 +3,7 @@
 from collections import Counter
 
 from vswa_plugin.hookspecs import hookimpl
-from vswa_plugin.wire.events import Batch, Layout, Removed, Source, Stored
+from vswa_plugin.wire import Batch, Layout, Removed, Source, Stored
 
 windows: dict[tuple[Source, int], str] = {}
 stored: Counter[str] = Counter()

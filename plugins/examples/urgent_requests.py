@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.selection import RoutedRequest, Scored
-from vswa_plugin.wire.events import Rank
+from vswa_plugin.wire import Rank
 
 #: What an active request of others costs an urgent one, in blocks.
 BUSY = 100.0

@@ -9,9 +9,8 @@ from vswa_plugin.hookspecs import hookimpl
 from .name import NAME
 
 if TYPE_CHECKING:
-    from vswa_plugin.engine.contract import Engine, EngineSettings
-    from vswa_plugin.engine.predicted import RankSetup, SimulatedRank
-    from vswa_plugin.hookspecs.commands import Commands
+    from vswa_plugin.engine import Engine, EngineSettings, RankSetup, SimulatedRank
+    from vswa_plugin.hookspecs import Commands
 
 
 @hookimpl
@@ -21,7 +20,7 @@ def vswa_engine_names() -> list[str]:
 
 @hookimpl
 def vswa_engine(settings: EngineSettings) -> Engine | None:
-    # Empty: nobody has named an engine, and this one needs nothing but this package.
+    # Empty: no engine was named, and this one needs nothing but this package.
     if settings.engine not in (NAME, ""):
         return None
     from .serving.engine import Gemma3CpuEngine

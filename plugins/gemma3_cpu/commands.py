@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from vswa_plugin.errors import ConfigError
+
 #: Layers per global layer in Gemma 3.
 _PATTERN = 6
 
@@ -17,7 +19,7 @@ def configure_make_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("directory", metavar="DIR", help="where to write it; made if it does not exist")
     parser.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same weights (default: 0)"
+        "--seed", type=_seed, default=0, help="the same seed gives the same weights (default: 0)"
     )
     parser.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     parser.add_argument(
@@ -31,6 +33,8 @@ def run_make_model(args: argparse.Namespace) -> int:
     from .model.config import load_config
     from .weights.checkpoint import make_checkpoint
 
+    if args.window is not None and args.layers == 1:
+        raise ConfigError("--window: expected --layers of at least 2 with it, got 1, which is global")
     make_checkpoint(args.directory, seed=args.seed, overwrite=args.overwrite, overrides=_overrides(args))
     config = load_config(args.directory)
     windows = ", ".join("global" if window is None else str(window) for window in config.groups)
@@ -80,16 +84,23 @@ def run_get_model(args: argparse.Namespace) -> int:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    given = {
+    options = {
         "num_hidden_layers": args.layers,
         "sliding_window": args.window,
         "max_position_embeddings": args.context,
     }
-    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides = {key: value for key, value in options.items() if value is not None}
     if args.layers is not None:
         # A model of fewer layers than the pattern would have no global layer at all.
         overrides["sliding_window_pattern"] = min(_PATTERN, args.layers)
     return overrides
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -1,3 +1,3 @@
-"""The name of the engine, for its plugin and for what it says of itself."""
+"""The name of the engine, for its plugin and for its :class:`EngineInfo`."""
 
 NAME = "gemma3_cpu"

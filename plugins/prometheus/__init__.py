@@ -9,23 +9,24 @@ from vswa_plugin.hookspecs import hookimpl
 from .collector import Collector
 
 if TYPE_CHECKING:
-    from vswa_plugin.engine.records import RequestRecord
-    from vswa_plugin.wire.events import Batch, Source
-
-# One per process: a worker has one page of metrics, whatever number of hosts it makes.
-_collector = Collector()
+    from vswa_plugin.engine import RequestRecord
+    from vswa_plugin.wire import Batch, Source
 
 
-@hookimpl
-def vswa_kv_batch(source: Source, batch: Batch) -> None:
-    _collector.count_batch(source, batch)
+class Prometheus:
+    """The hooks of one host, with counters of its own."""
 
+    def __init__(self) -> None:
+        self._collector = Collector()
 
-@hookimpl
-def vswa_request_finished(record: RequestRecord) -> None:
-    _collector.count_request(record)
+    @hookimpl
+    def vswa_kv_batch(self, source: Source, batch: Batch) -> None:
+        self._collector.count_batch(source, batch)
 
+    @hookimpl
+    def vswa_request_finished(self, record: RequestRecord) -> None:
+        self._collector.count_request(record)
 
-@hookimpl
-def vswa_metrics() -> str:
-    return _collector.text()
+    @hookimpl
+    def vswa_metrics(self) -> str | None:
+        return self._collector.text() if self._collector.used else None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from vswa_plugin.engine.records import RequestRecord
-from vswa_plugin.wire.events import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored, Unknown
+from vswa_plugin.engine import RequestRecord
+from vswa_plugin.wire import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored, Unknown
 
 #: For a group that no Layout has named: blocks are still counted, and the label shows the fault.
 UNKNOWN_WINDOW = "unknown"
@@ -19,9 +19,14 @@ FINISH_REASONS = ("stop", "eos", "length", "cancelled", "error", "content_filter
 
 
 class Collector:
-    """Counters of one process, in a registry of their own. May be used from any thread."""
+    """Counters of one host, in a registry of their own. May be used from any thread.
+
+    :ivar used: anything was counted. A worker's layout is, at its start; a router counts nothing here, and
+        counters that stay at 0 would read there as requests that do not come.
+    """
 
     def __init__(self) -> None:
+        self.used = False
         self._registry = registry = CollectorRegistry()
         #: (source, group id) -> window label, from the last Layout of each source.
         self._windows: dict[tuple[Source, int], str] = {}
@@ -53,6 +58,7 @@ class Collector:
         """Count the events of one batch; a heartbeat counts as nothing."""
         if not batch.events:
             return
+        self.used = True
         self._batches.inc()
         self._events.inc(len(batch.events))
         for event in batch.events:
@@ -60,6 +66,7 @@ class Collector:
 
     def count_request(self, record: RequestRecord) -> None:
         """Count one request that ended."""
+        self.used = True
         self._requests.labels(_finish_label(record.finish_reason)).inc()
         self._prompt.inc(record.prompt_tokens)
         self._cached.inc(record.cached_tokens)

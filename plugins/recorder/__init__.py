@@ -2,62 +2,65 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vswa_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from vswa_plugin.engine.contract import RawEvent, RequestDict
-    from vswa_plugin.engine.records import RequestRecord
+    from vswa_plugin.engine import RawEvent, RequestDict, RequestRecord, Section
     from vswa_plugin.hookspecs import WorkerContext
 
     from .recorder import Recorder
 
-#: A directory; nothing is recorded where it is not set.
-DIRECTORY_ENV = "VSWA_RECORD"
-#: ``hidden`` (also where it is not set) or ``plain``.
-TOKENS_ENV = "VSWA_RECORD_TOKENS"
-
-# One per process, as the worker is.
-_recorder: Recorder | None = None
+#: What may become of token ids; the first where nobody says.
+TOKENS = ("hidden", "plain")
 
 
-@hookimpl
-def vswa_worker_connected(worker: WorkerContext) -> None:
-    global _recorder
-    close()
-    if os.environ.get(DIRECTORY_ENV):
-        from .recorder import begin
+class RecorderPlugin:
+    """The hooks of one worker, and its recordings while it records."""
 
-        _recorder = begin(worker, os.environ[DIRECTORY_ENV], os.environ.get(TOKENS_ENV) or "hidden")
-        atexit.register(close)
+    option_variables: ClassVar[Mapping[str, str]] = {
+        "VSWA_RECORD": "directory",
+        "VSWA_RECORD_TOKENS": "tokens",
+    }
 
+    def __init__(self) -> None:
+        self._recorder: Recorder | None = None
+        self._directory: str | None = None
+        self._tokens = TOKENS[0]
 
-@hookimpl
-def vswa_engine_events(dp_rank: int, events: Sequence[RawEvent]) -> None:
-    if _recorder is not None:
-        _recorder.events(dp_rank, events)
+    @hookimpl
+    def vswa_options(self, options: Section) -> None:
+        options.check({"directory", "tokens"})
+        self._directory = options.text("directory", None)
+        self._tokens = options.choice("tokens", TOKENS, TOKENS[0])
 
+    @hookimpl
+    def vswa_worker_connected(self, worker: WorkerContext) -> None:
+        if self._directory is not None:
+            from .recorder import begin
 
-@hookimpl
-def vswa_request_arrived(request_id: str, request: RequestDict) -> None:
-    if _recorder is not None:
-        _recorder.arrived(request_id, request)
+            self._recorder = begin(worker, self._directory, self._tokens)
 
+    @hookimpl
+    def vswa_engine_events(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
+        if self._recorder is not None:
+            self._recorder.events(dp_rank, events)
 
-@hookimpl
-def vswa_request_finished(record: RequestRecord) -> None:
-    if _recorder is not None:
-        _recorder.finished(record)
+    @hookimpl
+    def vswa_request_arrived(self, request_id: str, request: RequestDict) -> None:
+        if self._recorder is not None:
+            self._recorder.arrived(request_id, request)
 
+    @hookimpl
+    def vswa_request_finished(self, record: RequestRecord) -> None:
+        if self._recorder is not None:
+            self._recorder.finished(record)
 
-def close() -> None:
-    """Write what is waiting, and end."""
-    global _recorder
-    recorder, _recorder = _recorder, None
-    if recorder is not None:
-        recorder.close()
+    @hookimpl
+    def vswa_stopping(self, budget_s: float) -> None:
+        """Write what is waiting, and close the files."""
+        if self._recorder is not None:
+            self._recorder.close(budget_s)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine import RawEvent
 from vswa_plugin.errors import ConfigError
 
 #: Blocks whose new tokens are remembered: they come once per cache group and with every prompt.
@@ -37,7 +37,8 @@ class Hiding:
             raise ConfigError(
                 f"token ids can be hidden in events of the formats {', '.join(_FORMATS)}, but not under the "
                 f"trtllm_v1 rules, whose readers need the engine's own hashes; got {event_format!r} under "
-                f"{rule!r}. Record them as they are with VSWA_RECORD_TOKENS=plain, and keep the file safe"
+                f"{rule!r}. Record them as they are with the option tokens=plain (VSWA_RECORD_TOKENS=plain), "
+                f"and keep the file safe"
             )
         self._block_size = block_size
         self._key = key or os.urandom(_KEY_BYTES)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vswa_plugin.accuracy.trace import TraceGroup, TraceHeader
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import RawEvent, RequestDict
-from vswa_plugin.engine.records import RequestRecord
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import RawEvent, RequestDict, RequestRecord
+from vswa_plugin.errors import ConfigError
 
 from .hiding import Hiding
 from .recording import Recording
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from vswa_plugin.hookspecs import WorkerContext
 
 logger = logging.getLogger(__name__)
-
-TOKENS = ("hidden", "plain")
 
 
 class Recorder:
@@ -58,19 +55,26 @@ class Recorder:
         if rank is not None:
             self.ranks[rank].finished(record, elsewhere=rank != record.dp_rank)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Write what is waiting and close all files.
+
+        :raises TimeoutError: some are not closed in that time; they can be read as far as they are written.
+        """
+        deadline = time.monotonic() + timeout_s
         for rank in self.ranks:
-            rank.close()
+            rank.finish()
+        open_still = [rank for rank in self.ranks if not rank.close(deadline - time.monotonic())]
+        if open_still:
+            paths = ", ".join(str(rank.path) for rank in open_still)
+            raise TimeoutError(f"expected these traces to be closed within {timeout_s:g} s: {paths}")
 
 
 def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:
     """Open a file per rank.
 
-    :param tokens: one of :data:`TOKENS`.
+    :param tokens: ``hidden`` or ``plain``.
     :raises ConfigError: a file cannot be made, or the tokens of such events cannot be hidden.
     """
-    if tokens not in TOKENS:
-        raise ConfigError(f"VSWA_RECORD_TOKENS: {unknown_choice('way to record tokens', tokens, TOKENS)}")
     layout, settings = worker.info.layout, worker.settings
     hiding = None
     if tokens == "hidden":
@@ -79,7 +83,9 @@ def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"VSWA_RECORD: expected a directory, got {where}: {error.strerror}") from error
+        raise ConfigError(
+            f"recorder.directory: expected a directory, got {where}: {error.strerror}"
+        ) from error
     header = header_of(worker.event_format, layout, settings.engine, settings.served_model_name)
     began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     ranks = [

@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from vswa_plugin.accuracy.trace import TraceHeader, TraceHole, TraceRequest, TraceResult, TraceWriter
-from vswa_plugin.engine.contract import RawEvent
-from vswa_plugin.engine.records import RequestRecord
+from vswa_plugin.engine import RawEvent, RequestRecord
 
 from .hiding import Hiding
 
@@ -123,12 +122,17 @@ class Recording:
             result = TraceResult(known.number, record.cached_tokens, record.output_tokens, seen=seen)
             self._put(result, _Size())
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Write what is waiting and close the file. May be called twice."""
+    def finish(self) -> None:
+        """Take nothing any more, and let the thread write what is waiting and close the file."""
         with self._lock:
             self._end_hole()
             self._closing.set()
-        self._thread.join(timeout_s)
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Finish, and wait for the thread: whether the file is closed. May be called twice."""
+        self.finish()
+        self._thread.join(max(0.0, timeout_s))
+        return not self._thread.is_alive()
 
     def _has_room(self, size: _Size) -> bool:
         blocks = self._taken.blocks - self._written.blocks + size.blocks

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vswa_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from vswa_plugin.engine.contract import Engine, EngineSettings
+    from vswa_plugin.engine import Engine, EngineSettings
 
 NAME = "tensorrt_llm"
 

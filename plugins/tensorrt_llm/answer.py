@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vswa_plugin.engine.contract import ChunkDict
+from vswa_plugin.engine import ChunkDict
 
 #: TensorRT-LLM's finish reason -> Dynamo's.
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "cancelled", "timeout": "error"}
@@ -14,7 +14,7 @@ _REASONS = {"stop": "stop", "length": "length", "cancelled": "cancelled", "timeo
 class Answer:
     """One answer while it comes in: the engine repeats all tokens so far, the frontend wants the new ones.
 
-    :param cached_tokens: what the prefill worker reused; None: what this engine says counts.
+    :param cached_tokens: what the prefill worker reused; None: this engine's own count is used.
     :ivar finished: the last chunk has been made.
     """
 
@@ -22,7 +22,7 @@ class Answer:
         self._prompt_len = prompt_len
         self._prefill = prefill
         self._handed_over = cached_tokens
-        self._told = 0
+        self._sent = 0
         self.finished = False
 
     def chunk(self, result: Any) -> ChunkDict | None:
@@ -30,11 +30,11 @@ class Answer:
         output = result.outputs[0]
         tokens = list(output.token_ids or ())
         reason = self._reason(result, output)
-        if len(tokens) == self._told and reason is None:
+        if len(tokens) == self._sent and reason is None:
             return None
-        chunk: ChunkDict = {"token_ids": tokens[self._told :], "index": 0}
-        chunk |= _logprobs(tokens, output.logprobs or (), self._told)
-        self._told = len(tokens)
+        chunk: ChunkDict = {"token_ids": tokens[self._sent :], "index": 0}
+        chunk |= _logprobs(tokens, output.logprobs or (), self._sent)
+        self._sent = len(tokens)
         if reason is not None:
             self.finished = True
             chunk["finish_reason"] = reason
@@ -44,40 +44,40 @@ class Answer:
         return chunk
 
     def cached_tokens(self, result: Any) -> int:
-        """Prompt tokens that were reused, by whoever computed the prompt; less than the prompt."""
+        """Prompt tokens that the worker which computed the prompt has reused; less than the prompt."""
         cached = self._handed_over
         if cached is None:
             cached = getattr(result, "cached_tokens", 0) or 0
         return max(0, min(int(cached), self._prompt_len - 1))
 
     def _reason(self, result: Any, output: Any) -> str | None:
-        given = output.finish_reason
-        if given is None and not result.finished:
+        reason = output.finish_reason
+        if reason is None and not result.finished:
             return None
-        if self._prefill and given in (None, "length", "not_finished"):
+        if self._prefill and reason in (None, "length", "not_finished"):
             # Any other word makes the frontend take the first token for the whole answer.
             return "length"
-        return _REASONS.get(str(given), "error")
+        return _REASONS.get(str(reason), "error")
 
     def _usage(self, result: Any) -> dict[str, Any]:
         return {
             "prompt_tokens": self._prompt_len,
-            "completion_tokens": self._told,
-            "total_tokens": self._prompt_len + self._told,
+            "completion_tokens": self._sent,
+            "total_tokens": self._prompt_len + self._sent,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens(result)},
         }
 
 
-def _logprobs(tokens: list[int], logprobs: Any, told: int) -> ChunkDict:
-    """Of the new tokens, where the request asked for them: its own, and those of the likeliest."""
-    new = list(logprobs)[told : len(tokens)]
+def _logprobs(tokens: list[int], logprobs: Any, sent: int) -> ChunkDict:
+    """Log probabilities, where requested: of each new token, and of the likeliest ones at its place."""
+    new = list(logprobs)[sent : len(tokens)]
     if not new:
         return {}
     if not isinstance(new[0], Mapping):
         return {"log_probs": [float(value) for value in new]}
     own: list[float] = []
     top: list[list[dict[str, Any]]] = []
-    for token, likely in zip(tokens[told:], new, strict=False):
+    for token, likely in zip(tokens[sent:], new, strict=False):
         drawn = likely.get(token) or next(iter(likely.values()))
         own.append(float(drawn.logprob))
         ranked = [

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import (
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import (
     MODES,
     WORKER_ONLY,
     ChunkDict,
@@ -214,7 +214,7 @@ class TensorRtLlmEngine:
         return min(range(len(self._load)), key=self._load.__getitem__) if dp_rank is None else dp_rank
 
     def _strict(self, rank: int) -> int | None:
-        """The rank to insist on: only there is what the router counts on."""
+        """The rank that must serve the request: only there are the blocks that the router has counted."""
         return rank if len(self._load) > 1 else None
 
     def _adapter(self, request: TrtllmRequest) -> Adapter | None:
@@ -234,7 +234,7 @@ class TensorRtLlmEngine:
             return api.DisaggregatedParams(request_type="context_only", **numbered), None
         if request.handover is not None:
             params, cached = handover.unpack(api, request.handover)
-            # The engine counts the whole transferred prompt as cached: of no use to anybody.
+            # The engine counts the whole transferred prompt as cached, which says nothing.
             return params, cached if cached is not None else request.prefill_cached_tokens or 0
         if self._mode == "decode":
             # Short prompts that Dynamo does not send to a prefill worker.
@@ -242,7 +242,7 @@ class TensorRtLlmEngine:
         return None, None
 
     def _submit(self, running: _Running, arguments: dict[str, Any]) -> Any:
-        """TensorRT-LLM checks a request before it takes it: what it says then is the request's fault.
+        """TensorRT-LLM checks a request before it takes it: an error of that check is the request's fault.
 
         :raises InvalidRequest: it says so, and lives.
         :raises Unavailable: it takes none any more.
@@ -252,7 +252,7 @@ class TensorRtLlmEngine:
             return running.llm.generate_async(streaming=streaming, **arguments)
         except Exception as error:
             refused = (TypeError, ValueError, NotImplementedError, running.api.RequestError)
-            # An error from the background, of any type, is raised by whatever request comes next.
+            # An error from the background, of any type, is raised by the next request.
             wrong = problem(running.llm)
             if isinstance(error, refused) and wrong is None:
                 raise InvalidRequest(f"TensorRT-LLM refuses the request: {error}") from error

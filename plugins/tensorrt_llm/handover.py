@@ -26,7 +26,7 @@ _LEFT_OUT = ("first_gen_logits",)
 
 
 def pack(params: Any, cached_tokens: int) -> dict[str, Any]:
-    """What a prefill worker tells. Never logged: the state opens the way to the prompt's blocks.
+    """What a prefill worker sends. Never logged: the state gives access to the prompt's blocks.
 
     :param params: TensorRT-LLM's ``DisaggregatedParams``.
     :param cached_tokens: prompt tokens that the prefill worker reused.
@@ -34,7 +34,7 @@ def pack(params: Any, cached_tokens: int) -> dict[str, Any]:
     packed: dict[str, Any] = {}
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
-        # Fields that the constructor does not take are the object's own business.
+        # Fields that the constructor does not take are internal to the object.
         if value is None or field.name in _LEFT_OUT or not field.init:
             continue
         packed[field.name] = _listed(value) if field.name == "first_gen_log_probs" else _plain(value)
@@ -46,7 +46,7 @@ def pack(params: Any, cached_tokens: int) -> dict[str, Any]:
 
 
 def unpack(api: Api, packed: Mapping[str, Any]) -> tuple[Any, int | None]:
-    """``DisaggregatedParams`` for the decode phase, and the prefill worker's cached tokens if it told them.
+    """``DisaggregatedParams`` for the decode phase, and the prefill worker's cached tokens if it sent them.
 
     :raises InvalidRequest: of another engine, or malformed.
     """
@@ -55,8 +55,8 @@ def unpack(api: Api, packed: Mapping[str, Any]) -> tuple[Any, int | None]:
             "prefill_result.disaggregated_params: expected those of a TensorRT-LLM prefill worker, got the "
             f"fields {', '.join(sorted(map(str, packed)))}; run the same engine on prefill and decode workers"
         )
-    known = {field.name for field in dataclasses.fields(api.DisaggregatedParams) if field.init}
-    values = {key: value for key, value in packed.items() if key in known and key not in _NOT_THEIRS}
+    field_names = {field.name for field in dataclasses.fields(api.DisaggregatedParams) if field.init}
+    values = {key: value for key, value in packed.items() if key in field_names and key not in _NOT_THEIRS}
     metadata = packed.get(_METADATA)
     cached = metadata.get("cached_tokens") if isinstance(metadata, Mapping) else None
     try:

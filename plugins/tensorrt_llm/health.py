@@ -1,6 +1,6 @@
 """Whether TensorRT-LLM is still alive, watched in a thread of its own.
 
-A dead executor may leave whoever fetches its events waiting for good, so this is no business of theirs.
+The thread that fetches events may wait for a dead executor without end, so it cannot watch it as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class HealthWatch:
     """Looks at ``llm`` from :meth:`start` to :meth:`stop`.
 
     :param also: more that may be wrong; None where nothing is.
-    :param fail: told once why the engine cannot go on.
+    :param fail: called once with the reason why the engine cannot go on.
     """
 
     def __init__(self, llm: Any, also: Callable[[], str | None], fail: Callable[[str], None]) -> None:
@@ -45,7 +45,7 @@ class HealthWatch:
             try:
                 wrong = problem(self._llm) or self._also()
             except Exception as error:
-                wrong = f"TensorRT-LLM's health cannot be told: {type(error).__name__}: {error}"
+                wrong = f"TensorRT-LLM's health cannot be checked: {type(error).__name__}: {error}"
             if wrong is not None and not self._stopping.is_set():
                 self._fail(wrong)
                 return
@@ -54,7 +54,7 @@ class HealthWatch:
 def problem(llm: Any) -> str | None:
     """What is wrong with the executor of ``llm``; None where nothing is known to be.
 
-    Releases before 1.3 cannot be asked. There, what their own calls look at is looked at.
+    Releases before 1.3 have no call for it; for them the state that their own calls check is read.
     """
     executor = getattr(llm, "_executor", None)
     check = getattr(llm, "_check_health", None) or getattr(executor, "check_health", None)

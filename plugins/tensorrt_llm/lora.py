@@ -1,4 +1,4 @@
-"""LoRA and cache salts by the hash chains of their requests: the engine's events do not say whose a block is.
+"""LoRA and cache salts by the hash chains of their requests, since the engine's events do not name them.
 
 A request's chain is noted when it is admitted, before any event of it; an event whose blocks are noted, or
 hang on noted ones, gets the names added. Called from the event loop and from the polling thread.
@@ -25,14 +25,14 @@ class Adapter(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Whose a block is."""
+    """The LoRA adapter and the cache salt of a block."""
 
     lora: Adapter | None
     cache_salt: str | None
 
 
 class Attribution:
-    """Whose blocks are which.
+    """Blocks with the adapter and the salt that they belong to.
 
     :param adapters: all that are served; where there are some, events say so, and the adapter of events then
         publishes only blocks that can be told from each other.
@@ -55,7 +55,7 @@ class Attribution:
             self._trim()
 
     def annotate(self, event: dict[str, Any]) -> dict[str, Any]:
-        """``event`` with what is known of whose its blocks are; itself where nothing is."""
+        """``event`` with the adapter and salt of its blocks as far as known; itself where nothing is."""
         data = event.get("data")
         if not isinstance(data, dict) or data.get("type") != "stored" or not (self.adapters or self._noted):
             return event
@@ -67,7 +67,7 @@ class Attribution:
                 (self._noted[key] for key in (*hashes, data.get("parent_hash")) if key in self._noted), None
             )
             if owner is not None:
-                # What was generated hangs on the prompt, and belongs to whom that belongs to.
+                # What was generated hangs on the prompt and has the same adapter and salt.
                 self._noted |= {key: owner for key in hashes if isinstance(key, int)}
                 self._trim()
         if owner is not None and owner.lora is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine.options import Section
+from vswa_plugin.engine import Section
 from vswa_plugin.errors import ConfigError
 
 SECTION = "vswa"
@@ -78,9 +78,9 @@ class TrtllmOptions(msgspec.Struct, frozen=True):
     :param max_attention_window: cache windows in tokens, repeating over the layers; None: not given.
     :param max_seq_len: prompt and answer together, in tokens; None: not given.
     :param manager_v2: whether KV cache manager V2 is asked for; None: the engine decides.
-    :param transceiver_backend: who moves blocks between phases, upper case; None: nobody.
+    :param transceiver_backend: what moves blocks between phases, upper case; None: nothing.
     :param transceiver_runtime: ``CPP``, ``PYTHON`` or ``auto``; None: not given.
-    :param reuse_rule: the user's word on the rule; None: decided from version and options.
+    :param reuse_rule: the rule that the user gives; None: decided from version and options.
     :param lora_adapters: name that requests give -> directory of the adapter.
     :param changes: what was set in ``llm_args`` that the file does not say, each with its reason.
     """
@@ -164,7 +164,7 @@ def _refuse(top: Section, kv: Section) -> None:
     if streaming.get("enable_kv_cache_events"):
         raise ConfigError(
             f"kv_cache_config.kv_events_config: expected no streaming of KV events, got {streaming!r} (in "
-            f"{kv.source}): the stream holds the largest window only, so that nobody could tell what the "
+            f"{kv.source}): the stream holds the largest window only, which does not show what the "
             "sliding layers can resume; leave it out, events are polled"
         )
 
@@ -201,7 +201,7 @@ def _lora_adapters(top: Section, kv: Section, own: Section) -> dict[str, str]:
     if adapters and algorithm not in (None, "auto", "v1_block_key"):
         raise kv.error(
             "kv_cache_event_hash_algo",
-            "'auto' or 'v1_block_key', by which blocks of adapters are told",
+            "'auto' or 'v1_block_key', by which blocks of adapters are recognised",
             algorithm,
         )
     return dict(adapters)

@@ -44,10 +44,10 @@ class Version(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Version | None:
         """None for what does not look like a version of TensorRT-LLM."""
-        found = _VERSION.match(text)
-        if found is None:
+        match = _VERSION.match(text)
+        if match is None:
             return None
-        major, minor, patch, candidate = found.groups()
+        major, minor, patch, candidate = match.groups()
         numbers = int(major), int(minor), int(patch)
         return cls(*numbers, _NO_CANDIDATE if candidate is None else int(candidate))
 
@@ -72,7 +72,7 @@ class Api(NamedTuple):
 
 
 def require_installed() -> Version | None:
-    """The installed version, None where it cannot be told. Imports nothing.
+    """The installed version, None where it is unknown. Imports nothing.
 
     :raises ConfigError: the package is not there; says how to install it.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
-from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.blocks import CacheGroup
 from vswa_plugin.errors import ConfigError
 
 from .model_shape import ModelShape
@@ -14,7 +14,7 @@ from .package import Version
 from .rules import DERIVES_WINDOWS, Decision
 
 
-class Plan(NamedTuple):
+class EnginePlan(NamedTuple):
     """:param groups: in order of their first layer, as manager V2 numbers them.
     :param changes: what is set in ``llm_args`` beyond the options, each with its reason.
     """
@@ -25,7 +25,9 @@ class Plan(NamedTuple):
     changes: tuple[str, ...]
 
 
-def make_plan(options: TrtllmOptions, shape: ModelShape, version: Version | None, decision: Decision) -> Plan:
+def make_plan(
+    options: TrtllmOptions, shape: ModelShape, version: Version | None, decision: Decision
+) -> EnginePlan:
     """What the engine will keep and how it is to be started.
 
     :raises ConfigError: the context is unknown or too long, or a window is smaller than the model's.
@@ -52,7 +54,7 @@ def make_plan(options: TrtllmOptions, shape: ModelShape, version: Version | None
         )
     windows = _windows(options, shape, pattern, context)
     groups = tuple(CacheGroup(i, w, options.tokens_per_block) for i, w in enumerate(windows))
-    return Plan(groups, context, args, tuple(changes))
+    return EnginePlan(groups, context, args, tuple(changes))
 
 
 def _context(options: TrtllmOptions, shape: ModelShape) -> int:
@@ -80,13 +82,13 @@ def _windows(
         return [None]
     windows: dict[int | None, None] = {}
     for layer, model_window in enumerate(shape.windows):
-        given = min(pattern[layer % len(pattern)], context)
+        size = min(pattern[layer % len(pattern)], context)
         needed = context if model_window is None else min(model_window, context)
-        if given < needed:
+        if size < needed:
             kind = "global attention" if model_window is None else f"a window of {model_window} tokens"
             raise ConfigError(
                 f"kv_cache_config.max_attention_window: layer {layer} of the model has {kind} and needs at "
-                f"least {needed} tokens, got {given} (in {options.source}); a smaller one gives wrong answers"
+                f"least {needed} tokens, got {size} (in {options.source}); a smaller one gives wrong answers"
             )
-        windows[None if given >= context else given] = None
+        windows[None if size >= context else size] = None
     return list(windows)

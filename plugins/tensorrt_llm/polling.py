@@ -1,9 +1,9 @@
 """The engine's KV events, fetched in a thread of their own. One consumer only: draining is destructive.
 
-Two ways lead to them. Newer releases ask the engine's process by remote call, which waits for good if that
-process is gone. Older ones (the 1.1 and 1.2 lines) keep a queue in ours, made by whoever comes first, and of
-a kind that only a coroutine can read if that is the event loop's thread: so it is made here, before any
-request.
+Two ways lead to them. Newer releases ask the engine's process by remote call, which waits without end if
+that process is gone. Older ones (the 1.1 and 1.2 lines) keep a queue in ours. The first thread that needs the
+queue makes it, and where that is the event loop's, only a coroutine can read it: so it is made here, before
+any request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vswa_plugin.engine.contract import EventSink
+from vswa_plugin.engine import EventSink
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class EventPoller:
 
     :param llm: TensorRT-LLM's ``LLM``.
     :param annotate: what is added to an event before it is handed over.
-    :param fail: told once why the engine cannot go on.
+    :param fail: called once with the reason why the engine cannot go on.
     :ivar events: handed over so far.
     """
 
@@ -71,7 +71,7 @@ class EventPoller:
             logger.warning("the last KV events have not come within %.0f s", JOIN_S)
 
     def overdue(self) -> str | None:
-        """Why no more events will come, if an answer is waited for in vain; None else. Any thread."""
+        """Why no more events will come, where an answer is overdue; else None. Any thread."""
         asked_at = self._asked_at
         if asked_at is None or time.monotonic() - asked_at < MAX_WAIT_S:
             return None

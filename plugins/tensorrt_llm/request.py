@@ -1,6 +1,6 @@
 """A request as TensorRT-LLM runs it, read from Dynamo's ``PreprocessedRequest``. Pure.
 
-Half of a request is never ignored: what is not passed on to the engine is refused.
+No part of a request is ignored: what is not passed on to the engine is refused.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine.contract import RequestDict
-from vswa_plugin.engine.requests import Fields, dp_rank, is_number, outside, prefill_result, token_ids
+from vswa_plugin.engine import Fields, RequestDict, dp_rank, is_number, outside, prefill_result, token_ids
 from vswa_plugin.errors import InvalidRequest
 
 #: Dynamo's sampling option -> TensorRT-LLM's; both mean the same.
@@ -58,7 +57,7 @@ class TrtllmRequest(msgspec.Struct, frozen=True):
     :param guided: keyword arguments of ``GuidedDecodingParams``; None: free text.
     :param dp_rank: the rank that is to serve it; None: any.
     :param handover: what a prefill worker has computed of it, as it came.
-    :param prefill_cached_tokens: of the prefill worker, as Dynamo's own workers tell it.
+    :param prefill_cached_tokens: of the prefill worker, as Dynamo's own workers send it.
     """
 
     prompt: list[int]
@@ -111,8 +110,8 @@ def _prompt(request: Fields, limits: Limits, *, computed_here: bool) -> list[int
             f"prompt of {len(prompt)} tokens: expected at most max_num_tokens, {limits.max_prompt}, because "
             "this worker runs without enable_chunked_prefill; shorten the prompt"
         )
-    if found := outside(prompt, limits.vocab_size):
-        raise request.error("token_ids", f"ids in [0, {limits.vocab_size or 1 << 32})", found)
+    if out_of_range := outside(prompt, limits.vocab_size):
+        raise request.error("token_ids", f"ids in [0, {limits.vocab_size or 1 << 32})", out_of_range)
     return prompt
 
 
@@ -121,15 +120,15 @@ def _stopping(request: Fields, room: int, mode: str) -> dict[str, Any]:
     own = {*stop.ids("stop_token_ids"), *stop.ids("stop_token_ids_hidden")}
     visible = stop.ids("stop_token_ids_visible")
     max_tokens = stop.integer("max_tokens", room, low=1)
-    asked: dict[str, Any] = {"max_tokens": 1 if mode == "prefill" else min(max_tokens, room)}
+    params: dict[str, Any] = {"max_tokens": 1 if mode == "prefill" else min(max_tokens, room)}
     if min_tokens := stop.integer("min_tokens", 0, low=0):
-        asked["min_tokens"] = min_tokens
+        params["min_tokens"] = min_tokens
     if stop.data.get("ignore_eos") or visible:
         # The engine drops a token that it stops at; one that is to be seen is stopped at by the frontend.
-        asked["ignore_eos"] = True
+        params["ignore_eos"] = True
     elif ids := own.union(request.ids("eos_token_ids")):
-        asked["stop_token_ids"] = sorted(ids)
-    return asked
+        params["stop_token_ids"] = sorted(ids)
+    return params
 
 
 def _sampling(options: Fields) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _sampling(options: Fields) -> dict[str, Any]:
         value = options.data.get(name)
         if value is not None and value not in allowed:
             raise options.error(name, repr(allowed[0]), repr(value))
-    asked: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     for name, theirs in SAMPLING.items():
         value = options.data.get(name)
         if value is None:
@@ -145,24 +144,24 @@ def _sampling(options: Fields) -> dict[str, Any]:
         if not is_number(value) and not isinstance(value, bool):
             raise options.error(name, "a number", repr(value))
         # Dynamo says -1 for "all", TensorRT-LLM 0.
-        asked[theirs] = max(value, 0) if name == "top_k" else value
-    return asked
+        params[theirs] = max(value, 0) if name == "top_k" else value
+    return params
 
 
 def _logprobs(output: Fields) -> dict[str, Any]:
     if output.data.get("prompt_logprobs") is not None:
         raise output.error("prompt_logprobs", "none; not served by this worker")
-    asked = output.integer("logprobs", None, low=0)
+    count = output.integer("logprobs", None, low=0)
     # 0 asks for the drawn token's own, which is one.
-    return {} if asked is None else {"logprobs": max(1, asked)}
+    return {} if count is None else {"logprobs": max(1, count)}
 
 
 def _guided(given: Fields) -> dict[str, Any] | None:
-    asked = {key: given.data[key] for key in _GUIDED if given.data.get(key) not in (None, False)}
+    guide = {key: given.data[key] for key in _GUIDED if given.data.get(key) not in (None, False)}
     choice = [text for text in given.data.get("choice") or () if text is not None]
-    if choice and "regex" not in asked:
-        asked["regex"] = f"({'|'.join(re.escape(str(text)) for text in choice)})"
-    return asked or None
+    if choice and "regex" not in guide:
+        guide["regex"] = f"({'|'.join(re.escape(str(text)) for text in choice)})"
+    return guide or None
 
 
 def _handover(request: Fields, limits: Limits) -> tuple[Mapping[str, Any] | None, int | None]:

@@ -1,7 +1,7 @@
 """Which cache manager the engine will use, hence which reuse rule its prompts are resumed by. Pure.
 
-TensorRT-LLM decides while it starts and says nothing. This follows its sources; which release has which
-change is known by date only, and where that is open the rule that promises less is taken.
+TensorRT-LLM decides while it starts and does not report its choice. This follows its sources; which release
+has which change is known by date only, and where that is open the rule that promises less is taken.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _manager(options: TrtllmOptions, version: Version | None, architecture: str)
 def _transceiver_needs_v1(
     options: TrtllmOptions, version: Version | None, env: Mapping[str, str]
 ) -> str | None:
-    """Why blocks can be handed over by V1 only; None if V2 can, or nobody hands over."""
+    """Why blocks can be handed over by V1 only; None if V2 can, or if no blocks are handed over."""
     backend, runtime = options.transceiver_backend, options.transceiver_runtime
     if backend is None:
         return None

@@ -1,9 +1,9 @@
-"""TensorRT-LLM's KV events for whoever emits them: TensorRT-LLM itself, the embedded engine, traces."""
+"""TensorRT-LLM's KV events, from any source: TensorRT-LLM itself, the embedded engine, traces."""
 
 from __future__ import annotations
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import EventAdapter
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import EventAdapter
 from vswa_plugin.hookspecs import hookimpl
 
 from .adapter import LORA_SERVED, TrtllmEventAdapter

@@ -1,7 +1,7 @@
 """TensorRT-LLM's KV event JSON, one object at a time, turned into the host's engine events. No I/O.
 
 Blocks that cannot be named by their tokens alone are left out, and with them everything that hangs on
-them and every later word about them: partial blocks, multimodal ones, those with extra token ids, and those
+them and every later event about them: partial blocks, multimodal ones, those with extra token ids, and those
 whose hash shows that a salt or a LoRA is in it that the event does not name. Leaving a block out makes a
 prediction too low, never too high.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import (
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import (
     NO_SUCH_GROUP,
     BlocksMoved,
     BlocksRemoved,
@@ -41,7 +41,7 @@ _V1_RULES = ("trtllm_v1", "trtllm_v1_contiguous")
 
 
 class TrtllmEventAdapter:
-    """Adapter of one worker; keeps apart what each attention-DP rank says. Not thread-safe.
+    """Adapter of one worker; keeps the events of each attention-DP rank apart. Not thread-safe.
 
     :param layout: the groups that the worker declared, which the engine's events may correct, and the rule:
         under those of manager V1 what its events leave unsaid is recovered (:mod:`.chains`).
@@ -58,19 +58,19 @@ class TrtllmEventAdapter:
     def feed(self, raw: RawEvent) -> list[EngineEvent]:
         """Events that ``raw`` means, in order.
 
-        Ids start at 0 and count up by one per rank. A skip is told before anything else is looked at; what
-        was lost cannot be asked for again.
+        Ids start at 0 and count up by one per rank. A skip is reported before the event is read any further;
+        what was lost cannot be requested again.
 
         :raises ProtocolError: a field is not as TensorRT-LLM writes it. The id is consumed, and what the
-            event said is lost: it may have been a removal. A loss found in the same event is told with the
-            rank's next one.
+            event said is lost: it may have been a removal. A loss found in the same event is reported with
+            the rank's next one.
         """
         event_id = fields.integer(raw, "event_id", "an event")
         rank = self._rank(raw)
         rank.see(event_id)
-        told = self._read(raw, rank, f"event {event_id}")
+        events = self._read(raw, rank, f"event {event_id}")
         lost, rank.lost = rank.lost, None
-        return told if lost is None else [lost, *told]
+        return events if lost is None else [lost, *events]
 
     def _rank(self, raw: RawEvent) -> _Rank:
         dp_rank = 0
@@ -94,36 +94,36 @@ class TrtllmEventAdapter:
             if rank.created:
                 self._groups.close()
         group_id = self._groups.group_of(raw, where, created=created)
-        told = self._corrected(rank, group_id if created else None)
+        events = self._corrected(rank, group_id if created else None)
         if not created:
             self._check_manager(raw)
-            told += readers[kind](raw, group_id, rank, where)
-        return told
+            events += readers[kind](raw, group_id, rank, where)
+        return events
 
     def _corrected(self, rank: _Rank, group_id: int | None) -> list[EngineEvent]:
         """What the host does not know of the groups, and that group's window in any case."""
-        told: list[EngineEvent] = []
+        events: list[EngineEvent] = []
         windows = self._groups.windows
-        for known, window in windows.items():
+        for other, window in windows.items():
             if rank.only_created and window is not None and window % self._block_size:
                 continue  # no real window: the global one, clamped by memory, which is clear in the end
-            if known == group_id or rank.said.get(known, NO_SUCH_GROUP) != window:
-                told.append(GroupCreated(known, window, rank.dp_rank))
-            rank.said[known] = window
-        for absent in rank.said.keys() - windows.keys():
-            del rank.said[absent]
-            told.append(GroupCreated(absent, NO_SUCH_GROUP, rank.dp_rank))
-        return told
+            if other == group_id or rank.announced.get(other, NO_SUCH_GROUP) != window:
+                events.append(GroupCreated(other, window, rank.dp_rank))
+            rank.announced[other] = window
+        for absent in rank.announced.keys() - windows.keys():
+            del rank.announced[absent]
+            events.append(GroupCreated(absent, NO_SUCH_GROUP, rank.dp_rank))
+        return events
 
     def _stored(self, raw: RawEvent, group_id: int, rank: _Rank, where: str) -> list[EngineEvent]:
         data = raw["data"]
         stored = fields.stored(data, self._block_size, where)
         nameable = rank.without_unnameable(stored, group_id, self._block_size)
-        told: list[EngineEvent] = []
+        events: list[EngineEvent] = []
         for run in self._chained(raw, nameable, group_id, rank):
             parent = run.parent_hash
             for part in _parts_of_one_tier(run.blocks):
-                told.append(
+                events.append(
                     BlocksStored(
                         group_id,
                         parent,
@@ -135,10 +135,10 @@ class TrtllmEventAdapter:
                     )
                 )
                 parent = part[-1].hash
-        return told
+        return events
 
     def _chained(self, raw: RawEvent, stored: Stored, group_id: int, rank: _Rank) -> list[Run]:
-        """Blocks with their true parents. Manager V2 says them; V1 may leave blocks out between two."""
+        """Blocks with their true parents. Manager V2 names them; V1 may leave blocks out between two."""
         strict = bool(raw["data"].get(LORA_SERVED))
         own_names = raw.get("hash_algo", HASH_ALGO) == HASH_ALGO
         if not stored.blocks or not ((self._is_v1(raw) and own_names) or strict):
@@ -167,7 +167,7 @@ class TrtllmEventAdapter:
         return self._rule in _V1_RULES and raw.get("layer_group_id") is None
 
     def _check_manager(self, raw: RawEvent) -> None:
-        """Say once where the events are those of another cache manager than the rule is for."""
+        """Warn once where the events are those of another cache manager than the rule is for."""
         is_v2 = raw.get("layer_group_id") is not None
         if self._warned or not self._rule.startswith("trtllm_") or is_v2 == (self._rule == "trtllm_v2"):
             return
@@ -187,8 +187,8 @@ class _Rank:
     def __init__(self, dp_rank: int, declared: Mapping[int, int | None]) -> None:
         self.dp_rank = dp_rank
         #: Windows by group as the host knows them.
-        self.said = dict(declared)
-        #: A loss that is not told yet.
+        self.announced = dict(declared)
+        #: A loss that is not reported yet.
         self.lost: EventsLost | None = None
         self.chains = Chains()
         self.created = 0
@@ -213,7 +213,7 @@ class _Rank:
 
     def without_unnameable(self, stored: Stored, group_id: int, block_size: int) -> Stored:
         """With the leading blocks that tokens name; the others are remembered as left out."""
-        kept: list[StoredBlock] = []
+        nameable: list[StoredBlock] = []
         tainted = self._is_left_out(stored.parent_hash)
         for block in stored.blocks:
             if tainted or not block.nameable:
@@ -223,11 +223,11 @@ class _Rank:
                 tainted = True
                 self._partial.setdefault(group_id, set()).add(block.hash)
             else:
-                kept.append(block)
-        return Stored(stored.parent_hash, kept, stored.cache_salt, stored.lora_name, stored.lora_id)
+                nameable.append(block)
+        return Stored(stored.parent_hash, nameable, stored.cache_salt, stored.lora_name, stored.lora_id)
 
     def leave_out(self, blocks: list[StoredBlock], group_id: int) -> None:
-        """Remember that these blocks of that group are not told of."""
+        """Remember that these blocks of that group are left out."""
         for block in blocks:
             self._unnameable.setdefault(block.hash, set()).add(group_id)
 

@@ -1,7 +1,7 @@
-"""What manager V1 leaves unsaid about its chains of blocks, recovered from what it says. Pure.
+"""What manager V1's events leave out about its chains of blocks, recovered from the rest. Pure.
 
 * A ``stored`` event goes on behind blocks that were there already, so that a block's parent need not be the
-  one before it. The hash tells: it is that of the block's tokens behind its parent.
+  one before it. The hash shows it: it is that of the block's tokens behind its parent.
 * In the 1.2 line a block that is removed takes all below it along in its window, and only it is announced.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import NamedTuple
 
-from vswa_plugin.engine.contract import EngineHash
+from vswa_plugin.engine import EngineHash
 
 from .fields import Stored, StoredBlock
 from .hashing import block_key
@@ -68,8 +68,8 @@ class Chains:
         runs: list[Run] = []
         parent = stored.parent_hash
         for index, block in enumerate(stored.blocks):
-            found, actual = self._parent_of(group_id, block, parent, stored)
-            if not found and (strict or self._proven):
+            is_known, actual = self._parent_of(group_id, block, parent, stored)
+            if not is_known and (strict or self._proven):
                 return runs, index
             if runs and actual == parent:
                 runs[-1].blocks.append(block)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine.contract import EngineHash
+from vswa_plugin.engine import EngineHash
 from vswa_plugin.errors import ProtocolError
 
 #: TensorRT-LLM's cache levels.
@@ -39,8 +39,8 @@ class StoredBlock(msgspec.Struct, frozen=True, gc=False):
 class Stored(msgspec.Struct, frozen=True):
     """A ``stored`` event: a chain of blocks below ``parent_hash``.
 
-    :param lora_name: with ``lora_id``, who computed them. TensorRT-LLM does not say; a worker that knows adds
-        both to ``data``.
+    :param lora_name: with ``lora_id``, the adapter of the blocks. TensorRT-LLM leaves them out; a worker that
+        knows them adds both to ``data``.
     """
 
     parent_hash: EngineHash | None

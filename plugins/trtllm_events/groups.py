@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks import CacheLayout
 from vswa_plugin.errors import ProtocolError
 
 from . import fields
@@ -28,13 +28,13 @@ class Groups:
         self._sliding = {group_id for group_id, window in self.windows.items() if window is not None}
         self._block_size = layout.block_size
         #: As events gave them; the global group's is a number here.
-        self._told: dict[int, int] = {}
+        self._announced: dict[int, int] = {}
         self._closed = False
 
     def group_of(self, raw: Mapping[str, Any], where: str, *, created: bool) -> int:
         """Group id of an event; :attr:`windows` learns from it.
 
-        :param created: whether the event may bring a group that nobody declared.
+        :param created: whether the event may bring a group that was not declared.
         :raises ProtocolError: it names no group that is known.
         """
         group_id = fields.optional_integer(raw, "layer_group_id", where)
@@ -43,17 +43,19 @@ class Groups:
             group_id = self._by_window(window, where, created=created)
         elif group_id not in self.windows and not created:
             raise ProtocolError(f"{where}: expected a layer_group_id of {self._described()}, got {group_id}")
-        if window is not None and self._told.get(group_id) != window:
-            self._told[group_id] = window
+        if window is not None and self._announced.get(group_id) != window:
+            self._announced[group_id] = window
             self._settle()
         self.windows.setdefault(group_id, None)
         return group_id
 
     def close(self) -> None:
         """All ``created`` events have come: declared groups without one do not exist."""
-        if self._told and not self._closed:
+        if self._announced and not self._closed:
             self._closed = True
-            self.windows = {group_id: w for group_id, w in self.windows.items() if group_id in self._told}
+            self.windows = {
+                group_id: w for group_id, w in self.windows.items() if group_id in self._announced
+            }
             self._settle()
 
     def _settle(self) -> None:
@@ -62,9 +64,9 @@ class Groups:
         One that was declared to slide is not the widest before all others are known. Once they are, the
         widest is where the global layers are, whatever memory has made of their window.
         """
-        widest = max(self._told.values())
-        all_known = self.windows.keys() <= self._told.keys()
-        for group_id, window in self._told.items():
+        widest = max(self._announced.values())
+        all_known = self.windows.keys() <= self._announced.keys()
+        for group_id, window in self._announced.items():
             joined = self._closed and None in self._declared
             is_global = window == widest and (joined or self._is_global(window))
             waits = group_id in self._sliding and not all_known
@@ -74,26 +76,26 @@ class Groups:
         if window is None and len(self.windows) == 1:
             return next(iter(self.windows))
         if window is not None:
-            found = self._told_with(window)
-            if found is None:
-                found = self._unclaimed_for(window)
-            if found is None and created:
-                found = max(self.windows) + 1
-            if found is None:
-                found = self._global_for(window)
-            if found is not None:
-                return found
+            group_id = self._announced_with(window)
+            if group_id is None:
+                group_id = self._unclaimed_for(window)
+            if group_id is None and created:
+                group_id = max(self.windows) + 1
+            if group_id is None:
+                group_id = self._global_for(window)
+            if group_id is not None:
+                return group_id
         raise ProtocolError(
             f"{where}: expected a layer_group_id or the window_size of {self._described()}, "
             f"got window_size {window}"
         )
 
-    def _told_with(self, window: int) -> int | None:
-        return next((group_id for group_id, told in self._told.items() if told == window), None)
+    def _announced_with(self, window: int) -> int | None:
+        return next((group_id for group_id, size in self._announced.items() if size == window), None)
 
     def _unclaimed_for(self, window: int) -> int | None:
         """A declared group that the engine has not named yet: of that window, else global, else clamped."""
-        free = {group_id: w for group_id, w in self.windows.items() if group_id not in self._told}
+        free = {group_id: w for group_id, w in self.windows.items() if group_id not in self._announced}
         wanted = None if self._is_global(window) else window
         for group_id, declared in free.items():
             if declared == wanted:

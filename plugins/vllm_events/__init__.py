@@ -1,9 +1,9 @@
-"""vLLM's KV cache events, with their cache groups, for whoever has them: a subscriber, or a trace."""
+"""vLLM's KV cache events, with their cache groups, from any source: a subscriber, or a trace."""
 
 from __future__ import annotations
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import EventAdapter
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import EventAdapter
 from vswa_plugin.hookspecs import hookimpl
 
 from .adapter import VllmEventAdapter

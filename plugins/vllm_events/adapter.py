@@ -9,8 +9,8 @@
   blocks, but each loses its own.
 * Blocks whose tokens do not say all that they hold (multimodal, prompt embeddings) and copies outside the
   device are left out. That makes a prediction too low, never too high.
-* vLLM's events carry no numbers: whoever receives its batches, which do, sees that some were lost, and says
-  so with :meth:`VllmEventAdapter.lost`. Counted on, a lost removal would leave a copy that nobody removes.
+* vLLM's events carry no numbers, but its batches do: the receiver of the batches notices a loss and reports
+  it with :meth:`VllmEventAdapter.lost`. Otherwise a lost removal would leave a copy that no event removes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import (
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import (
     BlocksRemoved,
     BlocksStored,
     EngineBlock,
@@ -76,16 +76,16 @@ class VllmEventAdapter:
         :raises ProtocolError: a field is not as vLLM writes it. What the event said is lost.
         """
         event = fields.parse(raw)
-        told = self._settle(event)
+        events = self._settle(event)
         if isinstance(event, Cleared):
             return self._clear()
         if not fields.on_device(event):
-            return told
+            return events
         group_id = self._group_id(event)
         if isinstance(event, Removed):
-            return told + self._remove(group_id, fields.hashes(event))
+            return events + self._remove(group_id, fields.hashes(event))
         listed = self._listed(group_id, event)
-        return told + self._corrected(group_id, event) + self._store(group_id, event, listed)
+        return events + self._corrected(group_id, event) + self._store(group_id, event, listed)
 
     def lost(self, expected_id: int, got_id: int) -> list[EngineEvent]:
         """Batches are missing before the next event: nothing is counted any more, nothing known as held.
@@ -112,6 +112,7 @@ class VllmEventAdapter:
     def _listed(self, group_id: int, event: Stored) -> list[EngineHash]:
         """The listed blocks, once the event's parts are seen to fit together."""
         listed = fields.hashes(event)
+        fields.parent(event)  # refused before anything is counted, not in between
         covered, rest = divmod(len(event.token_ids), event.block_size)
         if event.block_size != self._block_size or rest or len(listed) > covered:
             raise ProtocolError(
@@ -129,13 +130,13 @@ class VllmEventAdapter:
         covered = len(event.token_ids) // self._block_size
         self._copies[group_id].update(listed)
         new = self._name(event, listed) if len(listed) == covered else []
-        told = list(self._stored(group_id, listed))
+        events = list(self._stored(group_id, listed))
         for other in self._copies:
             if other != group_id:
-                told += self._stored(other, new)
+                events += self._stored(other, new)
         if len(listed) < covered and self._unnamed(listed):
             self._open = event
-        return told
+        return events
 
     def _name(self, event: Stored, listed: list[EngineHash]) -> list[EngineHash]:
         """Note what consecutive blocks hold, as far as their tokens say it; the names that are new."""
@@ -186,28 +187,28 @@ class VllmEventAdapter:
 
     def _remove(self, group_id: int, names: list[EngineHash]) -> list[EngineEvent]:
         copies = self._copies[group_id]
-        gone = []
+        removed = []
         for name in names:
             copies[name] -= 1
             # Passed on even if never counted: after a loss the block may be resident all the same.
             if copies[name] <= 0:
                 del copies[name]
-                gone.append(name)
+                removed.append(name)
                 self._forget(name)
-        return [BlocksRemoved(group_id, tuple(gone))] if gone else []
+        return [BlocksRemoved(group_id, tuple(removed))] if removed else []
 
     def _forget(self, name: EngineHash) -> None:
         if not any(name in copies for copies in self._copies.values()):
             self._named.pop(name, None)
 
     def _clear(self) -> list[EngineEvent]:
-        told: list[EngineEvent] = [
+        events: list[EngineEvent] = [
             BlocksRemoved(group_id, tuple(copies)) for group_id, copies in self._copies.items() if copies
         ]
         for copies in self._copies.values():
             copies.clear()
         self._named.clear()
-        return told
+        return events
 
     def _corrected(self, group_id: int, event: Stored) -> list[EngineEvent]:
         """Where the event gives its group another window: that, and once more all that is resident."""
@@ -215,10 +216,10 @@ class VllmEventAdapter:
         if not says or window == self._windows[group_id]:
             return []
         self._windows[group_id] = window
-        told: list[EngineEvent] = [GroupCreated(group_id, window)]
+        events: list[EngineEvent] = [GroupCreated(group_id, window)]
         for each, copies in self._copies.items():
-            told += self._stored(each, list(copies))
-        return told
+            events += self._stored(each, list(copies))
+        return events
 
     # -- blocks that no event names ------------------------------------------------------------------
 
@@ -235,11 +236,11 @@ class VllmEventAdapter:
         blocks = self._blocks(before)
         computed = digests.chained(start, blocks)
         names = [digests.published(digest, like=unnamed[0]) for digest in computed]
-        found = [i for i, name in enumerate(names) if self._unnamed([name])]
-        if not found:
+        places = [i for i, name in enumerate(names) if self._unnamed([name])]
+        if not places:
             return []
         self._keep(names, computed)
-        return self._name_computed(fields.parent(before), names[: found[-1] + 1], blocks)
+        return self._name_computed(fields.parent(before), names[: places[-1] + 1], blocks)
 
     def _name_computed(
         self, parent: EngineHash | None, names: list[EngineHash], blocks: list[tuple[int, ...]]
@@ -252,14 +253,14 @@ class VllmEventAdapter:
             parent = name
         group_id = next(iter(self._copies))
         absent = tuple(name for name in names if name not in self._copies[group_id])
-        told: list[EngineEvent] = [_stored(group_id, [self._named[name] for name in names])]
+        events: list[EngineEvent] = [_stored(group_id, [self._named[name] for name in names])]
         if absent:
-            told.append(BlocksRemoved(group_id, absent))
+            events.append(BlocksRemoved(group_id, absent))
         for other in list(self._copies)[1:]:
-            told += self._stored(other, new)
+            events += self._stored(other, new)
         for name in new:
             self._forget(name)
-        return told
+        return events
 
     def _unnamed(self, names: Iterable[EngineHash]) -> list[EngineHash]:
         """Those that some group holds and nothing names."""

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 from collections.abc import Iterable
 
-from vswa_plugin.engine.contract import EngineHash
+from vswa_plugin.engine import EngineHash
 
 _PROTOCOL = 5
 ROOT = hashlib.sha256(pickle.dumps("vllm-none-hash", _PROTOCOL)).digest()

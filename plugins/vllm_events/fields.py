@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from vswa_plugin.engine.contract import EngineHash
+from vswa_plugin.engine import EngineHash
 from vswa_plugin.errors import ProtocolError, unknown_choice
 
 #: A map with the key ``type`` (vLLM 0.24 and later), or an array that begins with it.
@@ -60,7 +60,7 @@ _KINDS: Mapping[str, type[Stored | Removed | Cleared]] = {
     "BlockRemoved": Removed,
     "AllBlocksCleared": Cleared,
 }
-#: On which vLLM's events speak of its own pool; copies elsewhere are not looked at by its cache manager.
+#: With which vLLM's events are about its own pool; copies elsewhere are not looked at by its cache manager.
 _DEVICE = (None, "GPU", "DEVICE")
 _GLOBAL_KINDS = ("full_attention", "mla_attention", "sink_full_attention")
 _SLIDING_KINDS = ("sliding_window", "sliding_window_mla")

@@ -85,7 +85,7 @@ class HandedIn:
         request = control.decode_request(payload)
         self.asked.append(type(request).__name__)
         if self.answer is None:
-            raise ConnectError("nobody serves it")
+            raise ConnectError("no process serves this subject")
         return control.encode(self.answer(request))
 
     async def deliver(self, to_subject: str, payload: bytes) -> None:

@@ -370,7 +370,7 @@ def said_at_start(directory: Path) -> str:
         [*command, "--model-path", str(directory)], env=env, stderr=subprocess.PIPE, text=True
     ) as worker:
         assert worker.stderr is not None
-        end = threading.Timer(5, worker.kill)
+        end = threading.Timer(45, worker.kill)
         end.start()
         for line in worker.stderr:
             said.append(line)

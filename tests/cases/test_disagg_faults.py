@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from vswa_plugins.gemma3_cpu.transfer.client import PullRequest, pull
 from vswa_plugins.gemma3_cpu.transfer.errors import TransferError
-from vswa_plugins.gemma3_cpu.transfer.messages import VERSION, Pull, Refused, decode_answer
+from vswa_plugins.gemma3_cpu.transfer.messages import VERSION, Pull, PullRefused, decode_answer
 from vswa_plugins.gemma3_cpu.transfer.params import parse_params
 from vswa_plugins.gemma3_cpu.transfer.plan import GroupBlocks
 from vswa_plugins.gemma3_cpu.transfer.server import ServerOptions
@@ -29,7 +29,7 @@ from tests.gemma3_disagg_helpers import Pair, running_pair, until, with_options
 from tests.gemma3_engine_helpers import prompt_of, request_for, tokens_of
 from tests.gemma3_engine_helpers import small as small
 from tests.gemma3_transfer_helpers import FULL, OFFERED, Decode, Prefill, connect, expected_blocks
-from tests.test_router_forward import FakeCall
+from tests.router.test_forward import FakeCall
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import Unavailable
@@ -269,7 +269,7 @@ def test_a_wrong_fingerprint_uses_no_ticket_up() -> None:
         ticket = prefill.offer()
         with connect(prefill.server.address) as stranger:
             stranger.send(Pull(VERSION, ticket, "another", FULL))
-            assert isinstance(stranger.receive(decode_answer), Refused)
+            assert isinstance(stranger.receive(decode_answer), PullRefused)
 
         assert expected_blocks(OFFERED) == fetched(prefill, ticket)
 

@@ -31,14 +31,14 @@ from tests.cases.follower_helpers import (
 )
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, own_namespace
-from tests.stream_helpers import LAYOUT as PUBLISHED
-from tests.stream_helpers import Publishing, running
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.following.metrics import render
 from vswa_plugin.registry import Change, Connected, Entry, Joined, Left, Updated, encode_entry
 from vswa_plugin.registry.entry_files import file_name
 from vswa_plugin.registry.file import FOLDER, FileRegistry
+from vswa_plugin.testing.streams import LAYOUT as PUBLISHED
+from vswa_plugin.testing.streams import Publishing, running
 from vswa_plugin.wire.events import Rank, Source, layout_event
 
 NEW = Rank(3)

@@ -26,7 +26,7 @@ from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.subscriber import Subscriber
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry.file import FileRegistry
-from vswa_plugin.router.http.dump import Asked, dump
+from vswa_plugin.router.http.dump import DumpQuery, dump
 from vswa_plugin.wire.events import Layout, Rank, Stored, layout_event
 from vswa_plugin.wire.transport import Transport
 
@@ -273,7 +273,7 @@ def test_a_dump_holds_the_event_loop_no_longer_for_a_rank_with_more_blocks(kerne
         with Steps() as taken:
             other = asyncio.create_task(routing(taken))
             await asyncio.sleep(0)
-            size = sum([len(piece) async for piece in dump(fleet, Asked())])
+            size = sum([len(piece) async for piece in dump(fleet, DumpQuery())])
             other.cancel()
         assert size > 15 * blocks
         return max(after - before for before, after in itertools.pairwise(turns))

@@ -12,10 +12,10 @@ import pytest
 from tests.cases import mended_by
 from tests.conftest import Run
 from tests.e2e_helpers import eventually
-from tests.stream_helpers import Following, Publishing, running
 from vswa_plugin.errors import ConnectError
 from vswa_plugin.launch.brokers import _binary, _listens
 from vswa_plugin.launch.processes import Child, free_port
+from vswa_plugin.testing.streams import Following, Publishing, running
 from vswa_plugin.wire.events import Batch, Source, encode
 from vswa_plugin.wire.subjects import events_of, subject
 from vswa_plugin.wire.transport import Transport

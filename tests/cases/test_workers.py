@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cases import mended_by
 from tests.cases.follower_helpers import Steps, outcome
 from tests.conftest import Run
 from tests.e2e_helpers import get
 from tests.host_helpers import clock as clock
-from tests.host_helpers import failing, plugin
+from tests.host_helpers import failing
 from tests.host_helpers import host as host
-from tests.standin_engine import StandinEngine
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EventAdapter
@@ -39,6 +37,8 @@ from vswa_plugin.router.args import parse as parse_router
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.pools import Pool
 from vswa_plugin.selection import LoadBook, Weights
+from vswa_plugin.testing.engine import StandinEngine
+from vswa_plugin.testing.host import plugin
 from vswa_plugin.wire.events import Batch, Rank, Source, Stored, decode
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import parse
@@ -297,7 +297,6 @@ def test_a_plugin_metric_with_the_name_of_one_of_the_workers_own_is_left_out_and
     assert {(PLUGIN, "vswa_metrics"): 1} == host.failures()
 
 
-@mended_by(2, "a router's page of metrics has nothing of its plugins")
 def test_a_router_shows_the_failures_and_the_metrics_of_its_plugins(host: PluginHost, tmp_path: Path) -> None:
     score = failing(RuntimeError("a fault of the plugin"))
     host.register(plugin(vswa_score=score, vswa_metrics=lambda: "mine 7\n"), PLUGIN)

@@ -1,5 +1,5 @@
 /* XXH3, 64 bit, as published: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
- * Written for this project; checked against the xxhash package at every length (tests/test_kernel.py). */
+ * Written for this project; checked against the xxhash package at every length (tests/blocks/test_kernel.py). */
 #ifndef VSWA_XXH3_H
 #define VSWA_XXH3_H
 

@@ -1,4 +1,4 @@
-"""The two cases in which hashes cannot show what an engine reuses, told from real mistakes. Pure.
+"""The two cases in which hashes cannot show what an engine reuses, apart from real mistakes. Pure.
 
 Both come from engines that reuse parts of blocks (TensorRT-LLM), and move the first block that a sliding
 window needs: one token before a block's edge it needs one block less at its start than at the edge below.

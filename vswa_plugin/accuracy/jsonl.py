@@ -1,4 +1,4 @@
-"""Files of JSON Lines, plain or gzip, line by line. What goes wrong is told with the file and the line."""
+"""Files of JSON Lines, plain or gzip, line by line. Errors name the file and the line."""
 
 from __future__ import annotations
 

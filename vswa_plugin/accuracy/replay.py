@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vswa_plugin.accuracy.exceptions import LAG
+from vswa_plugin.accuracy.pipeline import EventPipeline
 from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_of
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, built_in_scorers
 from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
-from vswa_plugin.accuracy.views import View
 from vswa_plugin.accuracy.waiting import Arrivals, Waiting
 from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheLayout
@@ -23,6 +23,11 @@ from vswa_plugin.errors import ConfigError, ProtocolError, VswaError
 
 if TYPE_CHECKING:
     from vswa_plugin.host.host import PluginHost
+
+__all__ = [
+    "replay",
+    "replay_with",
+]
 
 #: (event format, layout) -> adapter, as ``PluginHost.event_adapter``.
 AdapterFor: TypeAlias = Callable[[str, CacheLayout], EventAdapter]
@@ -42,7 +47,7 @@ def replay(
     :param rule: reuse rule; None: the trace's, or the usual one of its format.
     :param rules: all there are; plugins may have added some.
     :param scorers: other scorers than the built-in ones; the exact one is added where it is not among them.
-    :param progress: told the bytes of the file that have been read.
+    :param progress: called with the bytes of the file that have been read.
     :raises ConfigError: a record or event that cannot be read, with its line; an unknown rule or format.
     """
     layout = trace.layout(rule)
@@ -110,13 +115,13 @@ class _Replay:
     ) -> None:
         self._rule = rule_named(layout.rule, rules)
         chosen = built_in_scorers(rules) if scorers is None else list(scorers)
-        known = next((each for each in chosen if isinstance(each, Exact)), None)
-        self._exact = known or Exact(rules)
-        self._scorers = chosen if known else [self._exact, *chosen]
+        exact = next((each for each in chosen if isinstance(each, Exact)), None)
+        self._exact = exact or Exact(rules)
+        self._scorers = chosen if exact else [self._exact, *chosen]
         names = [each.name for each in self._scorers]
         if len(set(names)) != len(names):
             raise ConfigError(f"expected each scorer once, got {', '.join(names)}")
-        self._view = View(layout, new_adapter, self._scorers)
+        self._pipeline = EventPipeline(layout, new_adapter, self._scorers)
         self._outcomes: list[Outcome | None] = []
         self._waiting: dict[int, Waiting] = {}
         self._late: list[_Late] = []
@@ -126,17 +131,17 @@ class _Replay:
     def feed(self, record: TraceEvent) -> None:
         """One engine event, to all scorers."""
         self._events += 1
-        told = self._view.feed(record.event)
-        self._arrivals.follow(self._events, told)
+        wire_events = self._pipeline.feed(record.event)
+        self._arrivals.follow(self._events, wire_events)
         for waiting in (*self._waiting.values(), *(late.waiting for late in self._late)):
-            waiting.follow(self._events, told, self._exact)
+            waiting.follow(self._events, wire_events, self._exact)
         self._settle([late for late in self._late if self._over(late)])
 
     def skip(self, hole: TraceHole) -> None:
         """Where events are missing nothing is known of the cache any more."""
         if hole.events:
             self._settle(self._late)
-            self._view.lose()
+            self._pipeline.lose()
 
     def arrive(self, line: int, request: TraceRequest) -> None:
         """One request, predicted by all scorers."""
@@ -168,7 +173,7 @@ class _Replay:
 
     @property
     def _size(self) -> int:
-        return self._view.layout.block_size
+        return self._pipeline.layout.block_size
 
     def _result(self, waiting: Waiting, actual: int, seen: int) -> _Late:
         length = len(waiting.prompt.token_ids)
@@ -181,8 +186,8 @@ class _Replay:
         """Whether no event to come can be from before its match."""
         return self._arrivals.end(late.seen) < math.inf
 
-    def _settle(self, known: Sequence[_Late]) -> None:
-        for late in list(known):
+    def _settle(self, results: Sequence[_Late]) -> None:
+        for late in list(results):
             self._late.remove(late)
             self._judge(late)
 
@@ -191,13 +196,13 @@ class _Replay:
         exception = None
         if waiting.predicted[EXACT] // self._size != actual // self._size:
             end = self._arrivals.end(seen)
-            exception = waiting.explained(self._rule, self._view.layout, actual, seen, end)
+            exception = waiting.explained(self._rule, self._pipeline.layout, actual, seen, end)
         length = len(waiting.prompt.token_ids)
         self._outcomes[place] = Outcome(waiting.line, length, actual, waiting.predicted, exception)
 
     def report(self, trace: Trace) -> Report:
         self._settle(self._late)
-        layout, outcomes = self._view.layout, [each for each in self._outcomes if each is not None]
+        layout, outcomes = self._pipeline.layout, [each for each in self._outcomes if each is not None]
         failed = tuple(each.name for each in self._scorers if getattr(each, "failed", False))
         return Report(
             trace=trace.name,
@@ -210,8 +215,8 @@ class _Replay:
             requests=len(outcomes),
             prompt_tokens=sum(each.prompt_len for each in outcomes),
             cached_tokens=sum(each.actual for each in outcomes),
-            restarts=self._view.restarts,
-            unattributed=self._view.unattributed,
+            restarts=self._pipeline.restarts,
+            unattributed=self._pipeline.unattributed,
             exceptions=exceptions_in(outcomes),
             scores=scores_of(
                 outcomes,

@@ -1,4 +1,4 @@
-"""What a replay found: numbers, JSON, a table, a plot, a page."""
+"""The results of a replay: numbers, JSON, a table, a plot, a page."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ from vswa_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+__all__ = [
+    "Outcome",
+    "Report",
+    "Score",
+    "assert_exact",
+]
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -115,31 +122,34 @@ class Report(msgspec.Struct, frozen=True):
 
     def reasons(self) -> list[str]:
         """Sentences on why not every request could be predicted; empty where all were."""
-        said = [] if self.requests else ["no requests: there was nothing to predict, and nothing is shown"]
-        said += [f"{count} requests: {REASONS[kind]}" for kind, count in self.exceptions.items() if count]
+        sentences = []
+        if not self.requests:
+            sentences.append("no requests: there was nothing to predict, and nothing is shown")
+        counts = self.exceptions.items()
+        sentences += [f"{count} requests: {REASONS[kind]}" for kind, count in counts if count]
         if self.lagged:
-            said.append(
+            sentences.append(
                 f"{self.lagged} requests: the cache changed between arrival and the engine's match, or the "
                 "events of a change came after the arrival"
             )
         if self.unfinished:
-            said.append(f"{self.unfinished} requests have no result and are left out")
+            sentences.append(f"{self.unfinished} requests have no result and are left out")
         if self.restarts:
-            said.append(f"{self.restarts} times engine events were lost or the layout was corrected")
+            sentences.append(f"{self.restarts} times engine events were lost or the layout was corrected")
         if self.unattributed:
-            said.append(
+            sentences.append(
                 f"{self.unattributed} stored blocks could not be named: their parents are not in the trace"
             )
         for name in self.failed_scorers:
-            said.append(f"scorer {name!r} of a plugin failed and is left out; the log says how")
+            sentences.append(f"scorer {name!r} of a plugin failed and is left out; the log says how")
         if mistakes := self.mistakes:
             lines = ", ".join(str(each.line) for each in mistakes[:5])
             more = ", ..." if len(mistakes) > 5 else ""
-            said.append(
+            sentences.append(
                 f"{len(mistakes)} requests differ and nothing above explains them (lines {lines}{more}): is "
                 f"{self.rule} this engine's rule, and does each request stand before the events it caused?"
             )
-        return said
+        return sentences
 
 
 REASONS = dict(
@@ -315,11 +325,11 @@ def plot(reports: Sequence[Report], path: Path) -> None:
 
 def _draw(panel: Any, report: Report) -> None:
     scores = list(reversed(report.scores))
-    names, left = [score.scorer for score in scores], [0.0] * len(scores)
+    names, offsets = [score.scorer for score in scores], [0.0] * len(scores)
     for attribute, (part, colour) in zip(("exact_blocks", "over", "under"), _PARTS.items(), strict=True):
         shares = [100 * getattr(score, attribute) / max(1, score.requests) for score in scores]
-        panel.barh(names, shares, left=left, color=colour, label=part)
-        left = [before + share for before, share in zip(left, shares, strict=True)]
+        panel.barh(names, shares, left=offsets, color=colour, label=part)
+        offsets = [before + share for before, share in zip(offsets, shares, strict=True)]
     for place, score in enumerate(scores):
         weight = "bold" if score.scorer == EXACT else "normal"
         panel.text(101.5, place, f"{score.exact_share:.1%}", va="center", fontsize=8, fontweight=weight)

@@ -18,6 +18,10 @@ from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.index import Explanation, WindowIndex
 from vswa_plugin.wire.events import Cleared, Event, Layout, Moved, Rank, Removed, Stored
 
+__all__ = [
+    "built_in_scorers",
+]
+
 EXACT = "exact"
 #: Requests after which the approximate scorer forgets a prompt.
 DEFAULT_TTL = 100
@@ -25,10 +29,10 @@ _RANK = Rank(0)
 
 
 class _OfTheWire:
-    """What knows no tokens but those of the prompts."""
+    """Base of scorers that do not use the token ids of stored blocks."""
 
     def learn(self, stored: BlocksStored, nodes: Sequence[Node]) -> None:
-        """Names are enough."""
+        """Do nothing: these scorers know blocks by their sequence hashes."""
 
 
 class Exact(_OfTheWire):
@@ -141,19 +145,19 @@ class Approximate(_OfTheWire):
         self._layout = layout
 
     def apply(self, event: Event) -> None:
-        """Events are what this one does without."""
+        """Do nothing: this scorer uses no events."""
 
     def predict(self, prompt: Prompt) -> int:
         assert self._layout is not None, "begin comes first"
         self._requests += 1
         self._expire()
         hashes = prompt.sequence_hashes
-        known = next((i for i, each in enumerate(hashes) if each not in self._last), len(hashes))
+        known_blocks = next((i for i, each in enumerate(hashes) if each not in self._last), len(hashes))
         for each in hashes:
             self._last.pop(each, None)
             self._last[each] = self._requests
         rule = rule_named(self._layout.rule, self._rules)
-        boundary = min(known, rule.boundaries(self._layout, len(prompt.token_ids)))
+        boundary = min(known_blocks, rule.boundaries(self._layout, len(prompt.token_ids)))
         return rule.tokens(self._layout, boundary, len(prompt.token_ids))
 
     def _expire(self) -> None:

@@ -24,7 +24,7 @@ def console() -> Console:
     """Standard output, without markup."""
     from rich.console import Console
 
-    # A pipe has no width, and whoever greps wants whole lines.
+    # A pipe has no width, and tools such as grep need whole lines.
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
 
 
@@ -40,7 +40,7 @@ def table(headings: Sequence[str], *, terminal: bool) -> Table:
 
 
 def add_row(shown: Table, cells: Sequence[str]) -> None:
-    """As they are, whatever rich would make of them."""
+    """Print the lines as they are: rich neither wraps nor marks them up."""
     from rich.text import Text
 
     shown.add_row(*map(Text, cells))

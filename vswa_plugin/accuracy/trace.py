@@ -1,6 +1,6 @@
 """Engine traces: what an engine's cache did, as JSON Lines, plain or gzip; see ``docs/accuracy.md``.
 
-A trace holds prompts as token ids: whoever has the model can read them. Written files are their owner's
+A trace holds prompts as token ids: with the model they can be read. Written files are their owner's
 only (mode 0600).
 """
 
@@ -18,6 +18,19 @@ import msgspec
 from vswa_plugin.accuracy import jsonl
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConfigError
+
+__all__ = [
+    "Trace",
+    "TraceEvent",
+    "TraceGroup",
+    "TraceHeader",
+    "TraceHole",
+    "TraceRecord",
+    "TraceRequest",
+    "TraceResult",
+    "TraceWriter",
+    "open_trace",
+]
 
 #: Event format -> the reuse rule of its engine, unless the trace or the user names another.
 DEFAULT_RULES = {"trtllm": "trtllm_v2", "vllm": "vllm"}
@@ -39,7 +52,7 @@ class TraceHeader(msgspec.Struct, frozen=True, tag="header", omit_defaults=True)
     """First line of a trace. One of ``block_size`` and ``tokens_per_block``; ``groups``, or TensorRT-LLM's
     ``layers`` and ``max_attention_window``. Other fields are ignored.
 
-    :param format: of the events, e.g. ``trtllm`` or ``vllm``: what ``vswa_event_adapter`` is asked for.
+    :param format: of the events, e.g. ``trtllm`` or ``vllm``, as ``vswa_event_adapter`` gets it.
     :param groups: in the order of their ids.
     :param rule: reuse rule of the engine, where it is not the format's usual one.
     :param layers: ``swa`` or ``global``, layer by layer.
@@ -65,7 +78,7 @@ class TraceEvent(msgspec.Struct, frozen=True, tag="event"):
 class TraceRequest(msgspec.Struct, frozen=True, tag="request", omit_defaults=True):
     """One request at the moment it arrived, before the events that it caused.
 
-    :param cached_tokens: tokens of the prompt that the engine reused; None: a result with its id tells.
+    :param cached_tokens: tokens of the prompt that the engine reused; None: a result with its id follows.
     :param output_len: tokens that it generated then; None where unknown.
     :param id: its number in this trace.
     """
@@ -102,6 +115,7 @@ class TraceHole(msgspec.Struct, tag="hole"):
     requests: Natural = 0
 
 
+#: One line of a trace after its header.
 TraceRecord: TypeAlias = TraceEvent | TraceRequest | TraceResult | TraceHole
 
 
@@ -141,7 +155,7 @@ class Trace:
     def records(self, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, TraceRecord]]:
         """Line number and record of each line after the header.
 
-        :param progress: told from time to time how many bytes of the file have been read.
+        :param progress: called from time to time with the bytes of the file that have been read.
         :raises ConfigError: a line that is no such record, with its number; or a file that ends too early.
         """
         with self.path.open("rb") as raw:
@@ -170,10 +184,10 @@ def open_trace(path: Path | str) -> Trace:
             "start a worker with VSWA_RECORD=DIRECTORY"
         ) from error
     if not isinstance(first, TraceHeader):
-        got = "an empty file" if first is None else f"a record of the type {_type(first)}"
+        content = "an empty file" if first is None else f"a record of the type {_type(first)}"
         raise ConfigError(
             f'{path}, line {number}: expected {{"type": "header", "format": "trtllm" or "vllm", ...}} first, '
-            f"got {got}; docs/accuracy.md defines the format"
+            f"got {content}; docs/accuracy.md defines the format"
         )
     return Trace(path, first)
 

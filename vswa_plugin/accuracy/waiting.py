@@ -3,7 +3,7 @@
 A router predicts a request where it arrives; its engine matches it some time after that, and the events of
 what changed meanwhile may come later still, where an engine is asked for them now and then. A trace bounds
 the moment of the match from both sides. It is not before the arrival. It is not after the first token; and
-as engines tell things in their order, however late, events from before it come before those of the first
+as engines report in order, however late, events from before it come before those of the first
 block that was computed for the request, and before those of requests that arrived after the first token.
 """
 
@@ -27,7 +27,7 @@ class _Moment(NamedTuple):
     """After an event that changed what is held of the prompt.
 
     :param events: of the trace until then.
-    :param stored: sequence hashes that it told as stored.
+    :param stored: sequence hashes that the event announced as stored.
     """
 
     events: int
@@ -51,14 +51,14 @@ class Waiting:
         self._names = frozenset(prompt.sequence_hashes)
         self._moments: list[_Moment] = []
 
-    def follow(self, events: int, told: Sequence[Event], exact: Exact) -> None:
-        """Note what a router, told so much more, would predict now.
+    def follow(self, events: int, wire_events: Sequence[Event], exact: Exact) -> None:
+        """Note what a router would predict after one more engine event.
 
         :param events: of the trace until now.
         """
         stored: set[int] = set()
         changed = False
-        for event in told:
+        for event in wire_events:
             match event:
                 case Layout() | Cleared():
                     changed = True
@@ -86,8 +86,8 @@ class Waiting:
         moments = [each.explanation for each in self._moments if each.events <= seen or each.events < before]
         if any(each.cached_tokens // size == actual // size for each in moments):
             return LAG
-        found = (exception_of(rule, layout, each, length, actual) for each in moments)
-        return next((kind for kind in found if kind is not None), None)
+        kinds = (exception_of(rule, layout, each, length, actual) for each in moments)
+        return next((kind for kind in kinds if kind is not None), None)
 
     def _own_store(self, boundary: int, end: float) -> float:
         """The last event before ``end`` that announced the first block it computed; ``end``: none did."""
@@ -104,24 +104,24 @@ class Arrivals:
 
     def __init__(self) -> None:
         #: Sequence hash -> events before the first request that had it.
-        self._asked: dict[int, int] = {}
+        self._first_request: dict[int, int] = {}
         #: Events that stored a block that was asked for later than all before, and when it was.
         self._events: list[int] = []
         self._latest: list[int] = []
 
     def arrive(self, events: int, prompt: Prompt) -> None:
         for each in prompt.sequence_hashes:
-            self._asked.setdefault(each, events)
+            self._first_request.setdefault(each, events)
 
-    def follow(self, events: int, told: Sequence[Event]) -> None:
-        """What the event with that number amounted to."""
-        names = (name for event in told if isinstance(event, Stored) for name in event.sequence_hashes)
-        asked = max((self._asked.get(name, 0) for name in names), default=0)
-        if asked > (self._latest[-1] if self._latest else 0):
+    def follow(self, events: int, wire_events: Sequence[Event]) -> None:
+        """Note the wire events that the engine event with that number led to."""
+        names = (name for event in wire_events if isinstance(event, Stored) for name in event.sequence_hashes)
+        first = max((self._first_request.get(name, 0) for name in names), default=0)
+        if first > (self._latest[-1] if self._latest else 0):
             self._events.append(events)
-            self._latest.append(asked)
+            self._latest.append(first)
 
     def end(self, seen: int) -> float:
         """The first event of a request that arrived after more than ``seen`` events; infinity: none yet."""
-        found = bisect_right(self._latest, seen)
-        return self._events[found] if found < len(self._events) else math.inf
+        index = bisect_right(self._latest, seen)
+        return self._events[index] if index < len(self._events) else math.inf

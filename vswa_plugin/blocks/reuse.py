@@ -50,7 +50,7 @@ class ReuseRule(Protocol):
 
     @property
     def name(self) -> str:
-        """What layouts name it by."""
+        """The name that layouts give for it."""
 
     @property
     def provenance(self) -> str:
@@ -98,7 +98,7 @@ class _Trtllm:
             return 0
         resumed_at = _resumed_at(group.block_size, boundary, prompt_len)
         first = self._first_in_window(resumed_at, group.window_size, group.block_size)
-        # A boundary whose own block nobody needs would be taken without evidence (windows of one token).
+        # A boundary whose own block no group needs would be taken without evidence (windows of one token).
         return max(0, min(first, boundary - 1))
 
     def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:

@@ -1,19 +1,40 @@
-"""Subcommands of ``vswa``: the table of built-in ones, and what plugins add to it.
+"""Subcommands of ``vswa``: the tables of built-in commands and programs.
 
-A built-in command is a module of this package with ``configure(parser)`` and ``run(args) -> int``; it is
-imported only when it is asked for; ``demo`` is a package.
+A built-in command is a module of this package with ``configure(parser)`` and ``run(args) -> int``; ``demo``
+is a package. A program also runs as ``python -m``; its module has ``parser(program)`` and
+``main(argv, program) -> int``. Either is imported only when it is asked for.
+
+main.py             finds the subcommand, runs it, turns errors into a line and an exit code
+parsers.py          the parsers of all commands and programs
+accuracy.py         ``vswa accuracy``
+accuracy_route.py   ``vswa accuracy route``
+brokers.py          ``vswa brokers``
+completion.py       ``vswa completion``
+events.py           ``vswa events``
+explain.py          ``vswa explain``
+index.py            ``vswa index``
+plugins.py          ``vswa plugins``
+serve.py            ``vswa serve``
+local.py            what ``serve`` and ``demo`` share
+demo                ``vswa demo``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from vswa_plugin.hookspecs.commands import Command
+if TYPE_CHECKING:
+    from vswa_plugin.hookspecs.commands import Command
 
 #: Built-in command -> its one-line help. The module is ``vswa_plugin.cli.<name>``, or what ``_MODULES`` says.
 BUILT_IN: Mapping[str, str] = {
     "accuracy": "how often a router's promise is kept, on recorded engine traces",
+    "brokers": "an embedded nats-server and etcd on loopback, for a laptop; never for production",
+    "completion": "a script that completes commands, options and values in bash or zsh",
     "demo": "see it work: brokers, frontend, two workers, a few requests, and every window's events",
     "events": "follow the KV block events of every worker and window",
     "explain": "what every rank could reuse of a prompt, and what spoilt the rest",
@@ -22,15 +43,63 @@ BUILT_IN: Mapping[str, str] = {
     "serve": "the demo's servers, left running for your own requests",
 }
 
+#: Built-in commands that load no plugins; what they start has options of its own for them.
+WITHOUT_PLUGINS = frozenset({"brokers", "demo", "events", "serve"})
+
 _MODULES = {"demo": "vswa_plugin.cli.demo.run"}
+
+
+@dataclass(frozen=True)
+class ProgramEntry:
+    """A program that is also a subcommand; ``module`` has the functions ``main_name`` and ``parser_name``."""
+
+    help: str
+    module: str
+    main_name: str = "main"
+    parser_name: str = "parser"
+
+    def main(self, argv: Sequence[str], program: str) -> int:
+        """Run it; ``program`` is what usage and refusals call it."""
+        code: int = getattr(import_module(self.module), self.main_name)(argv, program)
+        return code
+
+    def parser(self, program: str) -> argparse.ArgumentParser:
+        """Its command line."""
+        made: argparse.ArgumentParser = getattr(import_module(self.module), self.parser_name)(program)
+        return made
+
+
+PROGRAMS: Mapping[str, ProgramEntry] = {
+    "frontend": ProgramEntry("Dynamo's OpenAI-compatible HTTP frontend", "vswa_plugin.frontend"),
+    "launch": ProgramEntry("a whole deployment in the foreground", "vswa_plugin.launch.__main__"),
+    "router": ProgramEntry(
+        "the exact router: fronts the workers and scores every window", "vswa_plugin.router.__main__"
+    ),
+    "selector": ProgramEntry(
+        "a router that only answers /select, for gateways: router --selector-only",
+        "vswa_plugin.router.__main__",
+        "main_selector",
+        "selector_parser",
+    ),
+    "worker": ProgramEntry(
+        "one engine behind Dynamo, which publishes the events of every window", "vswa_plugin.worker.__main__"
+    ),
+}
 
 
 def built_in(name: str) -> Command:
     """Import the module of one built-in command."""
+    from vswa_plugin.hookspecs.commands import Command
+
     module = import_module(_MODULES.get(name, f"vswa_plugin.cli.{name.replace('-', '_')}"))
     return Command(name, BUILT_IN[name], "vswa itself", module.configure, module.run)
 
 
+def built_in_helps() -> dict[str, str]:
+    """The one-line help of each program and built-in command; programs come first."""
+    return {**{name: program.help for name, program in PROGRAMS.items()}, **BUILT_IN}
+
+
 def built_in_owners() -> dict[str, str]:
     """The names that plugins cannot take, with their owner."""
-    return dict.fromkeys(BUILT_IN, "vswa itself")
+    return dict.fromkeys(built_in_helps(), "vswa itself")

@@ -17,6 +17,7 @@ from vswa_plugin.cli.accuracy_route import configure_route, run_route
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.options import at_least_one
 
 _EXAMPLES = """\
 examples:
@@ -75,7 +76,7 @@ def _configure_replay(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ttl",
-        type=int,
+        type=at_least_one,
         default=DEFAULT_TTL,
         metavar="REQUESTS",
         help=f"how long the approximate scorer remembers a prompt ({DEFAULT_TTL})",
@@ -91,8 +92,6 @@ def run(args: argparse.Namespace) -> int:
 def _run_replay(args: argparse.Namespace) -> int:
     if args.min_exact is not None and not 0 <= args.min_exact <= 1:
         raise ConfigError(f"--min-exact: expected a share from 0 to 1, got {args.min_exact}")
-    if args.ttl < 1:
-        raise ConfigError(f"--ttl: expected at least one request, got {args.ttl}")
     if args.plot:
         check_plot(Path(args.plot))
     traces = [open_trace(path) for path in args.traces]

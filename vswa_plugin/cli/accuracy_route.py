@@ -15,6 +15,7 @@ from vswa_plugin.accuracy.showing import check_plot, console, progress
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.program.options import at_least_one, excludes, positive, requires
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import ORACLE
 from vswa_plugin.simulation.presets import PRESETS
@@ -57,8 +58,8 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
     add, plan = parser.add_argument, Plan("")
     known = ", ".join(WORKLOADS)
     add("workloads", nargs="+", metavar="WORKLOAD", help=f"{known}, or a file in Mooncake's format")
-    add("--requests", type=int, metavar="N", help="(default: 1000, or all of the file)")
-    add("--workers", type=int, default=plan.ranks, metavar="N", help="ranks (default: %(default)s)")
+    add("--requests", type=at_least_one, metavar="N", help="(default: 1000, or all of the file)")
+    add("--workers", type=at_least_one, default=plan.ranks, metavar="N", help="ranks (default: %(default)s)")
     add(
         "--model",
         default="gemma-3-1b",
@@ -78,19 +79,30 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="blocks of a sliding window, as a share of those (default: %(default)s)",
     )
-    add("--block-size", type=int, default=plan.block_size, metavar="TOKENS", help="(default: %(default)s)")
+    add(
+        "--block-size",
+        type=at_least_one,
+        default=plan.block_size,
+        metavar="TOKENS",
+        help="(default: %(default)s)",
+    )
     add(
         "--policies",
         metavar="P,...",
         help=f"(default: {', '.join(DEFAULT_POLICIES)}); also every other scorer",
     )
-    add("--rate", type=float, metavar="R", help="requests a second (default: by --load; of a file, its own)")
+    add(
+        "--rate",
+        type=positive,
+        metavar="R",
+        help="requests a second (default: by --load; of a file, its own)",
+    )
     add(
         "--load",
-        type=float,
-        default=plan.load,
+        type=positive,
         metavar="L",
-        help="seconds of prefill that arrive per second and rank, were nothing cached (default: %(default)s)",
+        help="instead of --rate, of a made-up workload: seconds of prefill that arrive per second and rank, "
+        f"were nothing cached (default: {plan.load})",
     )
     for name, unit, help_ in _COST_OPTIONS:
         option = f"--cost-{name.removesuffix('_s').replace('_', '-')}"
@@ -106,13 +118,28 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
     add(
         "--seed", type=int, default=0, help="of requests and times (not of a file's) and of ties (default: 0)"
     )
-    add("--seeds", type=int, default=1, metavar="N", help="run each with N seeds from --seed on (default: 1)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per CPU)")
+    add(
+        "--seeds",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="run each with N seeds from --seed on (default: 1)",
+    )
+    add(
+        "--jobs",
+        type=at_least_one,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per CPU)",
+    )
     add("--json", action="store_true", help="one JSON object: averages, and comparisons by seed")
     add("--plot", metavar="FILE", help="also draw it: .png, .svg or .pdf; needs matplotlib")
 
 
 def run_route(args: argparse.Namespace) -> int:
+    excludes("--load", args.load, "--rate", args.rate)
+    made_up = any(workload in WORKLOADS for workload in args.workloads)
+    requires("--load", args.load, f"a made-up workload ({', '.join(WORKLOADS)})", made_up)
     wanted = [(_plan(args, workload), case) for workload in args.workloads for case in _cases(args)]
     plugins = (tuple(args.plugin), tuple(args.no_plugin))
     if args.plot:
@@ -143,27 +170,28 @@ def _plan(args: argparse.Namespace, workload: str) -> Plan:
         block_size=args.block_size,
         sliding_share=args.sliding_share,
         rate=args.rate,
-        load=args.load,
+        load=Plan(workload).load if args.load is None else args.load,
         cost=CostModel(**{name: getattr(args, name) for name, _, _ in _COST_OPTIONS}),
     ).check()
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    names = list(DEFAULT_POLICIES) if args.policies is None else _words(args.policies)
+    names = list(DEFAULT_POLICIES) if args.policies is None else _words("--policies", args.policies)
     if ORACLE not in names:
         names.append(ORACLE)
     blocks = []
-    for word in _words(args.blocks):
+    for word in _words("--blocks", args.blocks):
         if not word.isdigit() or int(word) < 1:
             raise ConfigError(f"--blocks: expected numbers of at least 1, got {word!r}")
         blocks.append(int(word))
-    if args.seeds < 1 or args.jobs < 1:
-        raise ConfigError(f"--seeds, --jobs: expected at least 1, got {args.seeds} and {args.jobs}")
-    return cases(_words(args.model), blocks, names, range(args.seed, args.seed + args.seeds))
+    return cases(_words("--model", args.model), blocks, names, range(args.seed, args.seed + args.seeds))
 
 
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+def _words(option: str, text: str) -> list[str]:
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise ConfigError(f"{option}: expected at least one word, got {text!r}")
+    return words
 
 
 # -- running -----------------------------------------------------------------------------------------

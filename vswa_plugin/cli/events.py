@@ -15,6 +15,7 @@ import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
+from vswa_plugin.program.options import at_least_one
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire.events import (
     Batch,
@@ -28,7 +29,7 @@ from vswa_plugin.wire.events import (
     Unknown,
     decode,
 )
-from vswa_plugin.wire.subjects import events_of, source_of
+from vswa_plugin.wire.subjects import check_name, events_of, source_of
 from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 
 _EXAMPLES = """\
@@ -51,12 +52,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", metavar="TOKENS|global", help="only this window")
     parser.add_argument("--heartbeats", action="store_true", help="show heartbeats too")
     parser.add_argument("--json", action="store_true", help="one JSON object per batch")
-    parser.add_argument("--count", type=int, metavar="N", help="stop after N batches")
+    parser.add_argument("--count", type=at_least_one, metavar="N", help="stop after N batches")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.window not in (None, "global") and not str(args.window).isdigit():
+    if args.window not in (None, "global") and not (args.window.isdecimal() and int(args.window)):
         raise ConfigError(f"--window: expected a number of tokens or 'global', got {args.window!r}")
+    for option, name in (("--namespace", args.namespace), ("--component", args.component)):
+        if name is not None:
+            check_name(option, name)
     return asyncio.run(_follow(args))
 
 
@@ -136,11 +140,11 @@ async def _follow(args: argparse.Namespace) -> int:
     transport = Transport(os.environ.get("NATS_SERVER", DEFAULT_SERVER), "vswa events")
     await transport.connect()
     left = args.count if args.count is not None else -1
-    done = asyncio.Event()
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def show(event_subject: str, payload: bytes) -> None:
         nonlocal left
-        if done.is_set():
+        if done.done():
             return
         source = source_of(event_subject)
         try:
@@ -148,15 +152,18 @@ async def _follow(args: argparse.Namespace) -> int:
         except ProtocolError as error:
             sys.stderr.write(f"{source}: {error}\n")
             return
-        if _print(follower, source, batch, args):
-            left -= 1
+        try:
+            left -= _print(follower, source, batch, args)
+        except BrokenPipeError as error:  # the client of NATS would only log it
+            done.set_exception(error)
+        else:
             if left == 0:
-                done.set()
+                done.set_result(None)
 
     await transport.subscribe(events_of(args.namespace, args.component), show)
     sys.stderr.write("following; Ctrl-C ends\n")
     try:
-        await done.wait()
+        await done
     finally:
         await transport.close()
     return 0

@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
-from vswa_plugin.cli.index import fleet_for
+from vswa_plugin.cli.index import check_namespace, fleet_for
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.index import Explanation
+from vswa_plugin.program.options import seconds
 from vswa_plugin.registry import Entry
 
 _EXAMPLES = """\
@@ -37,10 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="served model name (default: the only one)")
     parser.add_argument("--namespace", help="only workers of this Dynamo namespace")
     parser.add_argument("--json", action="store_true", help="one JSON list")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for the workers (10)")
+    parser.add_argument("--timeout", type=seconds, default=10.0, help="seconds to wait for the workers (10)")
 
 
 def run(args: argparse.Namespace) -> int:
+    check_namespace(args)
+    if args.token_ids is not None:
+        _token_ids(args.token_ids)  # refused now rather than after a wait for the workers
     return asyncio.run(_run(args))
 
 
@@ -80,13 +84,8 @@ def _entry_of(fleet: Fleet, model: str | None) -> Entry:
 
 def _tokens(args: argparse.Namespace, entry: Entry) -> list[int]:
     if args.token_ids is not None:
-        try:
-            return [int(part) for part in args.token_ids.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--token-ids: expected numbers with commas between, got {error}") from error
-    text = args.prompt
-    if args.file is not None:
-        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8")
+        return _token_ids(args.token_ids)
+    text = args.prompt if args.file is None else _text_of(args.file)
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -98,6 +97,23 @@ def _tokens(args: argparse.Namespace, entry: Entry) -> list[int]:
         raise ConfigError(f"expected the model's tokenizer at {path}, got nothing there; give --token-ids")
     ids: list[int] = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
     return ids
+
+
+def _token_ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isdecimal() and int(part) < 1 << 32):
+            raise ConfigError(
+                f"--token-ids: expected numbers from 0 to 2**32 - 1 with commas between, got {text!r}"
+            )
+    return [int(part) for part in parts]
+
+
+def _text_of(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--file: expected text in UTF-8 in {file}, got {error}") from error
 
 
 def _show(found: Explanation) -> None:

@@ -15,9 +15,11 @@ from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.program.life import Life, Program
+from vswa_plugin.program.options import excludes, port, requires, seconds
 from vswa_plugin.program.status import StatusServer
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.tasks import Tasks
+from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
 
 _EXAMPLES = """\
@@ -40,12 +42,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="with --once: verify every invariant of the index"
     )
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait with --once (10)")
-    parser.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long NATS and the registry may take to answer, and with --once every rank (10)",
+    )
+    parser.add_argument(
+        "--status-port", type=port, metavar="PORT", help="serve /health, /ready and /metrics, not with --once"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    check_namespace(args)
+    requires("--json", args.json, "--once", args.once)
+    requires("--check", args.check, "--once", args.once)
+    excludes("--status-port", args.status_port, "--once", args.once)
     return asyncio.run(_run(args))
+
+
+def check_namespace(args: argparse.Namespace) -> None:
+    """Raise ConfigError where ``--namespace`` cannot be one."""
+    if args.namespace is not None:
+        check_name("--namespace", args.namespace)
 
 
 def fleet_for(args: argparse.Namespace, tasks: Tasks | None = None) -> Fleet:

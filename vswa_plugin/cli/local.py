@@ -20,13 +20,18 @@ from vswa_plugin.launch.topologies import (
     add_worker_counts,
     worker_counts,
 )
+from vswa_plugin.program.options import port
 
 #: Commands that the plugin of the default engine adds; their contract is in the hook vswa_register_commands.
 _MAKE_MODEL, _GET_MODEL = "make-model", "get-model"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, keeps: bool = False) -> None:
+    """Add what both have.
+
+    :param keeps: whether the servers are kept, so that the size of their logs must be bounded.
+    """
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -43,11 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_worker_counts(parser, several=2)
     add_router(parser)
-    parser.add_argument("--http-port", type=int, default=0, help="port of the frontend (default: a free one)")
+    parser.add_argument(
+        "--http-port", type=port, default=0, help="port of the frontend (default: a free one)"
+    )
     parser.add_argument(
         "--engine-args", metavar="FILE", help="engine options, as --extra-engine-args of a worker"
     )
-    add_log_arguments(parser)
+    if keeps:
+        add_log_arguments(parser)
+    else:
+        parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
 
 
 def worker_groups(

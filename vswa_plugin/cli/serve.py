@@ -19,15 +19,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Ctrl-C or SIGTERM stops everything; a worker, router or frontend that fails is started again."
     )
-    local.add_arguments(parser)
+    local.add_arguments(parser, keeps=True)
     parser.set_defaults(http_port=8000)
 
 
 def run(args: argparse.Namespace) -> int:
-    return asyncio.run(_serve(args))
+    return asyncio.run(_serve(args, log_bytes(args)))
 
 
-async def _serve(args: argparse.Namespace) -> int:
+async def _serve(args: argparse.Namespace, most_bytes: int) -> int:
     topology = find_topology(args.topology)
     groups = local.worker_groups(args, topology)
     routing = chosen_router(args, topology, os.environ)
@@ -40,7 +40,7 @@ async def _serve(args: argparse.Namespace) -> int:
             http_port=args.http_port,
             routing=routing,
             keep=True,
-            log_bytes=log_bytes(args),
+            log_bytes=most_bytes,
         )
         cluster = Cluster(settings, local.log_folder(args, Path(scratch)), progress)
         return await keep_serving(cluster, progress)

@@ -49,9 +49,9 @@ async def joined(
                     continue
                 raise
             ahead = _next(chunks)
-            while (left := due - loop.time()) > 0 and _PLAIN.issuperset(chunk):
+            while (wait_s := due - loop.time()) > 0 and _PLAIN.issuperset(chunk):
                 if not ahead.done():
-                    await asyncio.wait((ahead,), timeout=left)
+                    await asyncio.wait((ahead,), timeout=wait_s)
                 if not _follows(ahead, chunk):
                     break
                 chunk = _join(chunk, ahead.result())
@@ -59,7 +59,7 @@ async def joined(
             yield chunk
             due = loop.time() + apart_s
     finally:
-        ahead.cancel()  # where it has failed already, asyncio then does not complain that nobody asked
+        ahead.cancel()  # asyncio then does not warn of an error in it that was not retrieved
 
 
 def _next(chunks: AsyncIterator[ChunkDict]) -> asyncio.Future[ChunkDict]:

@@ -40,7 +40,7 @@ class Unreached(Unavailable):
     """The worker could not be called at all: nothing was generated."""
 
 
-class Refused(RequestError):
+class WorkerHttpError(RequestError):
     """A worker's own HTTP status, other than those that have an error of ours."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -61,8 +61,8 @@ class Call:
     @property
     def metadata(self) -> Mapping[str, str]:
         """What the client sent in ``x-dynamo-meta-*`` headers."""
-        found: dict[str, str] = self.context.metadata.copy()
-        return found
+        headers: dict[str, str] = self.context.metadata.copy()
+        return headers
 
     def stopped(self) -> bool:
         """Whether the client has gone."""
@@ -168,8 +168,8 @@ class WorkerClient:
 
     def instance_ids(self) -> Sequence[int]:
         """Workers that Dynamo's discovery lists now."""
-        found: list[int] = self._client.instance_ids()
-        return found
+        ids: list[int] = self._client.instance_ids()
+        return ids
 
     def busy(self, worker_id: int) -> bool:
         """Whether a stream of this worker is under way."""
@@ -196,7 +196,7 @@ class WorkerClient:
     async def generate(self, request: RequestDict, worker_id: int, call: Call) -> AsyncIterator[ChunkDict]:
         """Chunks of one worker, as it sends them, those of a burst joined (bursts.py).
 
-        The worker is told when the client goes.
+        The worker learns of it when the client goes.
 
         :raises RequestError: as the worker raised it; Unreached where it could not be called.
         """
@@ -246,36 +246,36 @@ def _from_dynamo(error: Exception, unavailable: type[Unavailable]) -> Exception:
 
     text = str(error)
     kind, _, message = text.partition(": ")
-    found: Exception
+    translated: Exception
     if isinstance(error, InvalidArgument):
-        found = InvalidRequest(text)
+        translated = InvalidRequest(text)
     elif (http := _http_error(message)) is not None:
-        found = Overloaded(http[1]) if http[0] == 503 else Refused(*http)
+        translated = Overloaded(http[1]) if http[0] == 503 else WorkerHttpError(*http)
     elif kind == "InvalidRequest":
-        found = InvalidRequest(message)
+        translated = InvalidRequest(message)
     elif kind == "Internal":
-        found = Refused(500, message)
+        translated = WorkerHttpError(500, message)
     else:
-        found = unavailable(message if kind == "Unavailable" else text)
-    return found
+        translated = unavailable(message if kind == "Unavailable" else text)
+    return translated
 
 
 def _http_error(message: str) -> tuple[int, str] | None:
     """Code and message of an HttpError that came over the request plane."""
     try:
-        found = msgspec.json.decode(message, type=dict[str, Any])
-        return int(found["code"]), str(found["message"])
+        body = msgspec.json.decode(message, type=dict[str, Any])
+        return int(body["code"]), str(body["message"])
     except (msgspec.MsgspecError, KeyError, TypeError, ValueError):
         return None
 
 
 def _to_dynamo(error: RequestError) -> Exception:
-    """As :func:`dynamo_error`, of a front door: with the workers' own codes, and 503 where nobody serves."""
+    """As :func:`dynamo_error`, for a front door: the workers' own codes, and 503 where no worker serves."""
     from dynamo.llm import HttpError
     from dynamo.llm.exceptions import CannotConnect
 
     mapped: Exception
-    if isinstance(error, Refused):
+    if isinstance(error, WorkerHttpError):
         mapped = HttpError(error.code, str(error))
     elif isinstance(error, Unreached):
         mapped = CannotConnect(str(error))

@@ -180,7 +180,7 @@ class WorkerEndpoint:
 
 
 class _Role(NamedTuple):
-    """What Dynamo is told of a worker; ``needs``: sets of peers, of which it must find one to serve."""
+    """What a worker registers with Dynamo; ``needs``: sets of peers, of which it must find one to serve."""
 
     model_type: Any
     worker_type: Any

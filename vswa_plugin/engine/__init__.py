@@ -8,6 +8,7 @@ records.py    what is noted of a finished request
 """
 
 from vswa_plugin.engine.contract import (
+    ANY_ENGINE,
     MODES,
     NO_SUCH_GROUP,
     WORKER_ONLY,
@@ -30,11 +31,12 @@ from vswa_plugin.engine.contract import (
     RequestDict,
 )
 from vswa_plugin.engine.options import Section
-from vswa_plugin.engine.predicted import Prompt, RankSetup, Scorer, SimulatedRank
+from vswa_plugin.engine.predicted import Prompt, RankSequence, RankSetup, Scorer, SimulatedRank
 from vswa_plugin.engine.records import RequestRecord
-from vswa_plugin.engine.requests import Fields
+from vswa_plugin.engine.requests import Fields, dp_rank, is_number, outside, prefill_result, token_ids
 
 __all__ = [
+    "ANY_ENGINE",
     "MODES",
     "NO_SUCH_GROUP",
     "WORKER_ONLY",
@@ -55,6 +57,7 @@ __all__ = [
     "GroupCreated",
     "Node",
     "Prompt",
+    "RankSequence",
     "RankSetup",
     "RawEvent",
     "RequestDict",
@@ -62,4 +65,9 @@ __all__ = [
     "Scorer",
     "Section",
     "SimulatedRank",
+    "dp_rank",
+    "is_number",
+    "outside",
+    "prefill_result",
+    "token_ids",
 ]

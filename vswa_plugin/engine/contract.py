@@ -22,10 +22,12 @@ EngineHash: TypeAlias = int | str
 RawEvent: TypeAlias = Mapping[str, Any]
 #: Called by the engine, from any thread, with (dp_rank, events); must return at once and never raise.
 EventSink: TypeAlias = Callable[[int, Sequence[RawEvent]], None]
-#: Dynamo's PreprocessedRequest / LLMEngineOutput as plain dicts.
+#: Dynamo's PreprocessedRequest as a plain mapping.
 RequestDict: TypeAlias = Mapping[str, Any]
+#: Dynamo's LLMEngineOutput as a plain dict.
 ChunkDict: TypeAlias = dict[str, Any]
 
+#: What a worker may be: it serves whole requests, or one of their two phases.
 MODES = ("agg", "prefill", "decode")
 
 #: The section of :attr:`EngineSettings.options` whose keys mean the same to every engine: ``reuse_rule``, the
@@ -34,7 +36,7 @@ MODES = ("agg", "prefill", "decode")
 #: engine refuses what it cannot do.
 ANY_ENGINE = "vswa"
 
-#: Key of a request's first chunk for what only the worker is told; it is taken off before Dynamo sees the
+#: Key of a request's first chunk for what only the worker reads; it is taken off before Dynamo sees the
 #: chunk. A mapping that may hold ``dp_rank``, the rank that serves the request, and ``transferred_tokens``,
 #: the prompt tokens that another worker computed and this one received (``cached_tokens`` is then that
 #: worker's count, not this one's).
@@ -42,9 +44,9 @@ WORKER_ONLY = "vswa"
 
 
 class EngineSettings(msgspec.Struct, frozen=True):
-    """What a worker was asked to run; given to ``vswa_engine``.
+    """What a worker is to run; given to ``vswa_engine``.
 
-    :param engine: the name given to ``--engine``; empty where nobody has named one, see ``vswa_engine``.
+    :param engine: the name given to ``--engine``; empty where none was named, see ``vswa_engine``.
     :param mode: one of :data:`MODES`.
     :param model_path: directory (or file) of the model.
     :param served_model_name: the name clients use.
@@ -78,14 +80,14 @@ class EngineInfo(msgspec.Struct, frozen=True):
     model_dir: str | None = None
     #: Version of the engine's package, for operators; empty where it is not known.
     engine_version: str = ""
-    #: The name that ``--engine`` takes; an engine that answers for an empty one must say it.
+    #: The name that ``--engine`` takes; an engine that answers for an empty one must give it.
     engine: str = ""
 
 
 class Engine(Protocol):
     """One running model. Built by ``vswa_engine`` with local checks only; ``start`` does the slow part."""
 
-    #: What ``vswa_event_adapter`` is asked for, e.g. ``"trtllm"``.
+    #: Format of the engine's events, as ``vswa_event_adapter`` gets it, e.g. ``"trtllm"``.
     event_format: str
 
     @property
@@ -163,7 +165,7 @@ NO_SUCH_GROUP = 0
 
 
 class GroupCreated(msgspec.Struct, frozen=True):
-    """The engine's own word on one group, to be compared with the layout that it declared.
+    """The engine's own statement about one group, to be compared with the layout that it declared.
 
     :param window_size: in tokens; None: global; or NO_SUCH_GROUP.
     """
@@ -174,13 +176,14 @@ class GroupCreated(msgspec.Struct, frozen=True):
 
 
 class EventsLost(msgspec.Struct, frozen=True):
-    """The engine's event ids skipped: its buffer overflowed, and what was lost cannot be asked for."""
+    """The engine's event ids skipped: its buffer overflowed, and what was lost cannot be requested again."""
 
     expected_id: int
     got_id: int
     dp_rank: int = 0
 
 
+#: What an event adapter makes of an engine's raw events.
 EngineEvent: TypeAlias = BlocksStored | BlocksRemoved | BlocksMoved | GroupCreated | EventsLost
 
 

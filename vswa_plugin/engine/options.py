@@ -42,10 +42,10 @@ class Section:
         """Dotted path of ``key``."""
         return f"{self.path}.{key}" if self.path else str(key)
 
-    def error(self, key: object, expected: str, got: object, advice: str = "") -> ConfigError:
-        """What is wrong with the value ``got`` of ``key``, to be raised."""
+    def error(self, key: object, expected: str, actual: object, advice: str = "") -> ConfigError:
+        """What is wrong with the value ``actual`` of ``key``, to be raised."""
         tail = f"; {advice}" if advice else ""
-        return ConfigError(f"{self.name(key)}: expected {expected}, got {got!r}{tail} (in {self.source})")
+        return ConfigError(f"{self.name(key)}: expected {expected}, got {actual!r}{tail} (in {self.source})")
 
     def section(self, key: str) -> Section:
         """The mapping that is the value of ``key``."""
@@ -60,8 +60,8 @@ class Section:
     ) -> None:
         """Refuse unknown keys, with the nearest known one.
 
-        :param otherwise: said where none is near; by default all that are known.
-        :param advice: a sentence said in either case.
+        :param otherwise: the hint where none is near; by default all that are known.
+        :param advice: a sentence that is added in either case.
         :param with_path: whether the nearest is named with its path.
         """
         for key in self.data:
@@ -77,10 +77,10 @@ class Section:
 
     def only(self, key: str, values: Collection[object], advice: str = "") -> None:
         """Refuse a value other than ``values``; True is not 1."""
-        got = self.data.get(key)
-        if got is None or any(type(got) is type(value) and got == value for value in values):
+        actual = self.data.get(key)
+        if actual is None or any(type(actual) is type(value) and actual == value for value in values):
             return
-        raise self.error(key, " or ".join(map(repr, values)) or "no value", got, advice)
+        raise self.error(key, " or ".join(map(repr, values)) or "no value", actual, advice)
 
     def integer(self, key: Any, default: _Integer, low: int = 1, high: int | None = None) -> int | _Integer:
         """An integer in [low, high]; the default need not be."""
@@ -95,7 +95,7 @@ class Section:
     def positive_integers(self, key: str, meaning: str = "") -> tuple[int, ...] | None:
         """A list of at least one; None where it is missing.
 
-        :param meaning: said behind "a list of positive integers".
+        :param meaning: added to "a list of positive integers".
         """
         value = self.data.get(key)
         if value is None:
@@ -146,5 +146,5 @@ class Section:
 
 
 def _is_integer(value: object) -> bool:
-    """Whether it is one to YAML, to which true is none."""
+    """Whether ``value`` is a number in YAML; true is none."""
     return isinstance(value, int) and not isinstance(value, bool)

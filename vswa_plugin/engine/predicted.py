@@ -39,7 +39,7 @@ class Scorer(Protocol):
         """
 
     def learn(self, stored: BlocksStored, nodes: Sequence[Node]) -> None:
-        """Token ids of announced blocks, before :meth:`apply` is told of the change.
+        """Token ids of announced blocks, before :meth:`apply` gets the change.
 
         :param nodes: names of the leading blocks of ``stored``; the others could not be named.
         """
@@ -58,7 +58,7 @@ class RankSetup(msgspec.Struct, frozen=True):
     :param layers: that keep their blocks in it, per group.
     :param max_seq_len: the longest sequence, in tokens.
     :param chunk_tokens: prompt tokens that one step computes.
-    :param events: False: nobody will ask for them.
+    :param events: False: the rank need not keep them.
     """
 
     layout: CacheLayout
@@ -87,7 +87,7 @@ class RankSequence(Protocol):
 class SimulatedRank(Protocol):
     """The cache of one engine rank.
 
-    :ivar event_format: what ``vswa_event_adapter`` is asked for.
+    :ivar event_format: format of its events, as ``vswa_event_adapter`` gets it.
     """
 
     event_format: str

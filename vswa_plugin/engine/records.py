@@ -1,4 +1,4 @@
-"""What observers are told about a finished request. Pure; no token ids."""
+"""The record of a finished request that observers get. Pure; no token ids."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ class Fields:
         """Dotted path of ``key``."""
         return f"{self.path}.{key}" if self.path else key
 
-    def error(self, key: str, expected: str, got: str = "") -> InvalidRequest:
+    def error(self, key: str, expected: str, actual: str = "") -> InvalidRequest:
         """What is wrong with the value of ``key``, to be raised."""
-        tail = f", got {got}" if got else ""
+        tail = f", got {actual}" if actual else ""
         return InvalidRequest(f"{self.name(key)}: expected {expected}{tail}")
 
     def refuse(self, expected: Mapping[str, str]) -> None:
@@ -82,7 +82,7 @@ class Fields:
 
 
 def unchecked_token_ids(request: Fields) -> Sequence[int]:
-    """The prompt as it came, for whom it does not matter what its elements are; unpacked, may be empty."""
+    """The prompt as it came, unpacked, for callers that do not check its elements; may be empty."""
     value = request.data.get("token_ids")
     if isinstance(value, (bytes, bytearray)):
         # Dynamo may pack token ids as little-endian 32-bit integers.
@@ -141,7 +141,7 @@ def dp_rank(routing: Fields, ranks: int, advice: str) -> int | None:
 
 
 def prefill_result(request: Fields, mode: str) -> Fields:
-    """What a prefill worker has said of the request; empty where there was none.
+    """What a prefill worker has handed over with the request; empty where there was none.
 
     :param mode: of this worker, one of ``vswa_plugin.engine.MODES``.
     """
@@ -155,7 +155,7 @@ def prefill_result(request: Fields, mode: str) -> Fields:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is one to JSON, to which true is none."""
+    """Whether ``value`` is a number in JSON; true is none."""
     return _is_integer(value) or isinstance(value, float)
 
 

@@ -2,7 +2,8 @@
 
 reader.py       the stream of one rank: what to apply, what is missing, how to repair it (no I/O)
 view.py         whether a rank may be scored (no I/O)
+due.py          views by deadline: when time alone changes their state (no I/O)
 subscriber.py   all ranks: messages in, index kept
 fleet.py        registry, subscriber and index together
-metrics.py      of all that, for Prometheus
+metrics.py      counters and gauges of all of it, as Prometheus text
 """

@@ -1,7 +1,7 @@
-"""Whose turn it is: views by the moment at which time alone will change what they are. Pure.
+"""Views by deadline: the moment at which the passing of time alone changes the state of a view. Pure.
 
-A heartbeat only moves its view's moment; the queue learns of that when the old moment comes. So a heartbeat
-costs nothing here, and a rank takes a step of a tick once in the time that it may be silent.
+A heartbeat only postpones the deadline of its view; the queue notices when the former deadline has passed. So
+a heartbeat costs nothing here, and a tick looks at each rank once in the time that the rank may be silent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Due:
         self._numbers = count()
 
     def add(self, view: View) -> None:
-        """Let ``view`` come at its :attr:`View.due`, and at no other moment; infinity: not at all."""
+        """Schedule ``view`` for its :attr:`View.due` in place of any earlier deadline; infinity: never."""
         self._valid.pop(view, None)
         if view.due < math.inf:
             number = next(self._numbers)
@@ -34,11 +34,11 @@ class Due:
             heapq.heappush(self._heap, (view.due, number, view))
 
     def discard(self, view: View) -> None:
-        """It comes no more."""
+        """Take ``view`` out of the queue."""
         self._valid.pop(view, None)
 
     def take(self, now: float) -> Iterator[View]:
-        """The views whose moment has passed, also those that were heard of meanwhile; add them again."""
+        """Take out the views whose deadline, as it was when they were added, has passed; add them again."""
         passed: list[View] = []
         while self._heap and self._heap[0][0] < now:
             _, number, view = heapq.heappop(self._heap)

@@ -20,6 +20,10 @@ from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.events import Rank, Source
 from vswa_plugin.wire.transport import Transport
 
+__all__ = [
+    "Fleet",
+]
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,7 +32,7 @@ class RankStatus(msgspec.Struct, frozen=True):
 
     :param state: ``live``, ``stale``, ``silent``, ``unreadable`` or ``waiting``.
     :param blocks: window label -> tier -> blocks held.
-    :param lag_ms: age of what was heard last, by the two machines' clocks; None before anything was.
+    :param lag_ms: age of the last message, by the two machines' clocks; None before the first one.
     """
 
     source: Source
@@ -43,7 +47,7 @@ class RankStatus(msgspec.Struct, frozen=True):
 
 
 class Fleet:
-    """Follows one namespace, or all. ``start`` connects, ``stop`` gives everything back."""
+    """Follows one namespace, or all. ``start`` connects, ``stop`` ends all of it."""
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class Fleet:
         await self._transport.close()
 
     async def settled(self, timeout: float) -> bool:
-        """Wait until every registered rank is live, or cannot become so; whether all are.
+        """Wait until every registered rank is live or cannot become so; returns whether all are live.
 
         :param timeout: seconds after which the wait ends in any case.
         """
@@ -102,11 +106,11 @@ class Fleet:
     def statuses(self, now_ns: int) -> list[RankStatus]:
         """All ranks, sorted. ``now_ns`` is the wall clock, for the lag figure."""
         now = asyncio.get_running_loop().time()
-        found = []
+        statuses = []
         for view in self.subscriber.views():
             reader = view.reader
             heard_ns = reader.last_published_at_ns
-            found.append(
+            statuses.append(
                 RankStatus(
                     source=view.source,
                     model=view.layout.model if view.layout else "",
@@ -119,7 +123,7 @@ class Fleet:
                     blocks=self._blocks(view.source.rank) if view.layout else {},
                 )
             )
-        return sorted(found, key=lambda status: (str(status.source), status.epoch))
+        return sorted(statuses, key=lambda status: (str(status.source), status.epoch))
 
     def _blocks(self, rank: Rank) -> dict[str, dict[str, int]]:
         layout = self.index.layout(rank)
@@ -145,7 +149,7 @@ class Fleet:
                     case Connected():
                         self._listed.set()
                     case Disconnected():
-                        logger.warning("registry away, what it said last stands: %s", change.reason)
+                        logger.warning("registry not readable, its last content stands: %s", change.reason)
 
     def _joined(self, entry: Entry) -> None:
         self.entries[entry.key] = entry

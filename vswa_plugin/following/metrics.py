@@ -27,7 +27,7 @@ _READER = {
 
 
 class FleetCollector(Collector):
-    """Reads the counters when asked."""
+    """Reads the counters at each scrape."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -59,7 +59,7 @@ class FleetCollector(Collector):
     def _ranks(self) -> Iterable[Metric]:
         state = GaugeMetricFamily("vswa_rank_state", "1 for the state", labels=["worker", "dp_rank", "state"])
         lag = GaugeMetricFamily(
-            "vswa_rank_lag_seconds", "age of what was heard", labels=["worker", "dp_rank"]
+            "vswa_rank_lag_seconds", "age of the last message of the rank", labels=["worker", "dp_rank"]
         )
         held = GaugeMetricFamily(
             "vswa_rank_blocks", "blocks that a rank holds", labels=["worker", "dp_rank", "window", "tier"]

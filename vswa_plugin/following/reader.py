@@ -79,7 +79,7 @@ class BecameLive:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An event of a later version was met: do not score this rank in this epoch. Said once an epoch."""
+    """An event of a later version arrived: do not score this rank in this epoch. Given once an epoch."""
 
     tag: str
 
@@ -106,7 +106,7 @@ class ReaderStats(msgspec.Struct):
 class _Repair:
     """A repair under way: at most one request is out at a time."""
 
-    asked: Request | None = None
+    pending: Request | None = None
     retry_at: float | None = None
     failures: int = 0
     by_snapshot: bool = False
@@ -185,9 +185,9 @@ class Reader:
 
     def on_reply(self, request: Request, reply: Reply, now: float) -> list[Effect]:
         """The answer to an :class:`Ask`. One that is not awaited any more is ignored."""
-        if self._repair is None or self._repair.asked != request:
+        if self._repair is None or self._repair.pending != request:
             return []
-        self._repair.asked = None
+        self._repair.pending = None
         if reply.epoch > self.epoch:
             effects = self._begin_epoch(reply.epoch)
             return effects + self._start_repair("the publisher has begun a new epoch", by_snapshot=True)
@@ -204,12 +204,12 @@ class Reader:
                 return self.on_failure(request, reply.reason, now, awaited=False)
 
     def on_failure(self, request: Request, reason: str, now: float, *, awaited: bool = True) -> list[Effect]:
-        """No answer, or one that says no: try again after a pause, by snapshot after some tries."""
+        """No answer came, or a refusal: try again after a pause, by snapshot after some failures."""
         repair = self._repair
-        if repair is None or (awaited and repair.asked != request):
+        if repair is None or (awaited and repair.pending != request):
             return []
         self.stats.failures += 1
-        repair.asked = None
+        repair.pending = None
         repair.failures += 1
         if repair.by_snapshot or repair.failures >= self.options.replay_attempts:
             repair.by_snapshot, repair.head, repair.parts = True, None, []
@@ -220,7 +220,7 @@ class Reader:
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed: retries that are due."""
         repair = self._repair
-        if repair is None or repair.asked is not None or repair.retry_at is None or now < repair.retry_at:
+        if repair is None or repair.pending is not None or repair.retry_at is None or now < repair.retry_at:
             return []
         repair.retry_at = None
         return self._ask_snapshot() if repair.by_snapshot else self._ask_replay()
@@ -234,7 +234,7 @@ class Reader:
         return [Reset()]
 
     def _take(self, batch: Batch) -> list[Effect]:
-        """Apply what of ``batch`` is new; it begins at or before the next id."""
+        """Apply the new events of ``batch``, which begins at or before the next id."""
         fresh = batch.events[self.next_event_id - batch.first_event_id :]
         if not fresh:
             self.stats.duplicates += bool(batch.events)
@@ -246,14 +246,14 @@ class Reader:
 
     def _applied(self, events: Iterable[Event | Unknown]) -> list[Effect]:
         effects: list[Effect] = []
-        known: list[Event] = []
+        applicable: list[Event] = []
         for event in events:
             if not isinstance(event, Unknown):
-                known.append(event)
+                applicable.append(event)
             elif not self.unreadable:
                 self.unreadable = True
                 effects.append(Unreadable(event.tag))
-        return [Apply(tuple(known)), *effects] if known else effects
+        return [Apply(tuple(applicable)), *effects] if applicable else effects
 
     # -- repairing ---------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Reader:
 
     def _ask(self, request: Request) -> list[Effect]:
         assert self._repair is not None
-        self._repair.asked = request
+        self._repair.pending = request
         return [Ask(request)]
 
     def _wait(self, batch: Batch) -> list[Effect]:

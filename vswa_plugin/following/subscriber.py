@@ -1,8 +1,9 @@
 """The router's side of the event streams: all ranks' events from NATS into one window index.
 
-Thin: reader.py decides what to apply and what to ask, view.py what may be scored, due.py whose turn it is.
+Thin: reader.py decides what to apply and what to request, view.py what may be scored, due.py which views to
+look at.
 Everything runs on one event loop; requests to publishers are tasks, a few at a time, so that many gaps at
-once are no storm. What goes wrong with one rank costs that rank alone.
+once do not flood the broker. What goes wrong with one rank costs that rank alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ from vswa_plugin.wire.control import Request
 from vswa_plugin.wire.events import Event, Layout, Rank, Source, decode
 from vswa_plugin.wire.subjects import events_of, source_of, subject
 from vswa_plugin.wire.transport import Transport
+
+__all__ = [
+    "Subscriber",
+    "SubscriberOptions",
+    "SubscriberStats",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +109,14 @@ class Subscriber:
     ) -> None:
         self.options = options or SubscriberOptions()
         self.stats = SubscriberStats()
-        #: Set when a rank became live, was given up or left; for whoever waits for that.
+        #: Set when a rank became live, was given up or left, for tasks that wait for that.
         self.changed = asyncio.Event()
         self._transport = transport
         self._index = index
         self._namespace = namespace
         self._component = component
         self._views: dict[Rank, View] = {}
-        #: Views of ranks that have left the registry and are still heard of: workers that drain.
+        #: Views of ranks that have left the registry and still send: workers that drain.
         self._departed: dict[Rank, View] = {}
         self._by_subject: dict[str, View] = {}
         self._repairing: dict[Rank, View] = {}
@@ -139,22 +146,22 @@ class Subscriber:
         return self._views.get(rank)
 
     def silent(self, rank: Rank) -> bool:
-        """Whether nothing is heard of a rank, be it registered or one that has left and drains."""
+        """Whether the heartbeats of a rank are missing, be it registered or one that has left and drains."""
         view = self._views.get(rank) or self._departed.get(rank)
         return view is None or view.silent
 
     def announce(self, source: Source, epoch: int) -> None:
         """The registry says that this rank lives, in that epoch: fetch what it holds if we have not."""
-        known = self._departed.get(source.rank) or self._views.get(source.rank)
+        former = self._departed.get(source.rank) or self._views.get(source.rank)
         # One that has left begins anew; one of another source spoke under this number first.
-        if known is not None and (known.departed or known.source != source):
-            self._forget(known)
+        if former is not None and (former.departed or former.source != source):
+            self._forget(former)
         view = self._follow(source)
         view.registered = True
         self._take(view, view.reader.on_announced(epoch))
 
     def withdraw(self, rank: Rank) -> None:
-        """The registry says that this rank has gone. It may drain: what it still says changes nothing."""
+        """The registry says that this rank has gone. It may drain: its events change nothing."""
         view = self._views.pop(rank, None)
         if view is None:
             return
@@ -173,7 +180,7 @@ class Subscriber:
         view = self._by_subject.get(event_subject) or self._first_from(event_subject)
         if view is None:
             return
-        if view.departed:  # it drains: that it lives is all that counts
+        if view.departed:  # it drains: only the sign of life counts
             with contextlib.suppress(ProtocolError):
                 self._heard(view, decode(payload).epoch)
             return
@@ -193,7 +200,7 @@ class Subscriber:
         self._take(view, effects)
 
     def _heard(self, view: View, epoch: int) -> bool:
-        """A valid message came, no sign of life where its epoch is over; whether that ends a silence."""
+        """Note a message, no sign of life where its epoch is over; returns whether it ends a silence."""
         if epoch < view.reader.epoch:
             return False
         silent = view.silent
@@ -203,15 +210,15 @@ class Subscriber:
         return silent
 
     def _first_from(self, event_subject: str) -> View | None:
-        """The view of a subject that was not met before; None where it is not that of a rank of ours."""
+        """The view for a subject that is new here; None where the subject is not that of a rank of ours."""
         try:
             source = source_of(event_subject)
         except ConfigError as error:
             self._foreign(str(error))
             return None
-        known = self._views.get(source.rank) or self._departed.get(source.rank)
-        if known is not None and known.source != source:
-            self._foreign(f"{event_subject} speaks for {known.source}")
+        view = self._views.get(source.rank) or self._departed.get(source.rank)
+        if view is not None and view.source != source:
+            self._foreign(f"{event_subject} names a rank that publishes as {view.source}")
             return None
         return self._follow(source)
 
@@ -231,7 +238,7 @@ class Subscriber:
         return view
 
     def _forget(self, view: View) -> None:
-        """Nothing is known of it any more."""
+        """Drop the view and all that is known of its rank."""
         rank = view.source.rank
         self._due.discard(view)
         self._by_subject.pop(subject(view.source, "events"), None)
@@ -302,7 +309,7 @@ class Subscriber:
         view.layout = layout
 
     def _give_up(self, view: View, reason: str) -> None:
-        """Nothing of this epoch is believed any more."""
+        """Drop the rank's blocks and do not score it until its next epoch."""
         view.broken = reason
         view.layout = None
         self._index.drop(view.source.rank)

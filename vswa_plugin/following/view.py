@@ -18,9 +18,9 @@ from vswa_plugin.wire.events import Source
 
 
 class ViewOptions(msgspec.Struct, frozen=True):
-    """How long what is doubtful is believed. Seconds.
+    """How long a view is trusted without confirmation. Seconds.
 
-    :param heartbeat_s: between the heartbeats of publishers whose layout does not say it.
+    :param heartbeat_s: between the heartbeats of publishers whose layout does not give it.
     :param missed_heartbeats: how many may be missing before a rank counts as silent.
     :param stale_grace_s: how long a stale view is scored as last seen.
     :param forget_s: after how long a silent rank that is in no registry is forgotten.
@@ -38,7 +38,7 @@ class ViewOptions(msgspec.Struct, frozen=True):
 
 
 class Attention:
-    """The time in which publishers could have been heard: one clock for all views.
+    """The time in which messages of publishers could have come in: one clock for all views.
 
     :param most_pause_s: a longer pause between two ticks was our own: the loop did not run, and what came in
         waits unread.
@@ -65,8 +65,8 @@ class View:
 
     :ivar layout: of the rank, once the index has taken it; None: nothing of the rank is in the index.
     :ivar heartbeat_s: of its publisher.
-    :ivar departed: it has left the registry, and nothing that it says counts until it is announced again.
-    :ivar broken: why nothing of this epoch is believed: an event that could not be applied.
+    :ivar departed: it has left the registry, and its events are ignored until it is announced again.
+    :ivar broken: why this epoch is not scored: an event that could not be applied.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class View:
 
     @property
     def forgotten(self) -> bool:
-        """It is silent for so long that only the registry could still know it."""
+        """It has been silent for so long that only an entry in the registry can keep it."""
         return not self.registered and self._attention.now > self._heard_at + self._forget_after_s
 
     @property
@@ -119,7 +119,7 @@ class View:
         return max(self._options.forget_s, self._silent_after_s)
 
     def scored(self, now: float) -> bool:
-        """Whether what is known of this rank may be promised.
+        """Whether this rank is scored by what is known of it.
 
         :param now: as :attr:`stale_since`, seconds of the router's monotonic clock.
         """

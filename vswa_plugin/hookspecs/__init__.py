@@ -21,11 +21,16 @@ What holds for all hooks:
     worker.py      engines, their events, and a worker's start
     routing.py     what a router asks
     observers.py   what plugins are shown of events and requests, and their metrics
+    lifetime.py    a plugin's options, and its end
     tools.py       what commands ask
+    commands.py    a subcommand of ``vswa``
+    marks.py       how a contract and an implementation of it are marked
 """
 
 from __future__ import annotations
 
+from vswa_plugin.hookspecs.commands import Command, Commands
+from vswa_plugin.hookspecs.lifetime import vswa_options, vswa_stopping
 from vswa_plugin.hookspecs.marks import NAME, hookimpl, hookspec
 from vswa_plugin.hookspecs.observers import (
     vswa_engine_events,
@@ -55,6 +60,7 @@ from vswa_plugin.hookspecs.worker import (
 
 #: All hooks, in the order in which docs/hooks.md explains them.
 HOOKS = (
+    vswa_options,
     vswa_engine,
     vswa_engine_names,
     vswa_event_adapter,
@@ -68,9 +74,10 @@ HOOKS = (
     vswa_request_arrived,
     vswa_request_finished,
     vswa_metrics,
+    vswa_stopping,
     vswa_accuracy_scorers,
     vswa_simulated_rank,
     vswa_register_commands,
 )
 
-__all__ = ["HOOKS", "NAME", "WorkerContext", "hookimpl", "hookspec"]
+__all__ = ["HOOKS", "NAME", "Command", "Commands", "WorkerContext", "hookimpl", "hookspec"]

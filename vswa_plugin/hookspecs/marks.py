@@ -7,5 +7,7 @@ import pluggy
 #: The project name that pluggy marks with; also the entry point group.
 NAME = "vswa_plugin"
 
+#: Marks the contract of a hook.
 hookspec = pluggy.HookspecMarker(NAME)
+#: Marks a plugin's implementation of a hook.
 hookimpl = pluggy.HookimplMarker(NAME)

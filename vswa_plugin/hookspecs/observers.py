@@ -114,11 +114,12 @@ def vswa_request_finished(record: RequestRecord) -> None:
 def vswa_metrics() -> str | None:
     """Give this plugin's metrics as Prometheus text, or None where it has none.
 
-    Called: for each GET of ``/metrics``, on the worker's event loop; a few milliseconds at most.
+    Called: for each GET of ``/metrics`` of a worker, a router or a selector, on its event loop; a few
+        milliseconds at most.
     Order: of no effect.
     Combine: the texts are appended, by plugin name. Names start with ``vswa_`` or the plugin's own prefix;
-        a text that does not parse, or that repeats a metric of the worker or of an earlier plugin, is
-        left out whole, because Prometheus would refuse the page.
+        a text that does not parse, or that repeats a metric of the program's own or of an earlier plugin,
+        is left out whole, because Prometheus would refuse the page.
     Errors: that plugin's text is left out; counted, logged once per plugin and minute.
 
     :returns: Prometheus text format 0.0.4, or None.

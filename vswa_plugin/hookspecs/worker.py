@@ -96,7 +96,7 @@ def vswa_worker_connected(worker: WorkerContext) -> None:
     """Take note of a worker that has connected to Dynamo and knows its worker_id.
 
     Called: once per worker, on its event loop, before the engine is started and so before any batch. What a
-        plugin opens here lives as long as the process.
+        plugin opens here it closes in ``vswa_stopping``.
     Order: of no effect; plugins do not see one another.
     Combine: nothing is returned.
     Errors: ConfigError is the user's answer: it goes through unchanged and the worker exits with it. Any

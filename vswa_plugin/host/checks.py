@@ -224,3 +224,12 @@ def metric_families(text: str, taken: set[str]) -> set[str]:
     if names & taken:
         raise ValueError(f"these metrics are on the page already: {', '.join(sorted(names & taken))}")
     return names
+
+
+def declared_families(page: str) -> set[str]:
+    """Names of the metrics in a Prometheus text of our own, by its TYPE lines.
+
+    The samples of a large fleet's page take tens of milliseconds to parse, its TYPE lines below one.
+    """
+    declarations = [line for line in page.splitlines() if line.startswith("# TYPE ")]
+    return metric_families("\n".join(declarations), set())

@@ -1,17 +1,20 @@
 """The plugin host: one typed method per hook, which asks each plugin on its own and joins the answers.
 
 Hooks are called through these methods, never through pluggy's own relay: there, one exception would discard
-the answers of all plugins and name none. How plugins get into the host is in plugin_set.py.
+the answers of all plugins and name none. How plugins get into the host is in registered.py.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from vswa_plugin.blocks.reuse import RULES, ReuseRule
+from vswa_plugin.engine.options import Section
 from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
 from vswa_plugin.hookspecs.commands import Command, Commands
 from vswa_plugin.host import checks as plugin_checks
@@ -49,6 +52,15 @@ class PluginHost(PluginSet):
     Load first, from one thread; after that the hook methods may be called from any thread. Those on a hot
     path cost a dictionary look-up where no plugin implements the hook.
     """
+
+    def options(self, options: Mapping[str, Section]) -> None:
+        """Give each plugin that takes options its own, or an empty section: ``vswa_options``.
+
+        :raises ConfigError: from a plugin, unchanged.
+        """
+        for each in self._calls["vswa_options"]:
+            own = options[each.plugin] if each.plugin in options else Section({}, "no file", each.plugin)
+            self._isolation.call(each, {"options": own}, plugin_checks.check_answer, through=(ConfigError,))
 
     def engine(self, settings: EngineSettings) -> Engine:
         """The engine that ``settings.engine`` names, or the default where that is empty: ``vswa_engine``.
@@ -210,11 +222,11 @@ class PluginHost(PluginSet):
     def metrics(self, page: str = "") -> str:
         """Prometheus text of all plugins, and the host's own failure counters: ``vswa_metrics``.
 
-        :param page: to which the text is added; no plugin may repeat a metric of it.
+        :param page: to which the text is added; no plugin may repeat a metric that it has a TYPE line of.
         """
         taken = {FAILURES_METRIC}
         if page and self._calls["vswa_metrics"]:
-            taken |= plugin_checks.metric_families(page, set())
+            taken |= plugin_checks.declared_families(page)
 
         def check(answer: object) -> None:
             plugin_checks.check_answer(answer)
@@ -227,6 +239,29 @@ class PluginHost(PluginSet):
             "".join(text if text.endswith("\n") else text + "\n" for text in texts)
             + self._isolation.metrics()
         )
+
+    def stopping(self, budget_s: float) -> None:
+        """Let all plugins end, at the same time: ``vswa_stopping``. Never raises.
+
+        Returns when all are done, after ``budget_s`` seconds at the latest: not for an event loop's thread.
+        """
+        deadline = time.monotonic() + budget_s
+        ending = {
+            each: threading.Thread(
+                target=self._isolation.call,
+                args=(each, {"budget_s": budget_s}, plugin_checks.check_answer),
+                name=f"stopping {each.plugin}",
+                daemon=True,
+            )
+            for each in self._calls["vswa_stopping"]
+        }
+        for thread in ending.values():
+            thread.start()
+        for each, thread in ending.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                late = TimeoutError(f"expected an end within {budget_s:g} s; it is not waited for any longer")
+                self._isolation.note(each, late)
 
     def commands(self, taken: Mapping[str, str]) -> list[Command]:
         """The subcommands that plugins add: ``vswa_register_commands``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
@@ -62,14 +62,17 @@ class PluginSet:
         self._isolation = Isolation(trace=trace, clock=clock)
 
     def register(self, plugin: object, name: str, *, version: str = "", source: str = "code") -> None:
-        """Add one plugin, a module or an object. A refused one leaves no trace; a disabled one is listed.
+        """Add one plugin. A refused one leaves no trace; a disabled one is listed.
 
-        :raises PluginError: it breaks the contract of a hook, or its name is taken.
+        :param plugin: a module or an object; or a class, of which this host makes an instance of its own.
+        :raises PluginError: it breaks the contract of a hook, its name is taken, or no instance can be made.
         """
         plugin_checks.check_name(name)
         if name in self._disabled:
             self._statuses.append(PluginStatus(name, version, (), source, "disabled", "switched off by name"))
             return
+        if inspect.isclass(plugin):
+            plugin = _instance_of(plugin, name)
         self._refuse_twice(plugin, name, source)
         try:
             hooks = plugin_checks.check_plugin(self._manager, plugin, name, self._specs)
@@ -85,15 +88,22 @@ class PluginSet:
     def load_entry_points(self, *, only: Collection[str] | None = None) -> None:
         """Load the plugins of installed packages (entry point group ``vswa_plugin``).
 
-        One that cannot be loaded is logged and listed as failed, and costs no other.
+        One that cannot be loaded is logged and listed as failed, and costs no other. The name of a
+        first-party plugin is never another package's, even where the first-party plugin itself fails to load:
+        who has asked for it by name must not get something else.
 
         :param only: load these and no others; None for all.
         """
-        for entry in plugin_sources.installed():
+        entries = plugin_sources.installed()
+        own = {entry.name: entry for entry in entries if plugin_sources.is_first_party(entry)}
+        for entry in entries:
             if entry.name in self._disabled:
                 self._list(entry, "disabled", "switched off by name")
             elif only is not None and entry.name not in only:
                 self._list(entry, "disabled", "not named in VSWA_PLUGINS")
+            elif (kept := own.get(entry.name, entry)) is not entry:
+                error = PluginError(_name_is_taken(entry.name, _source_of(kept), _source_of(entry)))
+                self._list(entry, "failed", str(error), error)
             else:
                 self._load_entry_point(entry)
 
@@ -121,6 +131,27 @@ class PluginSet:
         """Whether any plugin implements ``hook``: what only it is told need not be made where none does."""
         return bool(self._calls[hook])
 
+    def option_variables(self) -> dict[str, Mapping[str, str]]:
+        """Plugin -> environment variables of its own, each with the option that it stands for.
+
+        Of those alone that take options (``vswa_options``).
+
+        :raises PluginError: an ``option_variables`` that is no mapping.
+        """
+        takers = {each.plugin for each in self._calls["vswa_options"]}
+        variables: dict[str, Mapping[str, str]] = {}
+        for name, plugin in self._manager.list_name_plugin():
+            if name in takers:
+                # Static: an object may invent attributes, as mocks do.
+                own = inspect.getattr_static(plugin, "option_variables", {})
+                if not isinstance(own, Mapping):
+                    raise PluginError(
+                        f"plugin {name!r}: expected option_variables to map variables to names of options, "
+                        f"got {type(own).__name__}"
+                    )
+                variables[name] = own
+        return variables
+
     def failures(self) -> dict[tuple[str, str], int]:
         """(plugin, hook) -> calls that failed."""
         return self._isolation.failures()
@@ -144,10 +175,7 @@ class PluginSet:
     def _refuse_twice(self, plugin: object, name: str, source: str) -> None:
         for status in self._statuses:
             if status.name == name and status.state == "loaded":
-                raise PluginError(
-                    f"two plugins are named {name!r}: one from {status.source}, one from {source}; "
-                    f"rename or uninstall one of them"
-                )
+                raise PluginError(_name_is_taken(name, status.source, source))
         if (other := self._manager.get_name(plugin)) is not None:
             raise PluginError(f"plugin {name!r} is loaded already, under the name {other!r}")
 
@@ -191,6 +219,23 @@ class PluginSet:
 
 def _source_of(entry: EntryPoint) -> str:
     return f"{plugin_sources.package_of(entry)} ({entry.value})"
+
+
+def _instance_of(plugin: type, name: str) -> object:
+    try:
+        return plugin()
+    except plugin_sources.IMPORT_FAILURES as error:
+        raise PluginError(
+            f"plugin {name!r}: expected a class that can be called without arguments, got "
+            f"{plugin.__name__}: {plugin_sources.reason_of(error)}"
+        ) from error
+
+
+def _name_is_taken(name: str, source: str, other: str) -> str:
+    return (
+        f"two plugins are named {name!r}: one from {source}, one from {other}; "
+        f"rename or uninstall one of them"
+    )
 
 
 def _rank(impl: pluggy.HookImpl) -> tuple[int, str]:

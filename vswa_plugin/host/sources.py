@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 #: What importing somebody's module can end in. SystemExit: a script that was never meant to be imported.
 IMPORT_FAILURES = (Exception, SystemExit)
 
+#: The package that this host and the first-party plugins are installed with.
+OWN_PACKAGE = "vswa-plugin"
+
 _LOCAL_PREFIX = "vswa_local_plugin_"
 
 
@@ -27,6 +31,11 @@ def installed() -> list[metadata.EntryPoint]:
     """The entry points of the group ``vswa_plugin``, by name; a package with a broken list is left out."""
     found = [entry for entries in _readable() for entry in entries]
     return sorted(found, key=lambda entry: (entry.name, entry.value))
+
+
+def is_first_party(entry: metadata.EntryPoint) -> bool:
+    """Whether ``entry`` comes with this project's own package, whatever the module is called."""
+    return re.sub(r"[-_.]+", "-", package_of(entry)).lower() == OWN_PACKAGE
 
 
 def _readable() -> Iterator[metadata.EntryPoints]:

@@ -35,8 +35,8 @@ class Explanation(msgspec.Struct, frozen=True):
     :param boundaries: the deepest boundary of the prompt, in blocks.
     :param boundary: the deepest that the rank could resume at; 0: none.
     :param cached_tokens: what it would reuse.
-    :param failed: what the reuse rule said as it failed: the rank scores 0, and of the groups only what they
-        hold is known; None: it did not fail.
+    :param failed: the message of a reuse rule that failed: the rank scores 0, and of the groups only what
+        they hold is known; None: it did not fail.
     """
 
     rank: Rank
@@ -55,8 +55,8 @@ def explain_part(part: Part, hashes: Sequence[int], prompt_len: int) -> list[Exp
     ranks = sorted(part.members)
     try:
         part.rule.needs(part.layout, prompt_len)  # of no use here, but where it fails there is no score
-        asked = boundaries_for(part.rule, part.layout, prompt_len, len(hashes))
-        return [_explain_rank(part, rank, hashes, prompt_len, asked) for rank in ranks]
+        boundaries = boundaries_for(part.rule, part.layout, prompt_len, len(hashes))
+        return [_explain_rank(part, rank, hashes, prompt_len, boundaries) for rank in ranks]
     except VswaError as error:
         return [_without_rule(part, rank, hashes, str(error)) for rank in ranks]
 
@@ -77,24 +77,24 @@ def _without_rule(part: Part, rank: Rank, hashes: Sequence[int], failed: str) ->
 
 
 def _explain_rank(
-    part: Part, rank: Rank, hashes: Sequence[int], prompt_len: int, asked: Boundaries
+    part: Part, rank: Rank, hashes: Sequence[int], prompt_len: int, boundaries: Boundaries
 ) -> Explanation:
     held = part.held(rank, hashes)
-    boundary = asked.deepest([run_starts(blocks) for blocks in held])
+    boundary = boundaries.deepest([run_starts(blocks) for blocks in held])
     return Explanation(
         rank=rank,
         model=part.layout.model,
         rule=part.rule.name,
         scored=part.members[rank].scored,
-        boundaries=asked.count,
+        boundaries=boundaries.count,
         boundary=boundary,
         cached_tokens=part.rule.tokens(part.layout, boundary, prompt_len) if boundary else 0,
         groups=tuple(
             GroupExplanation(
                 group,
                 _runs(held[index]),
-                (asked.first_needed[index][boundary], boundary) if boundary else None,
-                _spoilt(held[index], asked.first_needed[index], boundary + 1),
+                (boundaries.first_needed[index][boundary], boundary) if boundary else None,
+                _spoilt(held[index], boundaries.first_needed[index], boundary + 1),
             )
             for index, group in enumerate(part.layout.groups)
         ),

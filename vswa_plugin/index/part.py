@@ -8,7 +8,7 @@ from types import ModuleType
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.errors import InvariantError, StreamError, VswaError
-from vswa_plugin.index.plans import Plan, boundaries_for, plan_for, run_starts
+from vswa_plugin.index.plans import ScorePlan, boundaries_for, plan_for, run_starts
 from vswa_plugin.index.python_table import PythonTable
 from vswa_plugin.index.tables import Hashes, KernelTable, Table, ranks_of
 from vswa_plugin.wire.events import TIERS, Rank
@@ -51,7 +51,7 @@ class Part:
         self._free: list[int] = []
         self._waiting = self._sweeping = 0
         self._wanted = 0
-        self._plans: dict[int, Plan | None] = {}
+        self._plans: dict[int, ScorePlan | None] = {}
 
     def join(self, rank: Rank, scored: bool) -> None:
         bit = self._free.pop() if self._free else len(self._ranks)
@@ -60,7 +60,7 @@ class Part:
         self._wanted |= scored << bit
 
     def leave(self, rank: Rank) -> None:
-        """At once for scoring; what it held is swept later."""
+        """Take the rank out: it is not scored from now on, and its blocks are swept later."""
         member = self.members.pop(rank)
         self._place(member.bit, None)
         self._wanted &= ~(1 << member.bit)
@@ -80,7 +80,7 @@ class Part:
             self.join(rank, member.scored)
 
     def clear_group(self, rank: Rank, group: int) -> None:
-        """Rare, and not worth a bit for each group: the table is looked through at once."""
+        """The rank holds nothing in that group: a whole pass, as this is too rare for a bit per group."""
         member = self.members[rank]
         if not member.counts[group]:
             return
@@ -93,14 +93,14 @@ class Part:
         member.slow[group].clear()
 
     def set_scored(self, rank: Rank, scored: bool) -> None:
-        """Cheap: a fleet that is idle asks for it at every heartbeat, and mostly nothing changes."""
+        """Whether the rank is scored. Cheap: an idle fleet sets it at every heartbeat, mostly as it was."""
         member = self.members[rank]
         if member.scored != scored:
             member.scored = scored
             self._wanted ^= 1 << member.bit
 
     def store(self, rank: Rank, group: int, hashes: Hashes, tier: str, room: int) -> int:
-        """Returns how many were left out for lack of room."""
+        """The rank holds these blocks too; returns how many were left out for lack of room."""
         member = self.members[rank]
         added, left_out = self.table.add(group, member.bit, hashes, room)
         member.counts[group] += added
@@ -140,7 +140,7 @@ class Part:
         self.sweep(max(SWEEP_LEAST, self.table.rows() // SWEEP_EVENTS))
 
     def score(self, hashes: Hashes, prompt_len: int) -> dict[Rank, int]:
-        """Nothing where the rule fails: whoever lent the rule counts and names that."""
+        """Cached tokens by rank; empty where the rule fails, which the host counts and names."""
         try:
             try:
                 plan = self._plans[prompt_len]
@@ -211,7 +211,7 @@ class Part:
                 raise InvariantError(f"window index: rank {rank} has a tier for blocks that it does not hold")
 
     def _place(self, bit: int, rank: Rank | None) -> None:
-        """Say whose the bit is, in a new list: Table.score may keep the one that it was given.
+        """Assign the bit to ``rank``, in a new list: Table.score may keep the one that it was given.
 
         The copy takes some microseconds at 3,000 ranks, a fraction of what the rank's first message takes.
         """
@@ -219,7 +219,7 @@ class Part:
         ranks[bit : bit + 1] = [rank]
         self._ranks = ranks
 
-    def _plan(self, prompt_len: int) -> Plan | None:
+    def _plan(self, prompt_len: int) -> ScorePlan | None:
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         plan = self._plans[prompt_len] = plan_for(self.rule, self.layout, prompt_len)
@@ -230,17 +230,19 @@ class Part:
         return {rank: tokens[boundary] for rank, boundary in boundaries.items() if tokens[boundary] > 0}
 
     def _score_each(self, hashes: Hashes, prompt_len: int) -> dict[Rank, int]:
-        """By asking the rule at every boundary: for rules whose needs are no plain numbers."""
-        asked = boundaries_for(self.rule, self.layout, prompt_len, len(hashes))
+        """Call the rule at every boundary: for rules whose needs are no plain numbers."""
+        boundaries = boundaries_for(self.rule, self.layout, prompt_len, len(hashes))
         masks = [self.table.masks(group, hashes) for group in range(len(self.layout.groups))]
         anywhere = 0
         for mask in set().union(*masks):
             anywhere |= mask
-        found = {
-            rank: asked.deepest([run_starts([bool(mask >> bit & 1) for mask in group]) for group in masks])
+        deepest = {
+            rank: boundaries.deepest(
+                [run_starts([bool(mask >> bit & 1) for mask in group]) for group in masks]
+            )
             for rank, bit in ranks_of(anywhere & self._wanted, self._ranks).items()
         }
-        return self._tokens({rank: boundary for rank, boundary in found.items() if boundary}, prompt_len)
+        return self._tokens({rank: boundary for rank, boundary in deepest.items() if boundary}, prompt_len)
 
     def _set_tier(self, member: Member, group: int, hashes: Hashes, tier: str) -> None:
         slow = member.slow[group]

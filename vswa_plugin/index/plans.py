@@ -11,7 +11,7 @@ from vswa_plugin.blocks.reuse import RULES, Needs, ReuseRule
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ScorePlan:
     """How prompts of one length are scored by numbers alone.
 
     :param boundaries: the deepest boundary, in blocks.
@@ -29,8 +29,8 @@ class Plan:
     asks_tokens: bool
 
 
-def plan_for(rule: ReuseRule, layout: CacheLayout, prompt_len: int) -> Plan | None:
-    """The plan for prompts of ``prompt_len`` tokens; None: each boundary must be asked for."""
+def plan_for(rule: ReuseRule, layout: CacheLayout, prompt_len: int) -> ScorePlan | None:
+    """The plan for prompts of ``prompt_len`` tokens; None: the rule must be called for each boundary."""
     needs = rule.needs(layout, prompt_len)
     boundaries = rule.boundaries(layout, prompt_len)
     if needs is None or not _needs_something(needs):
@@ -39,8 +39,8 @@ def plan_for(rule: ReuseRule, layout: CacheLayout, prompt_len: int) -> Plan | No
     at_end = needs.at_prompt_end if boundaries * size == prompt_len else None
     # The built-in rules count whole blocks up to the last token but one; asking costs more than the walk.
     if rule is RULES.get(rule.name):
-        return Plan(boundaries, needs.trailing, at_end, size, prompt_len - 1, False)
-    return Plan(boundaries, needs.trailing, at_end, 1, sys.maxsize, True)
+        return ScorePlan(boundaries, needs.trailing, at_end, size, prompt_len - 1, False)
+    return ScorePlan(boundaries, needs.trailing, at_end, 1, sys.maxsize, True)
 
 
 def _needs_something(needs: Needs) -> bool:

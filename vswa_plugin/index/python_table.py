@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
 from operator import and_
 
-from vswa_plugin.index.plans import Plan
+from vswa_plugin.index.plans import ScorePlan
 from vswa_plugin.index.tables import ALL_GROUPS, Hashes, ranks_of
 from vswa_plugin.wire.events import Rank
 
@@ -79,12 +79,14 @@ class PythonTable:
         holders = self._groups[group]
         return _of_rank(list(holders), list(holders.values()), bit, piece)
 
-    def score(self, hashes: Hashes, plan: Plan, wanted: int, ranks: list[Rank | None]) -> dict[Rank, int]:
+    def score(
+        self, hashes: Hashes, plan: ScorePlan, wanted: int, ranks: list[Rank | None]
+    ) -> dict[Rank, int]:
         scores: dict[Rank, int] = {}
-        for boundary, found in self._settle(hashes[: plan.boundaries], plan, wanted):
+        for boundary, mask in self._settle(hashes[: plan.boundaries], plan, wanted):
             tokens = min(boundary * plan.unit, plan.limit)
             if tokens > 0:
-                scores.update(dict.fromkeys(self._ranks_of(found, ranks), tokens))
+                scores.update(dict.fromkeys(self._ranks_of(mask, ranks), tokens))
         return scores
 
     def sweep(self, dead: int, budget: int, group: int = ALL_GROUPS) -> bool:
@@ -97,9 +99,9 @@ class PythonTable:
                 ranks = holders.get(sequence_hash, 0)
                 if ranks & dead:
                     self._leave(holders, sequence_hash, ranks & ~dead)
-            seen = min(budget, len(hashes))
-            budget -= max(1, seen)
-            del hashes[len(hashes) - seen :]
+            count = min(budget, len(hashes))
+            budget -= max(1, count)
+            del hashes[len(hashes) - count :]
             if not hashes:
                 self._to_sweep.pop()
         if self._to_sweep:
@@ -126,14 +128,14 @@ class PythonTable:
         return f"{empty} hashes are held by no rank" if empty else None
 
     def _ranks_of(self, mask: int, ranks: list[Rank | None]) -> Iterable[Rank]:
-        """Remembered as long as the same list comes: whoever changes it passes another."""
+        """The ranks of ``mask``, cached while ``ranks`` is the same list: a change comes as a new list."""
         if ranks is not self._ranks or len(self._rank_sets) >= _SHARED:
             self._ranks = ranks
             self._rank_sets.clear()
-        found = self._rank_sets.get(mask)
-        if found is None:
-            found = self._rank_sets[mask] = tuple(ranks_of(mask, ranks))
-        return found
+        rank_set = self._rank_sets.get(mask)
+        if rank_set is None:
+            rank_set = self._rank_sets[mask] = tuple(ranks_of(mask, ranks))
+        return rank_set
 
     def _share(self, ranks: int) -> int:
         if len(self._shared) >= _SHARED:
@@ -150,11 +152,11 @@ class PythonTable:
         """A dict keeps the size it once had until it is copied."""
         for holders in self._groups:
             if sys.getsizeof(holders) > 10_000 + 400 * len(holders):
-                kept = list(holders.items())
+                items = list(holders.items())
                 holders.clear()
-                holders.update(kept)
+                holders.update(items)
 
-    def _settle(self, hashes: Hashes, plan: Plan, wanted: int) -> Iterator[tuple[int, int]]:
+    def _settle(self, hashes: Hashes, plan: ScorePlan, wanted: int) -> Iterator[tuple[int, int]]:
         """Boundaries from the deepest on, each with the ranks of which it is the deepest."""
         blocks = len(hashes)
         at_end = plan.at_end if blocks == plan.boundaries else None
@@ -170,9 +172,9 @@ class PythonTable:
         remaining = running[0] if running else 0
         boundary = len(running)
         if boundary == blocks and last_needs != needs and remaining:
-            found = running[-1] & self._last_held(last_needs, hashes)
-            remaining ^= found
-            yield boundary, found
+            mask = running[-1] & self._last_held(last_needs, hashes)
+            remaining ^= mask
+            yield boundary, mask
             boundary -= 1
         step = windows[0].need if windows else boundary
         while remaining and boundary > 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
-from vswa_plugin.index.plans import Plan
+from vswa_plugin.index.plans import ScorePlan
 from vswa_plugin.wire.events import Rank
 
 #: Sequence hashes; the kernel also takes them packed, as its own ``sequence_hashes`` makes them.
@@ -44,7 +44,9 @@ class Table(Protocol):
         pieces may be empty.
         """
 
-    def score(self, hashes: Hashes, plan: Plan, wanted: int, ranks: list[Rank | None]) -> dict[Rank, int]:
+    def score(
+        self, hashes: Hashes, plan: ScorePlan, wanted: int, ranks: list[Rank | None]
+    ) -> dict[Rank, int]:
         """For the ranks of the mask ``wanted`` the deepest boundary, as the plan reports it; none at 0.
 
         :param ranks: bit -> rank; a list that is not changed afterwards, so that what it says may be kept.
@@ -75,15 +77,15 @@ def mask_bytes(mask: int) -> bytes:
 
 def ranks_of(mask: int, ranks: Sequence[Rank | None]) -> Mapping[Rank, int]:
     """The ranks of a mask, with their bits."""
-    found = {}
+    bits = {}
     while mask:
         low = mask & -mask
         bit = low.bit_length() - 1
         rank = ranks[bit]
         if rank is not None:
-            found[rank] = bit
+            bits[rank] = bit
         mask ^= low
-    return found
+    return bits
 
 
 class KernelTable:
@@ -104,7 +106,9 @@ class KernelTable:
         self._score = table.score
         self._sweep = table.sweep
 
-    def score(self, hashes: Hashes, plan: Plan, wanted: int, ranks: list[Rank | None]) -> dict[Rank, int]:
+    def score(
+        self, hashes: Hashes, plan: ScorePlan, wanted: int, ranks: list[Rank | None]
+    ) -> dict[Rank, int]:
         scores: dict[Rank, int] = self._score(
             hashes,
             plan.boundaries,

@@ -23,7 +23,9 @@ from vswa_plugin.wire.events import TIERS, Cleared, Event, Layout, Moved, Rank, 
 
 
 class IndexStats(msgspec.Struct, frozen=True):
-    """:param blocks: per window label ("512", "global"): distinct blocks, counted once for all ranks.
+    """How much one index holds.
+
+    :param blocks: per window label ("512", "global"): distinct blocks, counted once for all ranks.
     :param nbytes: memory of the tables, estimated without the kernel.
     :param kernel: whether the compiled kernel is in use.
     :param left_out: stored blocks that were left out for lack of room, since the start.
@@ -88,7 +90,7 @@ class WindowIndex:
         """A rank that holds nothing yet. Under the layout that it has already: nothing changes.
 
         :raises ConfigError: an unknown rule, or a layout that the rule cannot be applied to.
-        :raises PluginFailed: the rule of a plugin failed as it was asked; nothing has changed.
+        :raises PluginFailed: the rule of a plugin failed when it was called; nothing has changed.
         """
         before = self._of_rank.get(rank)
         if before is not None and before.layout == layout:
@@ -102,7 +104,7 @@ class WindowIndex:
         self._of_rank[rank] = part
 
     def apply(self, rank: Rank, event: Event) -> None:
-        """What one event says. A Layout begins from empty, whatever was there, and may be a rank's first.
+        """Apply one event. A Layout begins from empty, whatever was there, and may be a rank's first.
 
         :raises StreamError: an unknown rank, cache group, tier or hash; nothing has changed.
         :raises ConfigError: a layout that cannot be used; nothing has changed.
@@ -143,9 +145,9 @@ class WindowIndex:
         self._part_of(rank).set_scored(rank, scored)
 
     def sweep(self, budget: int) -> bool:
-        """Free what ranks held that are gone, looking at about ``budget`` blocks; True: nothing is left."""
-        left = [part for part in self._parts.values() if not part.sweep(budget)]
-        return not left
+        """Free the blocks of ranks that are gone, looking at about ``budget`` blocks; True: none is left."""
+        unfinished = [part for part in self._parts.values() if not part.sweep(budget)]
+        return not unfinished
 
     def score(self, sequence_hashes: Hashes, prompt_len: int, model: str | None = None) -> dict[Rank, int]:
         """Cached tokens of every rank that would reuse any. Ranks whose reuse rule fails are left out.
@@ -163,7 +165,7 @@ class WindowIndex:
         return scores
 
     def score_tokens(self, token_ids: Sequence[int], model: str | None = None) -> dict[Rank, int]:
-        """The same from the prompt itself, plain text; only ranks whose hash scheme is ours."""
+        """As :meth:`score`, from the tokens of a plain prompt; only ranks whose hash scheme is ours."""
         scores: dict[Rank, int] = {}
         hashes: dict[int, Hashes] = {}
         for part in self.parts(model):
@@ -198,9 +200,9 @@ class WindowIndex:
                 continue
             for block, tier in enumerate(map(slow.get, needed), first):
                 if tier is not None:
-                    known = slowest.setdefault(block, tier)
-                    if known != tier:
-                        slowest[block] = max(known, tier, key=TIERS.index)
+                    former = slowest.setdefault(block, tier)
+                    if former != tier:
+                        slowest[block] = max(former, tier, key=TIERS.index)
         whole = cached_tokens // part.block_size
         counts = Counter(tier for block, tier in slowest.items() if block < whole)
         counts[DEVICE] = whole - counts.total()
@@ -209,7 +211,7 @@ class WindowIndex:
     def explain(
         self, sequence_hashes: Sequence[int], prompt_len: int, model: str | None = None
     ) -> list[Explanation]:
-        """Why each rank scores what it scores; where its reuse rule fails, what that said."""
+        """Why each rank scores what it scores; where its reuse rule fails, its message."""
         return [
             explanation
             for part in self.parts(model)

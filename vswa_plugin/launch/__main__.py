@@ -30,6 +30,7 @@ from vswa_plugin.launch.topologies import (
     worker_counts,
 )
 from vswa_plugin.program.args import make_parser
+from vswa_plugin.program.options import port
 from vswa_plugin.program.run import run_program, set_up_logging
 
 _EPILOG = """\
@@ -64,11 +65,13 @@ broker that fails ends everything: bring your own for what has to last.
 exit codes: 0 after a signal, 1 when a broker failed, 2 for what you can correct.
 """
 
+PROGRAM = "python -m vswa_plugin.launch"
 
-def parser() -> argparse.ArgumentParser:
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     shown = (f"  {name:<16}{each.about}" for name, each in TOPOLOGIES.items())
     made = make_parser(
-        "python -m vswa_plugin.launch",
+        program,
         "Start frontend, routers and workers of one topology, and keep them alive.",
         _EPILOG.replace("{topologies}", "\n".join(shown)),
     )
@@ -80,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
     add_worker_counts(made, several=1)
     add_router(made)
     made.add_argument("--http-host", default=environ("DYN_HTTP_HOST", "127.0.0.1"), help="default: 127.0.0.1")
-    made.add_argument("--http-port", type=int, default=environ("DYN_HTTP_PORT", "8000"), help="default: 8000")
+    made.add_argument(
+        "--http-port", type=port, default=environ("DYN_HTTP_PORT", "8000"), help="default: 8000"
+    )
     made.add_argument(
         "--router-mode",
         metavar="|".join(ROUTER_MODES),
@@ -91,13 +96,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def settings_from(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[ClusterSettings, str | None]:
+def settings_from(
+    argv: Sequence[str], environ: Mapping[str, str], program: str = PROGRAM
+) -> tuple[ClusterSettings, str | None]:
     """What the command line and environment ask for, and the folder for logs; nothing is started.
 
     :raises ConfigError: whatever can be found wrong without starting a process.
     """
     split = list(argv).index("--") if "--" in argv else len(argv)
-    given = parser().parse_args(argv[:split])
+    given = parser(program).parse_args(argv[:split])
     topology = find_topology(given.topology)
     if not given.model_path:
         raise ConfigError(
@@ -142,9 +149,9 @@ def _groups(
     )
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Launch what the command line asks for; the exit code."""
-    settings, log_dir = settings_from(sys.argv[1:] if argv is None else argv, os.environ)
+    settings, log_dir = settings_from(sys.argv[1:] if argv is None else argv, os.environ, program)
     set_up_logging("warning")
     progress = progress_from(time.monotonic())
     with tempfile.TemporaryDirectory(prefix="vswa-launch-") as scratch:
@@ -154,8 +161,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(keep_serving(cluster, progress))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program("vswa launch", lambda: run(argv))
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """The exit code; ``program`` is what usage and refusals call it."""
+    return run_program("vswa launch", lambda: run(argv, program))
 
 
 if __name__ == "__main__":

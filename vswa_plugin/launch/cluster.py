@@ -126,7 +126,7 @@ class Cluster:
         host, port = router_address(self.settings)
         port = port or free_port()
         url = _url(host, port)
-        self._progress(f"starting {name}, which knows every window and tells of it on {url}")
+        self._progress(f"starting {name}, which scores every window; its HTTP API is on {url}")
         command = python_module("vswa_plugin.router", *router_arguments(self.settings))
         self.routers.append(await self._start_child(name, [*command, "--http-port", str(port)], {}))
         self.router_urls.append(url)
@@ -237,8 +237,8 @@ class Cluster:
         entries = await self._entries_by_pid(registry)
         pids = {worker.pid for worker in self.workers}
         ours = {entry.worker_id for pid, entry in entries.items() if pid in pids}
-        known = [await probe.routed_workers(url) for url in self.router_urls]
-        return len(ours) == len(pids) and all(ours <= each for each in known)
+        routed = [await probe.routed_workers(url) for url in self.router_urls]
+        return len(ours) == len(pids) and all(ours <= each for each in routed)
 
     async def failed(self) -> None:
         """Return when nothing but brokers is left; raises what the cluster cannot go on without.
@@ -296,7 +296,7 @@ class Cluster:
 
 
 def _url(host: str, port: int) -> str:
-    """Whoever listens everywhere is asked here."""
+    """The address at which this machine reaches a server that listens on ``host``."""
     return f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}"
 
 

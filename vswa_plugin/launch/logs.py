@@ -1,13 +1,13 @@
 """The log of one child process: bounded while the child writes to it, and read from its end only.
 
-A child writes to a descriptor of NAME.log that it has inherited, opened for appending, and nobody can give it
+A child writes to a descriptor of NAME.log that it has inherited, opened for appending, and it cannot be given
 another file. So the file stays and loses its beginning: the bytes are first copied to NAME.log.1, then the
 file system takes them out of NAME.log by one call. That is fallocate(2), which collapses the range, or, on a
 file system that cannot, punches a hole: the space is free, and what is read there is zeros. Appended lines go
 to the end whatever happens to the beginning, so none is lost and the child never waits for us.
 
 The other ways were worse. To copy and then truncate loses what is written in between. A pipe makes a child
-wait for whoever reads it, and ends it when the reader has died: a child must outlive its launcher. A process
+wait for its reader, and ends it when the reader has died: a child must outlive its launcher. A process
 that only reads pipes would be one more thing to keep alive per child.
 """
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 #: How much of a log's end is read.
 TAIL_BYTES = 64 << 10
-#: How large the log of a child may grow unless somebody says otherwise.
+#: How large the log of a child may grow by default.
 LOG_BYTES = 64 << 20
 _COPIED_AT_ONCE = 1 << 20
 #: Modes of fallocate(2).
@@ -107,7 +107,7 @@ class ChildLog:
                 copy.unlink(missing_ok=True)
 
     def _free(self, log: int, cut: int) -> bool:
-        """Take out what lies before ``cut``; whether that is possible here."""
+        """Take out what lies before ``cut``; returns whether the file system can."""
         with self._lock:
             # Behind a hole that an earlier call has left, only holes are possible.
             if not self._freed and _fallocate(log, _COLLAPSE, 0, cut):

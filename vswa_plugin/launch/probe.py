@@ -1,4 +1,4 @@
-"""What a deployment says of itself over HTTP. Who does not answer yet says nothing."""
+"""The state of a deployment, as its processes report it over HTTP; no answer counts as an empty one."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Probe:
 
     async def instances(self) -> Counter[str]:
         """Workers and routers that the frontend knows, by Dynamo component."""
-        said = _mapping(await self._get(f"{self._url}/health"))
+        health = _mapping(await self._get(f"{self._url}/health"))
         endpoints = ("generate", router_endpoint(self._settings).endpoint)
-        ours = (i for i in said.get("instances", ()) if i["namespace"] == self._settings.namespace)
+        ours = (i for i in health.get("instances", ()) if i["namespace"] == self._settings.namespace)
         return Counter(i["component"] for i in ours if i["endpoint"] in endpoints)
 
     async def lists_model(self) -> bool:
-        said = _mapping(await self._get(f"{self._url}/v1/models"))
-        return self._settings.served_model_name in [model["id"] for model in said.get("data", ())]
+        listing = _mapping(await self._get(f"{self._url}/v1/models"))
+        return self._settings.served_model_name in [model["id"] for model in listing.get("data", ())]
 
     async def serves_model(self) -> bool:
         """Whether the shortest possible request is served."""
@@ -78,7 +78,7 @@ class Probe:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        said = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -28,11 +28,11 @@ USER_ERROR = 2
 
 
 class ChildDied(VswaError):
-    """A child process ended though nobody asked it to; the message ends with the tail of its log."""
+    """A child process ended unexpectedly; the message ends with the tail of its log."""
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on right now, below the usual ephemeral ranges.
+    """A TCP port of 127.0.0.1 that no process listens on right now, below the usual ephemeral ranges.
 
     Not the kernel's choice: while a server is away, a client that tries again and again to reach an
     ephemeral port of this machine can be given that very port as its own, and then holds it.
@@ -125,9 +125,9 @@ class Child:
         return await self._process.wait()
 
     def keep(self, say: Callable[[str], None], back_off: BackOff | None = None) -> None:
-        """Start the process again whenever it fails, until :meth:`stop`; ``say`` is told each time.
+        """Start the process again whenever it fails, until :meth:`stop`; ``say`` gets a line each time.
 
-        An exit with 0 was asked for by somebody and stands. One with 2 is the user's to correct: then
+        An exit with code 0 was requested and stands. One with 2 is the user's to correct: then
         :meth:`check` and :meth:`over` raise ConfigError with what the process said.
         """
         self._keeper = asyncio.create_task(self._keep(say, back_off or BackOff()), name=f"keep {self.name}")
@@ -138,7 +138,7 @@ class Child:
             if self._stopping.is_set():
                 return
             if code == 0:
-                say(f"{self.name} ended as it was asked to, and is not started again")
+                say(f"{self.name} ended on request and is not started again")
                 return
             if code == USER_ERROR:
                 raise ConfigError(f"{self.name}: {self.last_words()}")
@@ -184,7 +184,7 @@ class Child:
         return self._log.tail(at_most)
 
     def log_tail(self, lines: int = 15) -> str:
-        """The last lines of the present process, to be shown to a person; nothing is learnt from them."""
+        """The last lines of the present process, to be shown to a person, never to be parsed."""
         return "\n".join(self.log(TAIL_BYTES).splitlines()[-lines:])
 
     def last_words(self) -> str:

@@ -1,4 +1,4 @@
-"""A deployment kept until a signal, and what people are told of it."""
+"""A deployment kept until a signal, and the lines that are printed about it."""
 
 from __future__ import annotations
 

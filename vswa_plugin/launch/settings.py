@@ -22,8 +22,8 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     :param groups: the workers; see topologies.py.
     :param engine: as ``--engine`` of a worker; empty: the default of the plugins, whatever VSWA_ENGINE says.
     :param http_port: port of the frontend; 0 for a free one.
-    :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, told
-        of the workers' blocks. Neither: the frontend chooses by ``router_mode``.
+    :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, fed
+        with the workers' blocks. Neither: the frontend chooses by ``router_mode``.
     :param worker_options: added to the command line of every worker; ``router_options``: of every router.
     :param keep: start frontend, routers and workers again when they fail, and wait for them without end.
     :param log_bytes: about how large the log of a process may grow while it runs; see logs.py.
@@ -88,7 +88,7 @@ def router_address(settings: ClusterSettings) -> tuple[str, int]:
 
 
 def routing_environment(routing: Routing) -> dict[str, str]:
-    """What tells workers which router they work behind, whatever our own environment says.
+    """The variables by which workers learn which router they work behind, in place of our own.
 
     What a plugin makes of it, such as events for Dynamo's own router, is the plugin's affair.
     """

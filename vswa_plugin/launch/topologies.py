@@ -14,7 +14,7 @@ import msgspec
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.launch.logs import LOG_BYTES
 
-#: Who routes where a topology has KV routing: our router, or Dynamo's own in its frontend.
+#: The routers of a topology with KV routing: our router, or Dynamo's own in its frontend.
 ROUTERS = ("exact", "stock")
 ROUTER_ENV = "ROUTER"
 
@@ -75,7 +75,7 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         default=LOG_BYTES >> 20,
         metavar="MIB",
         help="about how large NAME.log of a process may grow; then what it holds becomes NAME.log.1, and "
-        f"what that held goes ({LOG_BYTES >> 20})",
+        f"what that held is deleted ({LOG_BYTES >> 20})",
     )
 
 
@@ -99,13 +99,13 @@ def add_router(parser: argparse.ArgumentParser) -> None:
         "--router",
         metavar="|".join(ROUTERS),
         help="agg_router, disagg_router: our router, by what every window holds, or the one in Dynamo's "
-        f"frontend, by what our workers tell it (default: {ROUTER_ENV}, else exact)",
+        f"frontend, by events of our workers (default: {ROUTER_ENV}, else exact)",
     )
     parser.add_argument("--routers", type=int, metavar="N", help="exact: how many routers side by side (1)")
 
 
 def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping[str, str]) -> Routing:
-    """Who routes, and how many of them; ``--router`` goes before ROUTER.
+    """The kind of router, and how many of them; ``--router`` goes before ROUTER.
 
     :raises ConfigError: an unknown router, or one that the topology has no use for.
     """
@@ -122,8 +122,8 @@ def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping
     if topology.routed and router is None:
         router = "exact"
     if args.routers is not None and router != "exact":
-        got = "none" if router is None else repr(router)
-        raise ConfigError(f"--routers: only {ROUTER_ENV}=exact has routers of ours, got {got}")
+        chosen = "none" if router is None else repr(router)
+        raise ConfigError(f"--routers: only {ROUTER_ENV}=exact has routers of ours, got {chosen}")
     if args.routers is not None and args.routers < 1:
         raise ConfigError(f"--routers: expected at least 1, got {args.routers}")
     return Routing(router, args.routers or 1)
@@ -151,14 +151,14 @@ def worker_counts(args: argparse.Namespace, topology: Topology) -> dict[str, int
     counts = {"agg": args.several, "prefill": args.several if topology.routed else 1, "decode": 1}
     for mode in counts:
         option = "--workers" if mode == "agg" else f"--{mode}-workers"
-        asked = getattr(args, option.removeprefix("--").replace("-", "_"))
-        if asked is None:
+        count = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if count is None:
             continue
         if mode not in topology.modes:
             raise ConfigError(
                 f"{option}: topology {topology.name!r} has {' and '.join(topology.modes)} workers only"
             )
-        if asked < 1:
-            raise ConfigError(f"{option}: expected at least 1, got {asked}")
-        counts[mode] = asked
+        if count < 1:
+            raise ConfigError(f"{option}: expected at least 1, got {count}")
+        counts[mode] = count
     return {mode: counts[mode] for mode in topology.modes}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from typing import NoReturn
 
 import msgspec
 
 from vswa_plugin import __version__
 from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.program.run import LEVELS, CommandLineRefused
+from vswa_plugin.program.run import LEVELS, Parser
 from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
 from vswa_plugin.wire.transport import DEFAULT_SERVER
 
+DRAIN_TIMEOUT_S = 30.0
 #: For ``--help`` of whatever speaks to the brokers.
 ENVIRONMENT_HELP = f"""\
   NATS_SERVER      where workers publish their batches   (default {DEFAULT_SERVER})
@@ -23,6 +23,7 @@ ENVIRONMENT_HELP = f"""\
   NATS_TLS_CA_CERT_PATH, NATS_TLS_CLIENT_CERT_PATH, NATS_TLS_CLIENT_KEY_PATH   as Dynamo reads them
 {ENVIRONMENT}  DYN_LOG          level of Dynamo's own log
   VSWA_PLUGINS, VSWA_PLUGINS_DISABLED, VSWA_TRACE_PLUGINS   see `vswa --help`
+  VSWA_PLUGIN_OPTIONS, VSWA_PLUGIN_<NAME>_<KEY>   options of plugins: a file, and single ones
   VSWA_TERMINATION_LOG   a file for the reason why the program ended, e.g. /dev/termination-log
 """
 
@@ -42,19 +43,12 @@ class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     plugin: list[str]
     no_plugin: list[str]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        try:
-            super().error(message)
-        except SystemExit as refused:
-            raise CommandLineRefused(message) from refused
+    plugin_options: str | None
 
 
 def make_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with ``--version`` and an epilog that is shown as it is written."""
-    made = _Parser(
+    made = Parser(
         prog=program,
         description=description,
         epilog=epilog,
@@ -79,8 +73,11 @@ def check_log_level(level: str) -> str:
     return level
 
 
-def add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add what :func:`run_args` reads, but for the options of plugins."""
+def add_run_arguments(group: argparse._ArgumentGroup, *, drains: bool = True) -> None:
+    """Add what :func:`run_args` reads, but for the options of plugins.
+
+    :param drains: whether the program has requests under way as it stops.
+    """
     group.add_argument(
         "--registry",
         metavar="etcd|file:DIR",
@@ -94,13 +91,15 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         help="between a worker's heartbeats (1); a router reads them from each worker, and takes its own "
         "value for workers of versions that do not say",
     )
-    group.add_argument(
-        "--drain-timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long SIGTERM waits for requests under way (30)",
-    )
+    if drains:
+        group.add_argument(
+            "--drain-timeout",
+            type=float,
+            metavar="SECONDS",
+            help=f"how long SIGTERM waits for requests under way ({DRAIN_TIMEOUT_S:g})",
+        )
+    else:
+        group.set_defaults(drain_timeout=None)
     add_log_level(group)
 
 
@@ -108,14 +107,16 @@ def run_args(given: argparse.Namespace, environ: Mapping[str, str]) -> RunArgs:
     """Check what was given; raises ConfigError."""
     if not 0 < given.heartbeat < math.inf:
         raise ConfigError(f"--heartbeat: expected more than 0 seconds, got {given.heartbeat:g}")
-    if not 0 <= given.drain_timeout < math.inf:
-        raise ConfigError(f"--drain-timeout: expected 0 seconds or more, got {given.drain_timeout:g}")
+    drain_timeout_s: float = DRAIN_TIMEOUT_S if given.drain_timeout is None else given.drain_timeout
+    if not 0 <= drain_timeout_s < math.inf:
+        raise ConfigError(f"--drain-timeout: expected 0 seconds or more, got {drain_timeout_s:g}")
     return RunArgs(
         nats_server=environ.get(NATS_ENV) or DEFAULT_SERVER,
         registry=given.registry,
         heartbeat_s=given.heartbeat,
-        drain_timeout_s=given.drain_timeout,
+        drain_timeout_s=drain_timeout_s,
         log_level=check_log_level(given.log_level),
         plugin=given.plugin,
         no_plugin=given.no_plugin,
+        plugin_options=given.plugin_options,
     )

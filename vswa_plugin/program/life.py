@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: How long the end of a program that has failed may take.
 END_TIMEOUT_S = 20.0
+#: How much of it the plugins have, together, to end in order.
+PLUGINS_END_S = 5.0
 
 
 class Failed(VswaError):

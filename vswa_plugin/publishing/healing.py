@@ -54,7 +54,7 @@ class Healing:
         self._residency.nodes.begin_reverse()
 
     def prepare(self) -> bool:
-        """Do a moment's work towards knowing engine hashes by sequence hash; True when nothing is left.
+        """Build a piece of the table from sequence hash to engine hash; True when it is complete.
 
         A claim that comes before that proves less.
         """

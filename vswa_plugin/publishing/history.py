@@ -44,7 +44,7 @@ class HistoryOptions(msgspec.Struct, frozen=True):
     :param ring_bytes: the same in bytes.
     :param message_bytes: size of an answer; must stay below the broker's max payload.
     :param share_s: a snapshot this young is given to the next reader too.
-    :param expire_s: a snapshot that nobody asked for in this time is thrown away.
+    :param expire_s: a snapshot that no reader requests in this time is dropped.
     :param snapshots: frozen snapshots kept at a time.
     """
 
@@ -167,7 +167,7 @@ class History:
         return Replay(self._epoch, payloads)
 
     def _snapshot(self) -> _Snapshot:
-        """A young one that the ring still leads on from, or a new one."""
+        """A recent snapshot from whose end the ring still goes on, or a new one."""
         now = self._clock()
         self._expire(now)
         for snapshot in self._snapshots.values():

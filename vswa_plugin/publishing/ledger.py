@@ -1,7 +1,7 @@
 """The book of one rank: the engine's events in, numbered batches out. Pure but for the clocks given to it.
 
 The publisher writes it on a worker's event loop; ``vswa accuracy replay`` writes the same book from a
-recorded trace. What is added is gathered until :meth:`Ledger.flush`; nothing may be asked of the history
+recorded trace. What is added is gathered until :meth:`Ledger.flush`; nothing may be read from the history
 between the two.
 """
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 class LedgerOptions(msgspec.Struct, frozen=True):
     """:param batch_bytes: larger batches are split; an answer to a reader holds no more either.
-    :param heartbeat_s: seconds between the publisher's heartbeats, which the layout tells; None: not said.
+    :param heartbeat_s: seconds between the publisher's heartbeats, as the layout gives them; None: left out.
     :param history: limits of what readers can ask for.
     """
 

@@ -36,8 +36,8 @@ class NodeTable:
         self.hasher = hasher
         self._limit = limit
         self._nodes: dict[EngineHash, Node] = {}
-        #: The table the other way round, once it was wanted; kept true from then on, because it depends on
-        #: content only as well.
+        #: The reverse table, once it is needed; it stays valid from then on, because it too depends on
+        #: content only.
         self._reverse: dict[int, EngineHash] | None = None
         self._unreversed: list[EngineHash] = []
 
@@ -48,7 +48,7 @@ class NodeTable:
         return self._nodes.get(engine_hash)
 
     def begin_reverse(self) -> None:
-        """Let :meth:`engine_hash_of` know all nodes, in so many calls of :meth:`go_on_reverse`."""
+        """Begin the reverse table of :meth:`engine_hash_of`; :meth:`go_on_reverse` fills it."""
         if self._reverse is None:
             self._reverse = {}
             self._unreversed = list(self._nodes)
@@ -65,7 +65,7 @@ class NodeTable:
         return not waiting
 
     def drop_reverse(self) -> None:
-        """Nobody wants to know engine hashes any more."""
+        """Drop the reverse table: engine hashes are not looked up any more."""
         self._reverse, self._unreversed = None, []
 
     def engine_hash_of(self, sequence_hash: int) -> EngineHash | None:
@@ -79,9 +79,9 @@ class NodeTable:
 
         A block whose parent we never saw cannot be named, so it is not published: an under-estimate.
         """
-        known = self._nodes.get(block.hash)
-        if known is not None:
-            return known
+        existing = self._nodes.get(block.hash)
+        if existing is not None:
+            return existing
         if parent is None:
             position, prefix = 0, None
         else:
@@ -96,20 +96,20 @@ class NodeTable:
         return node
 
     def trim(self, resident: Callable[[EngineHash], bool]) -> int:
-        """Forget the oldest nodes that are not ``resident`` while over the limit; how many went."""
+        """Forget the oldest nodes that are not ``resident`` while over the limit; returns how many."""
         excess = len(self._nodes) - self._limit
         if excess <= 0:
             return 0
         # An eighth more than needed, so that this walk stays rare.
         wanted = excess + self._limit // 8
-        gone: list[EngineHash] = []
+        dropped: list[EngineHash] = []
         for engine_hash in self._nodes:
-            if len(gone) == wanted:
+            if len(dropped) == wanted:
                 break
             if not resident(engine_hash):
-                gone.append(engine_hash)
-        for engine_hash in gone:
+                dropped.append(engine_hash)
+        for engine_hash in dropped:
             sequence_hash = self._nodes.pop(engine_hash).sequence_hash
             if self._reverse is not None and self._reverse.get(sequence_hash) == engine_hash:
                 del self._reverse[sequence_hash]
-        return len(gone)
+        return len(dropped)

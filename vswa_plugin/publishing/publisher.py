@@ -77,11 +77,11 @@ class Publisher:
     """Publishes one rank. Constructing does nothing; :meth:`run` does all, until :meth:`close`.
 
     :param send: writes one encoded batch.
-    :param observe: told of each batch with its source (the hook ``vswa_kv_batch``); must not raise.
+    :param observe: called with each batch and its source (the hook ``vswa_kv_batch``); must not raise.
     :param last_epoch: an epoch of this rank that is known from before; ours is higher.
     :param ready: whether ``send`` would return without waiting, which saves a turn of the loop.
-    :param observe_stored: told of each event that stored blocks, with the names of its leading blocks, before
-        ``observe`` is told of its batch (the hook ``vswa_kv_stored``); must not raise.
+    :param observe_stored: called with each event that stored blocks and the names of its leading blocks,
+        before ``observe`` gets its batch (the hook ``vswa_kv_stored``); must not raise.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Publisher:
         try:
             batch = decode(payload)
         except ProtocolError as error:
-            logger.warning("%s: somebody else publishes on our subject: %s", self.source, error)
+            logger.warning("%s: another publisher uses the subject of this one: %s", self.source, error)
             return
         if batch.epoch > self.ledger.epoch:
             self._superseded = batch
@@ -170,7 +170,7 @@ class Publisher:
     async def run(self) -> None:
         """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already.
 
-        :raises Superseded: somebody else publishes this rank with a higher epoch.
+        :raises Superseded: another publisher has a higher epoch of this rank.
         """
         self._loop = asyncio.get_running_loop()
         sender = asyncio.create_task(self._send_queue(), name=f"send {self.source}")

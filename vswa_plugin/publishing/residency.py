@@ -126,8 +126,8 @@ class Residency:
 
     def _removed(self, event: BlocksRemoved) -> list[Event]:
         tiers = self._group(event.group_id)
-        gone = tuple(self._named(h) for h in event.hashes if tiers.pop(h, None) is not None)
-        return [Removed(event.group_id, gone)] if gone else []
+        names = tuple(self._named(h) for h in event.hashes if tiers.pop(h, None) is not None)
+        return [Removed(event.group_id, names)] if names else []
 
     def _moved(self, event: BlocksMoved) -> list[Event]:
         tiers = self._group(event.group_id)
@@ -150,9 +150,9 @@ class Residency:
 
     def _created(self, event: GroupCreated) -> None:
         declared = {group.group_id: group for group in self.layout.groups}
-        known = declared.pop(event.group_id, None)
+        former = declared.pop(event.group_id, None)
         absent = event.window_size == NO_SUCH_GROUP
-        if (absent and known is None) or (known is not None and known.window_size == event.window_size):
+        if (absent and former is None) or (former is not None and former.window_size == event.window_size):
             return
         if not absent:
             block_size = self.layout.block_size
@@ -162,9 +162,9 @@ class Residency:
             groups, self.layout.rule, self.layout.model, self.layout.hash_scheme
         ).check()
         self._tiers = {group.group_id: {} for group in groups}
-        expected = f"window {known.window_size}" if known else "no such group"
+        expected = f"window {former.window_size}" if former else "no such group"
         created = "has not created it" if absent else f"created it with window {event.window_size}"
         raise Restart(
-            f"cache group {event.group_id}: expected {expected}, the engine {created}; the engine's word is "
-            "taken"
+            f"cache group {event.group_id}: expected {expected}, the engine {created}; the layout "
+            "now follows the engine"
         )

@@ -1,9 +1,18 @@
-"""Who is alive: one entry per worker, gone when the worker is. Entry and contract; no I/O.
+"""The registry of live workers: one entry each, gone when the worker is. Entry and contract; no I/O.
 
 Dynamo's own discovery tells which instances serve a model. This registry tells what a router of ours
 needs besides: the cache groups and reuse rule of each rank, and the epoch of its event stream.
 
-Backends: etcd.py (leased keys) and file.py (a directory). opening.py chooses one from the environment.
+opening.py          which registry: from an argument or the environment
+watching.py         what watching a registry means, for every backend
+etcd.py             the registry in etcd: one leased key per worker
+etcd_settings.py    which etcd, and how to reach it
+etcd_watch.py       watching a prefix without losing an event
+_etcd3_client.py    the connection; nothing else imports etcd3
+_etcd3_compat.py    makes etcd3 importable with protobuf 4 and later
+file.py             the registry in a directory
+entry_files.py      entry files: written atomically, locked while their writer lives
+threads.py          one thread for calls that block
 """
 
 from __future__ import annotations
@@ -20,6 +29,20 @@ from vswa_plugin.wire.subjects import check_name
 
 if TYPE_CHECKING:
     from vswa_plugin.registry.watching import Watcher
+
+__all__ = [
+    "PREFIX",
+    "Change",
+    "Connected",
+    "Disconnected",
+    "Entry",
+    "Joined",
+    "Left",
+    "Registry",
+    "Updated",
+    "decode_entry",
+    "encode_entry",
+]
 
 #: All keys of this project in a shared etcd.
 PREFIX = "vswa/v1/workers/"
@@ -90,11 +113,11 @@ class Left(msgspec.Struct, frozen=True):
 
 
 class Connected(msgspec.Struct, frozen=True):
-    """Everything that the registry holds has been told. First after the first listing."""
+    """Everything that the registry holds has been reported; comes first after the first listing."""
 
 
 class Disconnected(msgspec.Struct, frozen=True):
-    """The registry cannot be read: what was told before stands until the next ``Connected``.
+    """The registry cannot be read: what was reported before stands until the next ``Connected``.
 
     A registration that is missing meanwhile says nothing about its worker.
     """
@@ -102,10 +125,12 @@ class Disconnected(msgspec.Struct, frozen=True):
     reason: str
 
 
+#: What a watcher of the registry is given, in the order in which it happened.
 Change: TypeAlias = Joined | Updated | Left | Connected | Disconnected
 
 
 def encode_entry(entry: Entry) -> bytes:
+    """The entry as JSON."""
     return msgspec.json.encode(entry)
 
 
@@ -125,7 +150,7 @@ def decode_entry(key: str, payload: bytes) -> Entry:
 def oddity(entry: Entry) -> str | None:
     """Why no worker of ours can have made this entry, or None.
 
-    Nobody can send a request there or hear its events, and what is odd must not get into load book or index.
+    No router could send it a request or receive its events, and its values must not reach load book or index.
     """
     try:
         check_name("namespace", entry.namespace)
@@ -155,12 +180,12 @@ def last_epoch(entries: Iterable[Entry], rank: Rank) -> int:
 
     A publisher's next epoch is ``max(now_ns, last_epoch(...) + 1)``: it rises though the clock went back.
     """
-    known = (entry.epochs.get(rank.dp_rank, 0) for entry in entries if entry.worker_id == rank.worker_id)
-    return max(known, default=0)
+    epochs = (entry.epochs.get(rank.dp_rank, 0) for entry in entries if entry.worker_id == rank.worker_id)
+    return max(epochs, default=0)
 
 
 def changed(entry: Entry | None, changes: dict[str, object]) -> Entry:
-    """``entry`` with ``changes``; raises InvariantError where nobody joined or a field is none."""
+    """``entry`` with ``changes``; raises InvariantError before join() or for a field that Entry lacks."""
     if entry is None:
         raise InvariantError("expected update() between join() and leave(), got it without an entry")
     try:

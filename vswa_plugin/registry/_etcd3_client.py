@@ -139,13 +139,13 @@ class Connection:
 
     def _failure(self, error: Exception) -> Exception:
         code, details = explain(error)
-        said = f"{code}: {details}" if details else code
+        reason = f"{code}: {details}" if details else code
         if code in _REFUSALS and any(word in details for word in _ABOUT_CREDENTIALS):
-            return ConfigError(f"expected {self} to accept {USERNAME} and {PASSWORD}, got {said}")
+            return ConfigError(f"expected {self} to accept {USERNAME} and {PASSWORD}, got {reason}")
         hint = "is it running and reachable?"
         if "handshake" in details.lower() or "certificate" in details.lower():
             hint = f"do http or https and {CA} fit the server?"
-        return ConnectError(f"expected {self} (ETCD_ENDPOINTS), got {said}; {hint}")
+        return ConnectError(f"expected {self} (ETCD_ENDPOINTS), got {reason}; {hint}")
 
 
 def explain(error: BaseException) -> tuple[str, str]:
@@ -184,7 +184,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ended:
-    """The stream ended, whoever ended it; nothing comes after it."""
+    """The stream ended, from either side; nothing comes after it."""
 
     reason: str
 
@@ -241,7 +241,7 @@ class WatchStream:
         self._hop(Ended(reason))
 
     def _hop(self, item: Batch | Ended) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits any more
             self._loop.call_soon_threadsafe(self._deliver, item)
 
 

@@ -74,9 +74,9 @@ class EntryFile:
         self._descriptor, self._payload = descriptor, payload
 
     def touch(self, payload: bytes) -> bool:
-        """Show life; False where the file is gone or does not hold ``payload``: write it again.
+        """Touch the file as a sign of life; False where it must be written again: gone, or not ``payload``.
 
-        A file that somebody else put in its place is left to them.
+        A file that another worker has put in its place is left alone.
         """
         if self._descriptor is None or payload != self._payload:
             return False
@@ -119,8 +119,8 @@ class Scanner:
 
     def scan(self, prefix: str) -> dict[str, bytes]:
         """Key and payload of each live entry below ``prefix``; raises OSError for the folder as a whole."""
-        with os.scandir(self._folder) as found:
-            names = [each.name for each in found if each.name.endswith(SUFFIX) and each.name[0] != "."]
+        with os.scandir(self._folder) as files:
+            names = [each.name for each in files if each.name.endswith(SUFFIX) and each.name[0] != "."]
         self._touched = {name: self._touched[name] for name in names if name in self._touched}
         content = {}
         for name in names:
@@ -154,11 +154,11 @@ class Scanner:
 
     def _is_fresh(self, name: str, mtime_ns: int) -> bool:
         now = time.monotonic()
-        known = self._touched.get(name)
-        if known is None or known[0] != mtime_ns:
+        touch = self._touched.get(name)
+        if touch is None or touch[0] != mtime_ns:
             age_s = max(0.0, (time.time_ns() - mtime_ns) / 1e9)
-            known = self._touched[name] = (mtime_ns, now - age_s)
-        return now - known[1] <= self._ttl_s
+            touch = self._touched[name] = (mtime_ns, now - age_s)
+        return now - touch[1] <= self._ttl_s
 
     def _is_local(self, payload: bytes) -> bool:
         try:
@@ -168,7 +168,7 @@ class Scanner:
 
 
 def _is_current(path: Path, descriptor: int) -> bool:
-    """Whether nobody has put another file in the place of this one."""
+    """Whether ``path`` still names the open file and not another one in its place."""
     try:
         return path.stat().st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
@@ -176,9 +176,9 @@ def _is_current(path: Path, descriptor: int) -> bool:
 
 
 def sweep(folder: Path, age_s: float) -> None:
-    """Delete what writers left behind that died longer than ``age_s`` ago."""
-    with os.scandir(folder) as found:
-        for each in found:
+    """Delete the files of writers that died more than ``age_s`` seconds ago."""
+    with os.scandir(folder) as files:
+        for each in files:
             if not each.name.endswith((SUFFIX, ".tmp")):
                 continue
             with contextlib.suppress(OSError):

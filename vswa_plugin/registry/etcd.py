@@ -75,7 +75,7 @@ class EtcdRegistry:
     def watch(self, namespace: str | None = None) -> Watcher:
         prefix = prefix_of(namespace)
         return self._watchers.start(
-            lambda view: follow(self._connection, prefix, view, self._reconcile_s), prefix
+            lambda state: follow(self._connection, prefix, state, self._reconcile_s), prefix
         )
 
     async def leave(self) -> None:

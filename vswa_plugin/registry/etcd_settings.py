@@ -27,7 +27,7 @@ CA, CLIENT_CERT, CLIENT_KEY = "ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUT
 
 
 class Endpoint(NamedTuple):
-    """One etcd server. ``tls`` None: not said, TLS where certificates are configured."""
+    """One etcd server. ``tls`` None: not given, so TLS where certificates are configured."""
 
     host: str
     port: int = DEFAULT_PORT
@@ -64,8 +64,8 @@ def _parse(text: str) -> Endpoint:
 
 def _shown(text: str) -> str:
     """``text`` without what may be a password."""
-    scheme, found, rest = text.rpartition("://")
-    return f"{scheme}{found}***@{rest.rpartition('@')[2]}" if "@" in rest else text
+    scheme, separator, rest = text.rpartition("://")
+    return f"{scheme}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else text
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ def _pem(environ: Mapping[str, str], name: str) -> bytes | None:
     if value.lstrip().startswith("-----BEGIN"):
         return value.encode()
     try:
-        found = Path(value).read_bytes()
+        content = Path(value).read_bytes()
     except (OSError, ValueError) as error:
         # What looks like a broken PEM text may be a private key.
         shown = f"{len(value)} characters" if "-----" in value or "\n" in value else repr(value)
         reason = getattr(error, "strerror", None) or "not a path"
         raise ConfigError(f"{name}: expected a PEM file or PEM text, got {shown}: {reason}") from None
-    if b"-----BEGIN" not in found:
-        raise ConfigError(f"{name}: expected a PEM file, got {len(found)} other bytes in {value}")
-    return found
+    if b"-----BEGIN" not in content:
+        raise ConfigError(f"{name}: expected a PEM file, got {len(content)} other bytes in {value}")
+    return content

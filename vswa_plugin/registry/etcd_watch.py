@@ -1,7 +1,7 @@
 """Watching a prefix of etcd without losing an event, whatever ends the stream.
 
 List, then stream from the next revision on. A stream that ends, for whatever reason (restart,
-compaction, fail-over, lost permission), and one that says nothing while a listing shows news, is
+compaction, fail-over, lost permission), and one that is silent while a listing shows changes, is
 followed by another listing, whose differences are what went missing.
 """
 
@@ -13,27 +13,27 @@ from typing import Any
 
 from vswa_plugin.errors import VswaError
 from vswa_plugin.registry._etcd3_client import Batch, Connection, Deleted, Ended, Listing, Put, WatchStream
-from vswa_plugin.registry.watching import View
+from vswa_plugin.registry.watching import RegistryState
 
 logger = logging.getLogger(__name__)
 
 #: How often a listing checks that the stream is not silently dead.
 RECONCILE_S = 3.0
-#: How much later than a listing the stream may tell.
+#: How far the stream may lag behind a listing.
 GRACE_S = 0.5
 #: Back-off while etcd is away: from, to.
 RETRY_MIN_S, RETRY_MAX_S = 0.05, 0.5
 
 
-async def follow(connection: Connection, prefix: str, view: View, reconcile_s: float) -> None:
-    """Feed ``view`` until cancelled."""
+async def follow(connection: Connection, prefix: str, state: RegistryState, reconcile_s: float) -> None:
+    """Feed ``state`` until cancelled."""
     delay = 0.0
     while True:
-        stream = _Stream(connection, prefix, view)
+        stream = _Stream(connection, prefix, state)
         try:
             await stream.run(reconcile_s)
         except VswaError as error:
-            view.disconnect(str(error))
+            state.disconnect(str(error))
         delay = 0.0 if stream.worked else min(max(2 * delay, RETRY_MIN_S), RETRY_MAX_S)
         await asyncio.sleep(delay)
 
@@ -41,10 +41,10 @@ async def follow(connection: Connection, prefix: str, view: View, reconcile_s: f
 class _Stream:
     """One listing and the stream that begins there."""
 
-    def __init__(self, connection: Connection, prefix: str, view: View) -> None:
+    def __init__(self, connection: Connection, prefix: str, state: RegistryState) -> None:
         self._connection = connection
         self._prefix = prefix
-        self._view = view
+        self._state = state
         self._items: asyncio.Queue[Batch | Ended] = asyncio.Queue()
         self._revision = 0
         self._stream: WatchStream | None = None
@@ -52,10 +52,10 @@ class _Stream:
         self.worked = False
 
     async def run(self, reconcile_s: float) -> None:
-        """Feed the view until the stream is not to be trusted any more; raises VswaError as ``call``."""
+        """Feed the state until the stream is not to be trusted any more; raises VswaError as ``call``."""
         listing = await self._list()
-        self._view.replace(listing.content)
-        self._view.connect()
+        self._state.replace(listing.content)
+        self._state.connect()
         self._revision = listing.revision
         loop = asyncio.get_running_loop()
         try:
@@ -93,15 +93,15 @@ class _Stream:
         for event in item.events:
             match event:
                 case Put(key, value):
-                    self._view.put(key, value)
+                    self._state.put(key, value)
                 case Deleted(key):
-                    self._view.remove(key)
+                    self._state.remove(key)
         self._revision = max(self._revision, item.revision)  # the greeting has none
         self.worked = True
         return True
 
     async def _verify(self) -> bool:
-        """List; False where that shows that the stream does not tell what it should."""
+        """List; False where the listing shows that the stream has missed changes."""
         applied = self._revision
         listing = await self._list()
         if listing.revision < applied:
@@ -110,16 +110,16 @@ class _Stream:
         while not self._items.empty():
             if not self._apply(self._items.get_nowait()):
                 return False
-        if self._revision > listing.revision or not self._view.differs(listing.content):
+        if self._revision > listing.revision or not self._state.differs(listing.content):
             return True
         return await self._hear(listing)
 
     async def _hear(self, listing: Listing) -> bool:
-        """Whether the stream was only later than the listing; else tell what it did not."""
+        """Whether the stream only lagged behind ``listing``; if not, the listing is applied."""
         try:
             async with asyncio.timeout(GRACE_S):
                 return self._apply(await self._items.get())
         except TimeoutError:
             logger.warning("etcd's watch was silent about changes: watching again")
-            self._view.replace(listing.content)
+            self._state.replace(listing.content)
             return False

@@ -5,7 +5,7 @@ is a folder of its own in it. Two signs of life, and an entry is gone as soon as
 
 * The writer touches its file three times per TTL, which works on any storage, but takes the TTL to show
   a crash. The reader compares the times of the file with its clock once, then counts its own monotonic
-  clock, so that a step of the wall clock kills nobody. Across machines, clocks must agree within the TTL.
+  clock, so that a step of the wall clock ends no entry. Across machines, clocks must agree within the TTL.
 * The writer holds ``flock`` on its file, which the kernel frees in the moment of a SIGKILL. Only taken as
   a sign where the entry names the reader's own host: not every shared storage carries locks to others.
   A forked child that outlives its worker keeps the lock; the TTL ends the entry then.
@@ -26,7 +26,7 @@ from vswa_plugin.errors import ConnectError, VswaError
 from vswa_plugin.registry import Entry, changed, check_key, encode_entry, prefix_of
 from vswa_plugin.registry.entry_files import EntryFile, Scanner, sweep
 from vswa_plugin.registry.threads import SerialThread
-from vswa_plugin.registry.watching import View, Watcher, Watchers, readable
+from vswa_plugin.registry.watching import RegistryState, Watcher, Watchers, readable
 from vswa_plugin.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class FileRegistry:
         self._poll_s = poll_s
         self._thread = SerialThread("vswa-files")  # the file system may block, e.g. over a network
         self._scanner = Scanner(self._folder, ttl_s, socket.gethostname())
-        self._made = False
+        self._folder_created = False
         self._entry: Entry | None = None
         self._file: EntryFile | None = None
         self._keepalive: asyncio.Task[None] | None = None
@@ -84,7 +84,7 @@ class FileRegistry:
 
     def watch(self, namespace: str | None = None) -> Watcher:
         prefix = prefix_of(namespace)
-        return self._watchers.start(lambda view: self._follow(prefix, view), prefix)
+        return self._watchers.start(lambda state: self._follow(prefix, state), prefix)
 
     async def leave(self) -> None:
         if self._keepalive is not None:
@@ -116,9 +116,10 @@ class FileRegistry:
         return await self._call(lambda: self._look(prefix))
 
     def _look(self, prefix: str) -> dict[str, bytes]:
-        if not self._made:  # once: a directory that vanished later is a fault, not an empty registry
+        # Once: a directory that vanished later is a fault, not an empty registry.
+        if not self._folder_created:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._made = True
+            self._folder_created = True
         return self._scanner.scan(prefix)
 
     def _write(self) -> None:
@@ -156,12 +157,12 @@ class FileRegistry:
             else:
                 healthy = True
 
-    async def _follow(self, prefix: str, view: View) -> None:
-        """Feed ``view`` until cancelled."""
+    async def _follow(self, prefix: str, state: RegistryState) -> None:
+        """Feed ``state`` until cancelled."""
         while True:
             try:
-                view.replace(await self._scan(prefix))
-                view.connect()
+                state.replace(await self._scan(prefix))
+                state.connect()
             except VswaError as error:
-                view.disconnect(str(error))
+                state.disconnect(str(error))
             await asyncio.sleep(self._poll_s)

@@ -24,6 +24,11 @@ from vswa_plugin.registry.etcd_settings import EtcdSecurity
 from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.tasks import Tasks
 
+__all__ = [
+    "open_registry",
+    "registry_from_env",
+]
+
 logger = logging.getLogger(__name__)
 
 REGISTRY_ENV, DISCOVERY_ENV, FILE_ENV = "VSWA_REGISTRY", "DYN_DISCOVERY_BACKEND", "DYN_FILE_KV"

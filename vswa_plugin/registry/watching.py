@@ -1,7 +1,7 @@
 """What watching a registry means, for every backend: content in, changes out.
 
-A backend tells a :class:`View` what it sees, as single keys or as whole listings; the view tells the
-difference to what it told before, so that a listing repairs whatever went missing.
+A backend writes what it sees into a :class:`RegistryState`, as single keys or as whole listings; the state
+emits the differences to its content so far, so that a listing repairs whatever went missing.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def readable(payloads: Mapping[str, bytes]) -> list[Entry]:
     return entries
 
 
-class View:
-    """The registry's content as told so far. Pure but for ``emit`` and the log."""
+class RegistryState:
+    """The registry's content as far as it is known. Pure but for ``emit`` and the log."""
 
     def __init__(self, emit: Callable[[Change], None]) -> None:
         self._emit = emit
         self._payloads: dict[str, bytes] = {}  # malformed ones too: each is logged once
         self.entries: dict[str, Entry] = {}
         self.connected = False
-        self._told_why = ""
+        self._outage = ""
 
     def put(self, key: str, payload: bytes) -> None:
         """Key and payload as they are now. A malformed entry is none."""
@@ -59,11 +59,11 @@ class View:
             logger.warning("registry entry left out: %s", error)
             self._forget(key)
             return
-        known = self.entries.get(key)
+        former = self.entries.get(key)
         self.entries[key] = entry
-        if known is None:
+        if former is None:
             self._emit(Joined(entry))
-        elif known != entry:
+        elif former != entry:
             self._emit(Updated(entry))
 
     def remove(self, key: str) -> None:
@@ -79,19 +79,19 @@ class View:
             self.put(key, payloads[key])
 
     def differs(self, payloads: Mapping[str, bytes]) -> bool:
-        """Whether :meth:`replace` would be news."""
+        """Whether :meth:`replace` would change anything."""
         return self._payloads != payloads
 
     def connect(self) -> None:
         """The content is complete."""
         if not self.connected:
-            self.connected, self._told_why = True, ""
+            self.connected, self._outage = True, ""
             self._emit(Connected())
 
     def disconnect(self, reason: str) -> None:
-        """The content cannot be read any more; told once, until it can."""
-        if self.connected or not self._told_why:
-            self.connected, self._told_why = False, reason
+        """The content cannot be read any more; emitted once per outage."""
+        if self.connected or not self._outage:
+            self.connected, self._outage = False, reason
             logger.warning("registry not readable, the last known state stands: %s", reason)
             self._emit(Disconnected(reason))
 
@@ -104,25 +104,25 @@ class View:
 class Watcher:
     """Changes of a registry, in order, as an async iterator; made by :meth:`Registry.watch`.
 
-    First a ``Joined`` for each entry that is there, then ``Connected``, then what happens. Whoever
-    applies ``Joined``, ``Updated`` and ``Left`` holds exactly what the registry holds whenever nothing
-    is under way, after any outage too: what came and went meanwhile may be told as its net difference.
+    First a ``Joined`` for each entry that is there, then ``Connected``, then what happens. A reader
+    that applies ``Joined``, ``Updated`` and ``Left`` holds exactly what the registry holds whenever nothing
+    is under way, after any outage too: changes of that time may come as their net difference.
     Between ``Disconnected`` and ``Connected`` the last known state stands. A reader that is slow loses
     nothing. Close it, or use it with ``async with``; iteration ends then.
     """
 
-    def __init__(self, follow: Callable[[View], Coroutine[Any, Any, None]], name: str) -> None:
-        """Runs ``follow``, which feeds the view until it is cancelled. Needs a running event loop."""
+    def __init__(self, follow: Callable[[RegistryState], Coroutine[Any, Any, None]], name: str) -> None:
+        """Runs ``follow``, which feeds the state until it is cancelled. Needs a running event loop."""
         self._changes: asyncio.Queue[Change | None] = asyncio.Queue()  # registrations change rarely
-        self._view = View(self._changes.put_nowait)
+        self._state = RegistryState(self._changes.put_nowait)
         self._closed = False
-        self._task = asyncio.create_task(follow(self._view), name=name)
+        self._task = asyncio.create_task(follow(self._state), name=name)
         self._task.add_done_callback(lambda _: self._changes.put_nowait(None))
 
     @property
     def connected(self) -> bool:
         """Whether the registry can be read right now; may be ahead of the changes taken so far."""
-        return self._view.connected
+        return self._state.connected
 
     @property
     def closed(self) -> bool:
@@ -159,21 +159,21 @@ class Watchers:
     """The watchers that one registry has made."""
 
     def __init__(self) -> None:
-        self._made: set[Watcher] = set()
+        self._watchers: set[Watcher] = set()
 
-    def start(self, follow: Callable[[View], Coroutine[Any, Any, None]], prefix: str) -> Watcher:
+    def start(self, follow: Callable[[RegistryState], Coroutine[Any, Any, None]], prefix: str) -> Watcher:
         """A new :class:`Watcher` of the keys under ``prefix``."""
         watcher = Watcher(follow, f"watch {prefix}")
         self._forget_closed()
-        self._made.add(watcher)
+        self._watchers.add(watcher)
         return watcher
 
     def any_open(self) -> bool:
         self._forget_closed()
-        return bool(self._made)
+        return bool(self._watchers)
 
     async def close(self) -> None:
-        await asyncio.gather(*(watcher.close() for watcher in self._made))
+        await asyncio.gather(*(watcher.close() for watcher in self._watchers))
 
     def _forget_closed(self) -> None:
-        self._made = {watcher for watcher in self._made if not watcher.closed}
+        self._watchers = {watcher for watcher in self._watchers if not watcher.closed}

@@ -1,7 +1,18 @@
 """The exact router: shows each model on an endpoint of its own and chooses the worker of every request.
 
-args.py reads the command line; app.py wires and runs; models.py follows the workers and shows their models;
-decide.py scores, selects and books. forward.py is the story of one request, from its model to its end;
-disagg.py knows its two phases, avoided.py the workers that were lost a moment ago, counts.py how many
-requests are under way. promises.py compares what was promised with what the engines reused.
+args.py           the command line
+app.py            what is wired to what, and what happens in each part of a router's life
+models.py         follows the workers in the registry and shows their models
+pools.py          one model: its workers by what they do, their load, and how they are called
+forward.py        the story of one request, from its model to its end
+disagg.py         a request in two phases, prefill and decode
+decide.py         one choice: scores, costs, selection and booking
+promises.py       what was promised against what the engines report as reused
+reservations.py   choices that a gateway carries out itself
+avoided.py        workers that were lost a moment ago
+counts.py         requests under way, and how the others ended
+faults.py         what does not work right now, logged once
+http              the HTTP API
+replicas          several routers of the same workers
+selector          a router that chooses and does not forward
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,26 +12,33 @@ from vswa_plugin.program.life import Life
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.router.app import Router
-from vswa_plugin.router.args import parse
+from vswa_plugin.router.args import parse, parser, selector_parser
 from vswa_plugin.router.selector.app import Selector
 
-NAME = "vswa router"
+NAME, SELECTOR_NAME = "vswa router", "vswa selector"
+PROGRAM = "python -m vswa_plugin.router"
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str] | None, reader: argparse.ArgumentParser) -> int:
     """Run one router. What is local is checked before any connection is tried."""
-    args = parse(argv)
+    args = parse(argv, reader=reader)
     set_up_logging(args.log_level)
-    life = Life(NAME)
+    life = Life(SELECTOR_NAME if args.http.selector_only else NAME)
     tasks = life.tasks
     registry = open_registry(args.registry, tasks=tasks) if args.registry else registry_from_env(tasks=tasks)
-    with load_host(args.plugin, args.no_plugin) as host:
+    with load_host(args.plugin, args.no_plugin, options=args.plugin_options) as host:
         program = (Selector if args.http.selector_only else Router)(args, host, registry, life)
         return run_on_uvloop(life.run(program))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(NAME, lambda: run(argv))
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """The exit code; ``program`` is what usage and refusals call it."""
+    return run_program(NAME, lambda: run(argv, parser(program)))
+
+
+def main_selector(argv: Sequence[str] | None, program: str) -> int:
+    """A router with ``--selector-only``, without the options that have no effect then."""
+    return run_program(SELECTOR_NAME, lambda: run(argv, selector_parser(program)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.subscriber import SubscriberOptions
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.program.life import Life, Program
+from vswa_plugin.program.life import PLUGINS_END_S, Life, Program
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.router.args import RouterArgs
@@ -41,6 +41,7 @@ class Router(Program):
 
     def __init__(self, args: RouterArgs, host: PluginHost, registry: Registry, life: Life) -> None:
         self._args = args
+        self._host = host
         self._registry = registry
         transport = Transport(args.nats_server, f"vswa router {args.endpoint}")
         self.replicas = Replicas(transport, args.namespace, life.tasks)
@@ -64,7 +65,7 @@ class Router(Program):
             lambda: msgspec.structs.asdict(self.forwarder.stats),
             replicas=self.replicas.load,
         )
-        metrics = RouterMetrics(self.fleet, counted)
+        metrics = RouterMetrics(self.fleet, counted, host.metrics)
         self.server = RouterServer(self.fleet, namespaced_sequence_hashes, life.status, metrics)
         self._tasks = life.tasks
         self._models: Models | None = None
@@ -125,6 +126,7 @@ class Router(Program):
         if self._following is not None:
             await self._tasks.stop([self._following])
         await self.server.stop()
+        await asyncio.to_thread(self._host.stopping, PLUGINS_END_S)
         await self.replicas.stop()
         await self.fleet.stop()
         if self._runtime is not None:

@@ -12,8 +12,9 @@ import msgspec
 from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.following.view import ViewOptions
-from vswa_plugin.host.loading import add_plugin_arguments
+from vswa_plugin.host.loading import add_plugin_arguments, add_plugin_options_argument
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
+from vswa_plugin.program.options import excludes, requires
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.subjects import check_name
 
@@ -38,6 +39,18 @@ environment:
 {environment}  DYN_ROUTER_*     defaults of the cost options above, by Dynamo's names
 
 exit codes: 0 after SIGTERM, 1 when broker or runtime failed, 2 for what you can correct.
+"""
+_SELECTOR_EXAMPLE = """\
+example, with nats-server, etcd, workers and Dynamo's frontend running:
+  vswa selector --http-port 8092
+  curl localhost:8092/openapi.json
+
+A gateway asks /select for each request and pins the request to the answer with Dynamo's headers.
+
+environment:
+{environment}  DYN_ROUTER_*     defaults of the cost options above, by Dynamo's names
+
+exit codes: 0 after SIGTERM, 1 when broker or registry failed, 2 for what you can correct.
 """
 #: That of Dynamo's selection service.
 SELECTOR_PORT = 8092
@@ -114,9 +127,9 @@ class RouterArgs(RunArgs, frozen=True, kw_only=True):
         return ViewOptions(heartbeat_s=self.heartbeat_s, stale_grace_s=self.stale_grace_s)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(program: str = "python -m vswa_plugin.router") -> argparse.ArgumentParser:
     made = make_parser(
-        "python -m vswa_plugin.router",
+        program,
         "Show the workers' models to Dynamo's frontend and send each request to the worker that "
         "reuses most of its prompt, by what every attention window really holds, and has least to do.",
         _EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
@@ -124,13 +137,51 @@ def parser() -> argparse.ArgumentParser:
     run = made.add_argument_group("how it runs")
     run.add_argument(
         "--endpoint",
-        default=_DEFAULT_ENDPOINT,
         help=f"where the frontend finds the models, dyn://namespace.component.endpoint ({_DEFAULT_ENDPOINT})",
     )
     run.add_argument("--served-model-name", metavar="NAME", help="show this model only, on --endpoint itself")
     run.add_argument(
         "--namespace", help="Dynamo namespace of the workers, or `all` (default: that of --endpoint)"
     )
+    add_run_arguments(run)
+    http = made.add_argument_group("HTTP API (docs/router-api.md)")
+    http.add_argument(
+        "--selector-only",
+        action="store_true",
+        help="show no model and forward nothing: answer /select for gateways that pin requests to workers "
+        "which the frontend sees itself",
+    )
+    _add_shared_arguments(made, run, http, f"with --selector-only {SELECTOR_PORT}, else off")
+    return made
+
+
+def selector_parser(program: str = "python -m vswa_plugin.router --selector-only") -> argparse.ArgumentParser:
+    """The options of a router that have an effect with ``--selector-only``, which is implied."""
+    made = make_parser(
+        program,
+        "Answer /select: which worker reuses most of a prompt, by what every attention window really holds, "
+        "and has least to do. It shows no model and forwards no request.",
+        _SELECTOR_EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
+    )
+    made.set_defaults(endpoint=None, served_model_name=None, selector_only=True)
+    run = made.add_argument_group("how it runs")
+    run.add_argument(
+        "--namespace",
+        help=f"Dynamo namespace of the workers, or `all` ({EndpointName.parse(_DEFAULT_ENDPOINT).namespace})",
+    )
+    add_run_arguments(run, drains=False)
+    http = made.add_argument_group("HTTP API (docs/router-api.md)")
+    _add_shared_arguments(made, run, http, str(SELECTOR_PORT))
+    return made
+
+
+def _add_shared_arguments(
+    made: argparse.ArgumentParser,
+    run: argparse._ArgumentGroup,
+    http: argparse._ArgumentGroup,
+    default_port: str,
+) -> None:
+    """What routers and selectors have besides their common options."""
     run.add_argument(
         "--stale-grace",
         type=float,
@@ -138,11 +189,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long a worker whose events are missing is scored as last seen (10)",
     )
-    add_run_arguments(run)
-    _add_http_arguments(made.add_argument_group("HTTP API (docs/router-api.md)"))
+    http.add_argument(
+        "--http-port",
+        type=int,
+        metavar="PORT",
+        help=f"serve the HTTP API, 0: on a free port ({default_port})",
+    )
+    http.add_argument(
+        "--http-host",
+        metavar="HOST",
+        help=f"address of the HTTP API, which has no authentication ({HttpArgs().host})",
+    )
     _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
     add_plugin_arguments(made)
-    return made
+    add_plugin_options_argument(made)
 
 
 def _add_knobs(group: argparse._ArgumentGroup) -> None:
@@ -161,14 +221,22 @@ def _add_knobs(group: argparse._ArgumentGroup) -> None:
         )
 
 
-def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> RouterArgs:
-    """Read and check the command line; raises ConfigError, or SystemExit from argparse."""
+def parse(
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    reader: argparse.ArgumentParser | None = None,
+) -> RouterArgs:
+    """Read and check the command line; raises ConfigError, or SystemExit from argparse.
+
+    :param reader: :func:`parser` unless given.
+    """
     environ = os.environ if environ is None else environ
-    given = parser().parse_args(argv)
+    given = (reader or parser()).parse_args(argv)
+    _check_effects(given)
     run = run_args(given, environ)
     if not given.stale_grace >= 0:
         raise ConfigError(f"--stale-grace: expected 0 seconds or more, got {given.stale_grace:g}")
-    endpoint = EndpointName.parse(given.endpoint)
+    endpoint = EndpointName.parse(given.endpoint or _DEFAULT_ENDPOINT)
     namespace = given.namespace or endpoint.namespace
     if namespace != "all":
         check_name("--namespace", namespace)
@@ -207,25 +275,14 @@ def _read(variable: str, text: str, switch: bool) -> float | bool:
         raise ConfigError(f"{variable}: expected a number, got {text!r}") from error
 
 
-def _add_http_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--http-port",
-        type=int,
-        metavar="PORT",
-        help=f"serve the HTTP API, 0: on a free port (with --selector-only {SELECTOR_PORT}, else off)",
-    )
-    group.add_argument(
-        "--http-host",
-        default="127.0.0.1",
-        metavar="HOST",
-        help="address of the HTTP API, which asks nobody who they are (127.0.0.1)",
-    )
-    group.add_argument(
-        "--selector-only",
-        action="store_true",
-        help="show no model and forward nothing: answer /select for gateways that pin requests to workers "
-        "which the frontend sees itself",
-    )
+def _check_effects(given: argparse.Namespace) -> None:
+    """Raise ConfigError for an option that would have no effect."""
+    only = given.selector_only
+    excludes("--served-model-name", given.served_model_name, "--selector-only", only)
+    excludes("--endpoint", given.endpoint, "--selector-only --namespace", only and given.namespace)
+    excludes("--drain-timeout", given.drain_timeout, "--selector-only", only)
+    if not only:
+        requires("--http-host", given.http_host, "--http-port", given.http_port)
 
 
 def _http_args(given: argparse.Namespace) -> HttpArgs:
@@ -235,4 +292,4 @@ def _http_args(given: argparse.Namespace) -> HttpArgs:
         port = SELECTOR_PORT
     if port is not None and not 0 <= port < 65_536:
         raise ConfigError(f"--http-port: expected a port from 0 to 65535, got {port}")
-    return HttpArgs(given.http_host, port, given.selector_only)
+    return HttpArgs(given.http_host or HttpArgs().host, port, given.selector_only)

@@ -1,4 +1,4 @@
-"""One choice: what each rank would reuse, what is on it, what it costs, who is chosen, and the booking."""
+"""One choice: what each rank would reuse, what is on it, what it costs, which is chosen, and the booking."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Hasher = Callable[[Sequence[int], int, str | None, str | None], Sequence[int]]
 _NO_TAINTS: frozenset[str] = frozenset()
 
 
-class Prompt(msgspec.Struct, frozen=True):
+class PromptHashes(msgspec.Struct, frozen=True):
     """What routing needs to know of a request.
 
     :param hashes: sequence hashes of its full blocks.
@@ -51,7 +51,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Who serves a request, and what was known when that was chosen.
+    """The rank that serves a request, and what was known when it was chosen.
 
     :param key: of the request in the load book.
     :param cached_tokens: promised for the chosen rank.
@@ -64,7 +64,7 @@ class Decision(msgspec.Struct, frozen=True):
     rank: Rank
     cost: float
     cached_tokens: int
-    prompt: Prompt
+    prompt: PromptHashes
     busy: bool
     in_flight: bool
 
@@ -84,7 +84,7 @@ class Decider:
     """Scores, selects and books. Event loop only.
 
     :param index: what all ranks hold.
-    :param hasher: as ``dynamo_client.namespaced_sequence_hashes``.
+    :param hasher: as ``dynamo.client.namespaced_sequence_hashes``.
     :param rng: breaks ties and draws by temperature.
     """
 
@@ -121,7 +121,7 @@ class Decider:
         *,
         reachable: Collection[int] | None = None,
         avoided: Mapping[int, float] = MappingProxyType({}),
-        prompt: Prompt | None = None,
+        prompt: PromptHashes | None = None,
         own_id: int | None = None,
         request_id: str = "",
         metadata: Mapping[str, str] | None = None,
@@ -132,8 +132,8 @@ class Decider:
         :param avoided: workers that are chosen only where there is no other, and until when.
         :param prompt: of the request, where it is known already: from the choice of its other phase.
         :param own_id: a pin to this id is not one: it is how the frontend addresses the router.
-        :raises NoCandidate: nobody may serve it now.
-        :raises InvalidRequest: what it says about routing cannot be read, or pins it to nobody.
+        :raises NoCandidate: no worker may serve it now.
+        :raises InvalidRequest: what it says about routing cannot be read, or pins it to an absent worker.
         """
         began = time.perf_counter()
         fields = Fields(request)
@@ -162,7 +162,7 @@ class Decider:
         self.stats.seconds += time.perf_counter() - began
         return decision
 
-    def _prompt(self, request: Fields, routing: Fields, block_size: int) -> Prompt:
+    def _prompt(self, request: Fields, routing: Fields, block_size: int) -> PromptHashes:
         token_ids = unchecked_token_ids(request)
         scorable = not (request.data.get("mm_routing_info") or request.data.get("multi_modal_data"))
         salt, lora = routing.text("cache_salt"), routing.text("lora_name")
@@ -170,13 +170,13 @@ class Decider:
             hashes = self._hasher(token_ids, block_size, salt, lora)
         except (OverflowError, TypeError, ValueError) as error:
             raise InvalidRequest(f"expected token ids from 0 to 2**32 - 1: {error}") from error
-        return Prompt(len(token_ids), hashes, scorable)
+        return PromptHashes(len(token_ids), hashes, scorable)
 
     def _scored(
         self,
         pool: Pool,
         ranks: Sequence[Rank],
-        prompt: Prompt,
+        prompt: PromptHashes,
         weights: Weights,
         constraints: Constraints,
     ) -> list[Scored]:
@@ -188,7 +188,7 @@ class Decider:
         return scored(candidates, prompt.length, pool.block_size, weights, constraints.preferred_taints)
 
     def _candidate(
-        self, pool: Pool, rank: Rank, cached_tokens: int, prompt: Prompt, shared: bool
+        self, pool: Pool, rank: Rank, cached_tokens: int, prompt: PromptHashes, shared: bool
     ) -> Candidate:
         size = pool.block_size
         on_rank = pool.book.projected(rank, prompt.hashes, cached_tokens // size, shared=shared)
@@ -215,7 +215,7 @@ class Decider:
                 return each
         return choose(candidates, weights.router_temperature, self._rng)
 
-    def _book(self, pool: Pool, chosen: Scored, prompt: Prompt, weights: Weights) -> Decision:
+    def _book(self, pool: Pool, chosen: Scored, prompt: PromptHashes, weights: Weights) -> Decision:
         candidate = chosen.candidate
         self._last_key += 1
         pool.book.add(
@@ -284,19 +284,19 @@ def constraints_of(routing: Mapping[str, Any], own_id: int | None, phase: str = 
     if not routing:
         return Constraints()
     try:
-        given = msgspec.convert(routing, _Routing)
+        fields = msgspec.convert(routing, _Routing)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"routing: {error}") from error
-    allowed = given.allowed_worker_ids
+    allowed = fields.allowed_worker_ids
     workers, rank = _PINS[phase]
-    pins = {name: getattr(given, name) for name in workers if getattr(given, name) not in (None, own_id)}
+    pins = {name: getattr(fields, name) for name in workers if getattr(fields, name) not in (None, own_id)}
     name, worker_id = next(iter(pins.items()), (workers[0], None))
     if allowed is not None and own_id in allowed:
         allowed = None
-    taints = given.routing_constraints or _RoutingConstraints()
+    taints = fields.routing_constraints or _RoutingConstraints()
     return Constraints(
         worker_id,
-        getattr(given, rank),
+        getattr(fields, rank),
         allowed,
         taints.required_taints,
         taints.preferred_taints,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vswa_plugin.dynamo.client import Refused
+from vswa_plugin.dynamo.client import WorkerHttpError
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.wire.events import Rank
 
@@ -17,7 +17,7 @@ PREFILL_TRIES = 3
 
 
 class PrefillAnswer:
-    """What a prefill worker has said of one prompt.
+    """The answer of a prefill worker for one prompt.
 
     :param rank: that computed it.
     """
@@ -49,12 +49,12 @@ class PrefillAnswer:
     def whole(self) -> ChunkDict | None:
         """The chunk that answers the request already, or None where a decode worker has to go on.
 
-        :raises Refused: the worker has nothing to hand over, which breaks its contract.
+        :raises WorkerHttpError: the worker has nothing to hand over, which breaks its contract.
         """
         if self.finish_reason != "length":
             return {name: value for name, value in self._last.items() if name != "disaggregated_params"}
         if self._params is None:
-            raise Refused(
+            raise WorkerHttpError(
                 500,
                 f"prefill worker {self.rank.worker_id:x}: expected disaggregated_params in its last chunk, "
                 "got none; does it run with --mode prefill?",
@@ -62,7 +62,7 @@ class PrefillAnswer:
         return None
 
     def saw(self, chunk: ChunkDict) -> bool:
-        """A chunk has come; whether it completes the answer."""
+        """Take in a chunk; returns whether it completes the answer."""
         if self.complete:
             return False
         self._params = chunk.get("disaggregated_params", self._params)
@@ -97,7 +97,7 @@ def decode_request(request: RequestDict, rank: Rank, answer: PrefillAnswer) -> d
 
 
 def addressed(request: RequestDict, rank: Rank, prefill: Rank | None = None) -> dict[str, Any]:
-    """The request as the chosen rank gets it: with its dp_rank, and who computes its prompt."""
+    """The request as the chosen rank gets it: with its dp_rank and the worker of its prompt."""
     routing = {**(request.get("routing") or {}), "dp_rank": rank.dp_rank}
     if prefill is not None:
         routing |= {"prefill_worker_id": prefill.worker_id, "prefill_dp_rank": prefill.dp_rank}

@@ -15,17 +15,17 @@ class Faults:
         self._known: dict[str, str] = {}
 
     def report(self, what: str, reason: str) -> None:
-        """It fails for that reason; logged unless the reason is the last one."""
+        """Note that ``what`` fails for ``reason``; this is logged unless the last reason was the same."""
         if self._known.get(what) != reason:
             logger.error("%s: %s", what, reason)
         self._known[what] = reason
 
     def report_all(self, reasons: Mapping[str, str]) -> None:
-        """All that fails now; what is not among it works."""
+        """Note all that fails now; whatever is not among ``reasons`` works."""
         for what, reason in reasons.items():
             self.report(what, reason)
         self._known = dict(reasons)
 
     def over(self, what: str) -> None:
-        """It works; should it fail again, that is logged."""
+        """Note that ``what`` works; if it fails again, that is logged."""
         self._known.pop(what, None)

@@ -117,11 +117,11 @@ class Forwarding:
 
         Where prefill and decode workers are apart, the prompt is computed before the decode worker is chosen.
 
-        :raises RequestError: nobody can serve it, or the worker's own refusal. Unavailable: the worker was
+        :raises RequestError: no worker can serve it, or the worker's own refusal. Unavailable: the worker was
             lost, and the frontend goes on with another one.
         """
-        gone = asyncio.ensure_future(self._call.gone())
-        gone.add_done_callback(self._client_gone)
+        departure = asyncio.ensure_future(self._call.gone())
+        departure.add_done_callback(self._client_gone)
         self._services.counts.began()
         try:
             with self._services.counts.failures(self._call.request_id):
@@ -139,7 +139,7 @@ class Forwarding:
                         self._saw(chunk)
                         yield chunk
         finally:
-            gone.cancel()
+            departure.cancel()
             self._end()
 
     # -- the prompt, where prefill workers compute it ------------------------------------------------
@@ -183,7 +183,7 @@ class Forwarding:
     # -- choosing and calling ------------------------------------------------------------------------
 
     def _choose_generating(self) -> tuple[Rank, RequestDict]:
-        """Choose who generates; also what that rank is sent."""
+        """Choose the rank that generates; also the request that it gets."""
         answer = self._prefilled
         if answer is None:
             rank = self._choose(self._model.pool)
@@ -221,7 +221,7 @@ class Forwarding:
     def _call_worker(self, rank: Rank, request: RequestDict) -> AsyncIterator[ChunkDict]:
         return self._model.clients[rank.worker_id].generate(request, rank.worker_id, self._call)
 
-    # -- what the chunks say -------------------------------------------------------------------------
+    # -- chunks as they come -------------------------------------------------------------------------
 
     def _saw(self, chunk: ChunkDict) -> None:
         """A chunk for the client has come."""
@@ -246,7 +246,7 @@ class Forwarding:
             self._book.output(self._decision.key, tokens)
 
     def _compare(self, finish_reason: str, cached_tokens: int | None) -> None:
-        """The prompt's engine has finished, and has said what it reused; None: it has not."""
+        """The engine that computed the prompt has finished and reported what it reused; None: no report."""
         assert self._decision is not None
         if finish_reason not in _UNFINISHED:
             size = self._model.pool.block_size
@@ -255,19 +255,19 @@ class Forwarding:
     # -- the end -------------------------------------------------------------------------------------
 
     def _leave(self) -> None:
-        """It is in the load book no more."""
+        """Take the request out of the load book."""
         if self._decision is not None:
             self._book.free(self._decision.key)
 
     def _end(self) -> None:
-        """It has ended, however; again: nothing."""
+        """The request has ended, in whatever way. A second call does nothing."""
         if not self._ended:
             self._ended = True
             self._leave()
             self._services.counts.ended(self._finished)
 
-    def _client_gone(self, gone: asyncio.Future[bool]) -> None:
-        if not gone.cancelled() and not self._ended:
-            gone.exception()  # asyncio need not report it
+    def _client_gone(self, departure: asyncio.Future[bool]) -> None:
+        if not departure.cancelled() and not self._ended:
+            departure.exception()  # asyncio need not report it
             self._services.counts.stats.cancelled += not self._finished
             self._end()

@@ -1,4 +1,4 @@
-"""Follows the workers in the registry: which models there are, who serves them, and how they are shown."""
+"""Follows the workers in the registry: which models they serve, and how these are shown."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def _retried(error: Exception) -> str:
 
 
 class Models:
-    """All models, kept as the registry says.
+    """All models, kept up to date with the registry.
 
-    A fault of Dynamo, or of what a worker says of itself, costs the model or the endpoint that it is about:
+    A fault of Dynamo, or in the entry of a worker, costs the model or the endpoint that it is about:
     it is logged once and tried again after :data:`RETRY_S`, while the others are followed as ever.
 
     :param entries: live workers by registry key, as a fleet keeps them.
@@ -102,7 +102,7 @@ class Models:
     :param forwarder: serves the requests of all models; its ``models`` are kept here.
     :param only: no other model than this one.
     :param book: a new load book for a model, by its name and block size.
-    :param silent: whether nothing is heard of a rank any more.
+    :param silent: whether the heartbeats of a rank are missing.
     :param tasks: where its serving tasks are watched; one that ends unasked means that Dynamo's runtime did.
     """
 
@@ -127,7 +127,7 @@ class Models:
         self._book = book
         self._silent = silent
         #: Workers that left the registry with streams under way, which they finish unless they are dead.
-        self._left: dict[int, tuple[WorkerClient, tuple[Rank, ...]]] = {}
+        self._departed: dict[int, tuple[WorkerClient, tuple[Rank, ...]]] = {}
         self._seen: dict[str, Entry] = {}
         self._clients: dict[EndpointName, WorkerClient] = {}
         self._endpoints: dict[EndpointName, FrontEndpoint] = {}
@@ -197,17 +197,17 @@ class Models:
     async def _set_workers(
         self, model: Model, used: tuple[Entry, ...], clients: dict[int, WorkerClient]
     ) -> None:
-        gone = model.clients.keys() - clients.keys()
+        departed = model.clients.keys() - clients.keys()
         for entry in used:
-            self._left.pop(entry.worker_id, None)
+            self._departed.pop(entry.worker_id, None)
             if entry.worker_id not in model.clients:
                 _report_new(model.name, entry)
-        for worker_id in gone:
+        for worker_id in departed:
             ranks = tuple(rank for pool in model.pools for rank in pool.ranks if rank.worker_id == worker_id)
-            self._left[worker_id] = model.clients[worker_id], ranks
+            self._departed[worker_id] = model.clients[worker_id], ranks
         model.clients = clients
         set_ranks(model, Group(used))
-        for worker_id in gone:
+        for worker_id in departed:
             logger.info("model %r: worker %x leaves", model.name, worker_id)
             model.pool.book.drop(worker_id)
             self._forwarder.forget(worker_id)
@@ -218,13 +218,13 @@ class Models:
             await self._hide(model)
 
     def _give_up_the_silent(self) -> None:
-        """End the streams of workers that hang or are cut off; one that drains is still heard of."""
-        for worker_id, (client, ranks) in list(self._left.items()):
+        """End the streams of workers that hang or are cut off; one that drains still sends heartbeats."""
+        for worker_id, (client, ranks) in list(self._departed.items()):
             if not client.busy(worker_id):
-                del self._left[worker_id]
+                del self._departed[worker_id]
             elif all(map(self._silent, ranks)):
-                del self._left[worker_id]
-                reason = f"worker {worker_id:x} is in no registry and nothing is heard of it"
+                del self._departed[worker_id]
+                reason = f"worker {worker_id:x} is not in the registry and sends no heartbeats"
                 logger.warning("%s: its requests go on elsewhere", reason)
                 client.give_up(worker_id, reason)
 

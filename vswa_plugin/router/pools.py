@@ -16,7 +16,7 @@ from vswa_plugin.wire.events import Rank
 
 
 class Pool(msgspec.Struct):
-    """The ranks of one model that do the same, and what this router has put on them.
+    """The ranks of one model that serve the same phases, and what this router has put on them.
 
     :param book: shared with the model's other pools.
     :param ranks: of all workers that may be used, in no order.
@@ -67,7 +67,7 @@ class Model:
     def apart(self) -> bool:
         """Whether the next request goes to a prefill and a decode worker: where both are there, it does.
 
-        :raises NoCandidate: nobody can serve it now; says who is missing.
+        :raises NoCandidate: no workers can serve it now; names the kind that is missing.
         """
         if not (self.prefill.ranks or self.decode.ranks):
             return False

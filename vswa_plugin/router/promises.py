@@ -1,6 +1,6 @@
 """What was promised against what the engines report as reused, in whole blocks. Pure but for the log.
 
-A worker whose last requests were often wrong is said so once, with the likely cause.
+A worker whose last predictions were often wrong is logged once, with the likely cause.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     :param live: whether the view of the rank was live when it was routed.
     :param busy: whether other requests were active on the rank then.
     :param in_flight: whether they were computing more of its prompt: what it finds then depends on when it is
-        admitted, and is counted but judged by nobody.
+        admitted, and is counted but not judged.
     """
 
     rank: Rank
@@ -122,7 +122,7 @@ class Accuracy:
             self._judge(outcome)
 
     def unreported(self, rank: Rank) -> None:
-        """One request has finished without a word on what was reused."""
+        """One request has finished and its engine did not report what it reused."""
         self.ranks.setdefault(rank, RankAccuracy()).unreported += 1
 
     def drop(self, worker_id: int) -> None:

@@ -31,8 +31,8 @@ class SelectionIdTaken(RequestError):
 
 class Reservation(msgspec.Struct, frozen=True):
     """:param book: that it is in.
-    :param computes: who computes the prompt.
-    :param generates: who generates from there: where both phases have one worker, the same decision.
+    :param computes: the choice of the worker that computes the prompt.
+    :param generates: that of the worker that generates; the same object where one worker does both.
     :param live: whether the view of the rank that computes was live when it was chosen.
     """
 
@@ -44,14 +44,14 @@ class Reservation(msgspec.Struct, frozen=True):
     live: bool
 
     def computed(self) -> None:
-        """The prompt is: it is no load any more of a worker that does nothing else. Again: nothing."""
+        """The prompt is computed; a worker that does only that is free of it. A second call does nothing."""
         if self.computes is self.generates:
             self.book.first_token(self.computes.key)
         else:
             self.book.free(self.computes.key)
 
     def end(self) -> None:
-        """It is no load any more. Again: nothing."""
+        """The request counts as load no more. A second call does nothing."""
         self.book.free(self.computes.key)
         self.book.free(self.generates.key)
 
@@ -59,7 +59,6 @@ class Reservation(msgspec.Struct, frozen=True):
 class ReservationStats(msgspec.Struct):
     """Counters since start."""
 
-    made: int = 0
     released: int = 0
     expired: int = 0
 
@@ -97,7 +96,6 @@ class Reservations:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(ttl_s, self._expire, reservation.selection_id)
         self._active[reservation.selection_id] = reservation, timer
-        self.stats.made += 1
 
     def first_token(self, selection_id: str) -> Reservation:
         """Its prompt is computed. Raises UnknownReservation."""
@@ -120,13 +118,13 @@ class Reservations:
             self._end(reservation)
 
     def _get(self, selection_id: str) -> tuple[Reservation, asyncio.TimerHandle]:
-        found = self._active.get(selection_id)
-        if found is None:
+        active = self._active.get(selection_id)
+        if active is None:
             raise UnknownReservation(
                 f"selection_id: expected an active reservation of this router, got {selection_id!r}; it was "
                 "released, its ttl_s is over, or another replica made it"
             )
-        return found
+        return active
 
     def _expire(self, selection_id: str) -> None:
         reservation, _ = self._active[selection_id]

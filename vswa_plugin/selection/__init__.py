@@ -1,7 +1,7 @@
 """Which rank serves a request: cost of each candidate, choice, and the load behind it. Pure.
 
 weights.py   the knobs, by the names that Dynamo's users know, and their override per request
-cost.py      what a candidate costs, who may be one, and which is chosen
+cost.py      which ranks are candidates, what each costs, and which is chosen
 book.py      the load that this router has put on each rank
 hooks.py     where plugins adjust or replace the choice
 """

@@ -58,7 +58,7 @@ class _Shelf:
 
 
 def _run(counts: Mapping[int, int], hashes: Sequence[int], start: int = 0) -> int:
-    """Blocks of ``hashes`` from ``start`` on that are counted: whoever holds one holds all before it."""
+    """Blocks of ``hashes`` from ``start`` on that are counted: a request that has one has all before it."""
     low, high = start, len(hashes)
     if not counts or start >= high or hashes[start] not in counts:
         return 0
@@ -78,9 +78,9 @@ def _count(counts: dict[int, int], hashes: Iterable[int]) -> None:
 
 def _uncount(counts: dict[int, int], hashes: Iterable[int]) -> None:
     for sequence_hash in hashes:
-        left = counts[sequence_hash] - 1
-        if left:
-            counts[sequence_hash] = left
+        remaining = counts[sequence_hash] - 1
+        if remaining:
+            counts[sequence_hash] = remaining
         else:
             del counts[sequence_hash]
 
@@ -167,7 +167,7 @@ class LoadBook:
         :param prompt_len: tokens of the prompt.
         :param prefill_tokens: of them, those to compute.
         :param cached_blocks: whole blocks that were cached there.
-        :param shared: False: its blocks are counted by themselves, whoever else holds them.
+        :param shared: False: its blocks are counted by themselves, also where others hold them.
         :raises InvariantError: ``key`` is in the book.
         """
         if key in self._requests:
@@ -185,7 +185,7 @@ class LoadBook:
         self._changed(key, True)
 
     def first_token(self, key: Hashable) -> None:
-        """Its prompt is computed. Again, or for a request that is gone: nothing."""
+        """The request's prompt is computed; again, or for a request that is gone, this does nothing."""
         request = self._requests.get(key)
         if request is not None and request.prefill_tokens:
             shelf = self._shelves[request.rank]
@@ -195,7 +195,7 @@ class LoadBook:
             self._changed(key)
 
     def output(self, key: Hashable, tokens: int) -> None:
-        """It has generated so many tokens more."""
+        """The request has generated so many tokens more."""
         request = self._requests.get(key)
         if request is not None:
             before = request.unshared(self._block_size)
@@ -204,7 +204,7 @@ class LoadBook:
             self._changed(key)
 
     def free(self, key: Hashable) -> None:
-        """It has ended. Again, or for a request that is gone: nothing."""
+        """The request has ended; again, or for a request that is gone, this does nothing."""
         request = self._requests.pop(key, None)
         if request is None:
             return
@@ -226,4 +226,4 @@ class LoadBook:
                 self._changed(key)
 
     def _changed(self, key: Hashable, new: bool = False) -> None:
-        """A request has come (``new``), is further on, or is gone: for books that somebody is told of."""
+        """A request has come (``new``), is further on, or is gone: for books whose changes are shared."""

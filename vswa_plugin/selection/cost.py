@@ -68,7 +68,7 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
 
 
 class Constraints(msgspec.Struct, frozen=True):
-    """What a request says about who may serve it.
+    """The conditions of a request on the ranks that may serve it.
 
     :param worker_id: only this worker; None: any.
     :param dp_rank: only this data-parallel rank; None: any.
@@ -119,19 +119,19 @@ def eligible(
             lambda r: constraints.required_taints <= taints.get(r.worker_id, _NOTHING),
         ),
     )
-    left = ranks
+    remaining = ranks
     for wish, name, fits in wishes:
         if wish is None:
             continue
-        before, left = left, [rank for rank in left if fits(rank)]
-        if not left:
+        before, remaining = remaining, [rank for rank in remaining if fits(rank)]
+        if not remaining:
             wished = _some(sorted(wish) if isinstance(wish, frozenset) else [wish])
             pinned = name in constraints.fields
             raise (InvalidRequest if pinned else NoCandidate)(
                 f"{name}: expected a rank of this model that fits {wished}, got (worker.dp_rank): "
                 f"{_some([f'{rank.worker_id}.{rank.dp_rank}' for rank in before])}"
             )
-    return left
+    return remaining
 
 
 def _some(things: Sequence[object]) -> str:
@@ -152,7 +152,7 @@ def scored(
     """
     decaying = weights.track_prefill_tokens and weights.overlap_score_credit_decay > 0
     least = min((c.load.prefill_tokens for c in candidates), default=0) if decaying else 0
-    found = []
+    results = []
     for candidate in candidates:
         credit = weights.overlap_score_credit
         if decaying:
@@ -160,8 +160,8 @@ def scored(
         cost = _cost(candidate, prompt_len, block_size, weights, credit)
         if preferred_taints:
             cost *= _attraction(candidate.taints, preferred_taints)
-        found.append(Scored(candidate, cost))
-    return found
+        results.append(Scored(candidate, cost))
+    return results
 
 
 def _cost(candidate: Candidate, prompt_len: int, block_size: int, weights: Weights, credit: float) -> float:

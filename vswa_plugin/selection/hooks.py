@@ -12,7 +12,7 @@ from vswa_plugin.wire.events import Rank
 
 
 class RoutedRequest(msgspec.Struct, frozen=True):
-    """What plugins are told of a request that is being routed; no token ids.
+    """What plugins get of a request that is being routed; no token ids.
 
     :param prompt_tokens: length of the prompt.
     :param sequence_hashes: of its full blocks: two prompts share as many blocks as these agree.
@@ -32,7 +32,7 @@ class RoutedRequest(msgspec.Struct, frozen=True):
 
 
 class SelectionHooks(Protocol):
-    """The plugins' word on one choice, already checked and isolated: neither method raises."""
+    """The plugins' part in one choice, already checked and isolated: neither method raises."""
 
     def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float]:
         """Blocks to add to the cost of some candidates; finite."""
@@ -42,7 +42,7 @@ class SelectionHooks(Protocol):
 
 
 class NoHooks:
-    """No plugin has anything to say."""
+    """No plugin takes part in choices."""
 
     def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float]:
         return {}

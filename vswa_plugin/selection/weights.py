@@ -87,14 +87,14 @@ class Override(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(weights, **changes)
 
 
-#: Dynamo's PrefillRouter puts these on every decode request: nobody's wish, and not followed.
+#: Dynamo's PrefillRouter puts these on every decode request: no client wants them, so they are not followed.
 OF_PREFILL_ROUTER = {"overlap_score_credit": 0.0, "assume_kv_reuse": False, "track_prefill_tokens": False}
 
 
 def of_phase(weights: Weights, phase: str) -> Weights:
     """``weights`` as one phase of a request needs them: ``agg`` (as they are), ``prefill`` or ``decode``.
 
-    A prefill worker is chosen by what it must compute: the blocks that it holds are read by nobody there. A
+    A prefill worker is chosen by what it must compute: the blocks that it holds are not read there. A
     decode worker is chosen by the blocks that it reads at each step, also those that requests share, and
     one more for each request: the one that it writes to. What it holds of the prompt saves their transfer.
     """

@@ -1,1 +1,10 @@
-"""Routing simulated: workloads, ranks without models, policies, costs."""
+"""Routing simulated: what kept promises are worth in first-token time and reuse.
+
+workloads.py    requests, made up or from a file
+presets.py      the attention of known models, and the cache of a rank that serves one
+costs.py        how long a rank computes
+policies.py     ways to choose a rank
+simulation.py   ranks behind a router: requests in, reuse and time out
+sweep.py        many simulations side by side
+report.py       averages and tables; where exactness helped and where it did not
+"""

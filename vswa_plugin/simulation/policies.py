@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from vswa_plugin.accuracy.views import View
+from vswa_plugin.accuracy.pipeline import EventPipeline
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.engine.contract import EventAdapter, RawEvent
 from vswa_plugin.engine.predicted import Prompt, Scorer
@@ -25,7 +25,7 @@ class Routed(NamedTuple):
     """One choice.
 
     :param rank: index of the chosen rank.
-    :param promised: tokens that it was expected to reuse; None: nobody looked.
+    :param promised: tokens that it was expected to reuse; None: the policy predicts nothing.
     :param agrees: whether the cost would choose the same with what the caches say; None: not by cost.
     """
 
@@ -35,11 +35,11 @@ class Routed(NamedTuple):
 
 
 class Policy(Protocol):
-    """Chooses ranks, and is told what becomes of requests. One run."""
+    """Chooses ranks, and follows the requests that it has placed. One run."""
 
     @property
     def listens(self) -> bool:
-        """Whether :meth:`told` wants the ranks' events."""
+        """Whether :meth:`observe` is to get the ranks' events."""
 
     def route(self, key: int, prompt: Prompt, truth: Sequence[int]) -> Routed:
         """Choose for one request.
@@ -48,8 +48,8 @@ class Policy(Protocol):
         :param truth: tokens that each rank would reuse right now; only the oracle may choose by it.
         """
 
-    def told(self, rank: int, events: Sequence[RawEvent]) -> None:
-        """What a rank's engine has told."""
+    def observe(self, rank: int, events: Sequence[RawEvent]) -> None:
+        """Take in the events of a rank's engine."""
 
     def first_token(self, key: int) -> None:
         """The prompt of a request is computed."""
@@ -72,35 +72,35 @@ class Unaware:
         self._next = (self._next + 1) % self._ranks
         return Routed(self._rng.randrange(self._ranks) if self._rng else self._next, None, None)
 
-    def told(self, rank: int, events: Sequence[RawEvent]) -> None:
-        """Of no interest."""
+    def observe(self, rank: int, events: Sequence[RawEvent]) -> None:
+        """Do nothing: the choice depends on no events and no load."""
 
     def first_token(self, key: int) -> None:
-        """Of no interest."""
+        """Do nothing: the choice depends on no events and no load."""
 
     def ended(self, key: int) -> None:
-        """Of no interest."""
+        """Do nothing: the choice depends on no events and no load."""
 
 
-class Believes(Protocol):
-    """What is expected of one rank."""
+class RankEstimator(Protocol):
+    """Estimates what one rank would reuse."""
 
     def feed(self, raw: RawEvent) -> object:
-        """What the rank's engine has told."""
+        """Take in one event of the rank's engine."""
 
     def predict(self, prompt: Prompt) -> int:
         """Tokens of the prompt that the rank would reuse."""
 
 
-class Seen:
-    """What a router makes of the events of one rank."""
+class EventEstimator:
+    """The estimate of a scorer that follows the events of one rank, as a router's does."""
 
     def __init__(self, layout: CacheLayout, new_adapter: Callable[[], EventAdapter], scorer: Scorer) -> None:
         self._scorer = scorer
-        self._view = View(layout, new_adapter, [scorer])
+        self._pipeline = EventPipeline(layout, new_adapter, [scorer])
 
     def feed(self, raw: RawEvent) -> None:
-        self._view.feed(raw)
+        self._pipeline.feed(raw)
 
     def predict(self, prompt: Prompt) -> int:
         return self._scorer.predict(prompt)
@@ -109,13 +109,13 @@ class Seen:
 class ByCost:
     """The router's cost over what each rank is expected to reuse.
 
-    :param views: per rank; None: the oracle, which knows.
+    :param views: per rank; None: the oracle, which goes by the caches themselves.
     """
 
     def __init__(
         self,
         ranks: int,
-        views: Sequence[Believes] | None,
+        views: Sequence[RankEstimator] | None,
         block_size: int,
         rng: random.Random,
         weights: Weights | None = None,
@@ -133,11 +133,11 @@ class ByCost:
 
     def route(self, key: int, prompt: Prompt, truth: Sequence[int]) -> Routed:
         cached = truth if self._views is None else [view.predict(prompt) for view in self._views]
-        found = self._scored(prompt, cached)
-        chosen = choose(found, self._weights.router_temperature, self._rng).candidate
-        known = found if self._views is None else self._scored(prompt, truth)
+        candidates = self._scored(prompt, cached)
+        chosen = choose(candidates, self._weights.router_temperature, self._rng).candidate
+        true_costs = candidates if self._views is None else self._scored(prompt, truth)
         index = chosen.rank.worker_id
-        agrees = known[index].cost <= min(each.cost for each in known)
+        agrees = true_costs[index].cost <= min(each.cost for each in true_costs)
         prompt_len = len(prompt.token_ids)
         self._book.add(
             key,
@@ -149,7 +149,7 @@ class ByCost:
         )
         return Routed(index, chosen.cached_tokens, agrees)
 
-    def told(self, rank: int, events: Sequence[RawEvent]) -> None:
+    def observe(self, rank: int, events: Sequence[RawEvent]) -> None:
         if self._views is not None:
             for raw in events:
                 self._views[rank].feed(raw)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BASELINE = "global only"
 #: Smaller differences are called none: of computed tokens, and of the time to first token.
 CLEAR_TOKENS, CLEAR_TTFT = 0.01, 0.05
-#: Share of promises or choices from which on the rest is not worth a word.
+#: Share of promises or choices from which on the rest is not reported.
 _MOSTLY = 0.97
 
 
@@ -67,17 +67,17 @@ class Comparison(msgspec.Struct, frozen=True):
 
     @property
     def helps(self) -> bool:
-        """Told from chance, in one of the two, and worse in none."""
+        """Significantly better in one of the two, and worse in neither."""
         return "fewer" in (verdicts := self.verdicts) and "more" not in verdicts
 
     @property
     def hurts(self) -> bool:
-        """Worse in one of the two, told from chance."""
+        """Significantly worse in one of the two."""
         return "more" in self.verdicts
 
     @property
     def even(self) -> bool:
-        """No difference worth a word on average."""
+        """No relevant difference on average."""
         return abs(fmean(self.computed)) <= CLEAR_TOKENS and abs(fmean(self.ttft_p90)) <= CLEAR_TTFT
 
     @property
@@ -98,10 +98,11 @@ class Comparison(msgspec.Struct, frozen=True):
             return f"global only is right too, in {self.true_promises:.1%} of its promises"
         if self.agreed >= _MOSTLY:
             return f"its wrong promises seldom change a choice: {self.agreed:.1%} are as with the truth"
-        told = f"{self.agreed:.1%} of global only's choices are as with the truth"
+        agreement = f"{self.agreed:.1%} of global only's choices are as with the truth"
         if len(self.oracle) > 1 and _verdict(self.oracle, CLEAR_TOKENS) != "fewer":
-            return f"{told}, and truth gains nothing sure: the oracle's computed tokens {_span(self.oracle)}"
-        return told
+            tokens = f"the oracle's computed tokens {_span(self.oracle)}"
+            return f"{agreement}, and the truth gains nothing significant: {tokens}"
+        return agreement
 
 
 def _verdict(changes: Sequence[float], clear: float) -> str:
@@ -234,10 +235,10 @@ def summary(report: Report) -> str:
     """What was simulated, in one line."""
     plan, first = report.plan, report.runs[0]
     refused = max(run.refused for run in report.runs)
-    said = f" (up to {refused} more are larger than a cache and left out)" if refused else ""
+    left_out = f" (up to {refused} more are larger than a cache and left out)" if refused else ""
     mean = first.prompt_tokens // first.requests
     return (
-        f"{plan.workload}: {first.requests} requests{said}, {mean} prompt tokens on average, "
+        f"{plan.workload}: {first.requests} requests{left_out}, {mean} prompt tokens on average, "
         f"{plan.ranks} ranks, blocks of {plan.block_size}, sliding pools {plan.sliding_share:g} of the "
         f"global one, seeds {', '.join(map(str, _seeds(report.runs)))}"
     )
@@ -254,18 +255,18 @@ def conclusions(report: Report) -> list[str]:
             f"In brackets: where the mean of many seeds lies (95 % confidence, {seeds} seeds). Of cells "
             "without any difference up to one in ten is called better or worse, by chance."
         )
-    said = [chance] if compared else []
-    for title, holds, tell in _FOUND:
+    sentences = [chance] if compared else []
+    for title, holds, tell in _CONCLUSIONS:
         if cells := [each for each in compared if holds(each)]:
-            said += [title, *(f"  {tell(each)}" for each in cells)]
-    return said
+            sentences += [title, *(f"  {tell(each)}" for each in cells)]
+    return sentences
 
 
 def _with_cause(compared: Comparison) -> str:
     return f"{compared.sentence()}; {compared.cause()}"
 
 
-_FOUND: tuple[tuple[str, Callable[[Comparison], bool], Callable[[Comparison], str]], ...] = (
+_CONCLUSIONS: tuple[tuple[str, Callable[[Comparison], bool], Callable[[Comparison], str]], ...] = (
     ("Exact was better than global only:", lambda each: each.helps, Comparison.sentence),
     ("Exact was worse than global only:", lambda each: each.hurts, Comparison.sentence),
     (
@@ -274,7 +275,7 @@ _FOUND: tuple[tuple[str, Callable[[Comparison], bool], Callable[[Comparison], st
         _with_cause,
     ),
     (
-        "Not told from chance, exact against global only:",
+        "Not significant, exact against global only:",
         lambda each: not (each.even or each.helps or each.hurts),
         _with_cause,
     ),
@@ -349,9 +350,9 @@ def plot(reports: Sequence[Report], path: Path) -> None:
     showing.save(figure, path)
 
 
-def _draw(panel: Any, found: Sequence[Row]) -> None:
-    for policy in dict.fromkeys(row.policy for row in found):
-        points = [(row.blocks, 100 * row.computed) for row in found if row.policy == policy]
+def _draw(panel: Any, rows: Sequence[Row]) -> None:
+    for policy in dict.fromkeys(row.policy for row in rows):
+        points = [(row.blocks, 100 * row.computed) for row in rows if row.policy == policy]
         width = 2.0 if policy == EXACT else 1.0
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=policy)
     panel.set_ylim(bottom=0)

@@ -2,7 +2,7 @@
 
 A discrete-event simulation. Each rank computes one prompt at a time, first come first served; what it
 generates goes on beside. A prompt is matched when its turn comes, its blocks can be reused when it is
-computed, and it holds them until its last token. The router hears of all this at once.
+computed, and it holds them until its last token. The router learns of all this at once.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Simulation:
     def run(self, arrivals: Iterable[Arrival], progress: Callable[[int], None] = lambda done: None) -> Totals:
         """Serve all ``arrivals``, which come in order of their times.
 
-        :param progress: told from time to time how many have arrived.
+        :param progress: called from time to time with the number that have arrived.
         """
         for index in range(len(self._servers)):
             self._tell(index)
@@ -144,9 +144,9 @@ class Simulation:
     def _new_tokens(self, prompt: Prompt) -> int:
         """Tokens behind the longest prefix, in whole blocks, that any request before had."""
         hashes = prompt.sequence_hashes
-        known = next((i for i, each in enumerate(hashes) if each not in self._seen), len(hashes))
-        self._seen.update(hashes[known:])
-        return len(prompt.token_ids) - min(known * self._block_size, len(prompt.token_ids) - 1)
+        known_blocks = next((i for i, each in enumerate(hashes) if each not in self._seen), len(hashes))
+        self._seen.update(hashes[known_blocks:])
+        return len(prompt.token_ids) - min(known_blocks * self._block_size, len(prompt.token_ids) - 1)
 
     def _count_choice(self, routed: Routed, truth: int) -> None:
         totals, size = self.totals, self._block_size
@@ -172,7 +172,7 @@ class Simulation:
         cached, prompt_len = sequence.cached_tokens, len(job.request.prompt)
         totals.requests += 1
         totals.prompt_tokens += prompt_len
-        # A part of some block may have been reused that nobody had whole.
+        # A part of some block may have been reused that no request before had whole.
         totals.new_tokens += min(job.new_tokens, prompt_len - cached)
         totals.cached_tokens += cached
         if (promised := job.routed.promised) is not None:
@@ -201,4 +201,4 @@ class Simulation:
 
     def _tell(self, index: int) -> None:
         if self._policy.listens:
-            self._policy.told(index, self._servers[index].rank.take_events())
+            self._policy.observe(index, self._servers[index].rank.take_events())

@@ -16,7 +16,15 @@ from vswa_plugin.accuracy.scorers import built_in_scorers
 from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.simulation.costs import CostModel
-from vswa_plugin.simulation.policies import ORACLE, RANDOM, ROUND_ROBIN, ByCost, Policy, Seen, Unaware
+from vswa_plugin.simulation.policies import (
+    ORACLE,
+    RANDOM,
+    ROUND_ROBIN,
+    ByCost,
+    EventEstimator,
+    Policy,
+    Unaware,
+)
 from vswa_plugin.simulation.presets import PRESETS, rank_setup
 from vswa_plugin.simulation.simulation import Simulation, Totals
 from vswa_plugin.simulation.workloads import WORKLOADS, Arrival, made_up, mooncake, poisson
@@ -24,7 +32,7 @@ from vswa_plugin.simulation.workloads import WORKLOADS, Arrival, made_up, moonca
 if TYPE_CHECKING:
     from vswa_plugin.host.host import PluginHost
 
-#: What is compared unless asked otherwise; the oracle is always among them.
+#: What is compared by default; the oracle is always among them.
 DEFAULT_POLICIES = (RANDOM, ROUND_ROBIN, "global only", "boundary projection", "exact", ORACLE)
 #: Requests from which the mean prompt is taken.
 _SAMPLE = 300
@@ -50,7 +58,7 @@ class Plan(msgspec.Struct, frozen=True):
     cost: CostModel = CostModel()
 
     def check(self) -> Plan:
-        """Return self, or raise :class:`ConfigError` that says what cannot be."""
+        """Return self, or raise :class:`ConfigError` that names the value that cannot be used."""
         if self.workload not in WORKLOADS and not Path(self.workload).is_file():
             raise ConfigError(
                 f"expected a workload, {', '.join(WORKLOADS)} or a file in Mooncake's format, got "
@@ -201,7 +209,7 @@ class Bench:
         size, views = self.plan.block_size, None
         if case.policy != ORACLE:
             views = [
-                Seen(
+                EventEstimator(
                     setup.layout,
                     partial(self._host.event_adapter, rank.event_format, setup.layout),
                     self._scorer(case.policy, setup),

@@ -1,4 +1,4 @@
-"""What a reader asks of a publisher to close a gap or to join late, and the answers. Structs only, no I/O.
+"""Requests of a reader that closes a gap or joins late, and a publisher's answers. Structs only, no I/O.
 
 MessagePack by msgspec, tagged arrays, on the rank's ``control`` subject (request/reply). Every answer
 names the publisher's current epoch, so that a reader of an older one learns of it at once.
@@ -42,7 +42,7 @@ Request: TypeAlias = ReplayRequest | SnapshotRequest | PartRequest
 
 
 class Replay(msgspec.Struct, frozen=True, array_like=True, tag="batches"):
-    """Encoded batches, in order, the first with ``from_event_id``. Perhaps not all: ask on from there."""
+    """Encoded batches, in order, the first with ``from_event_id``. Not always all: request the rest."""
 
     epoch: U64
     payloads: tuple[bytes, ...]

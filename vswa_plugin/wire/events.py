@@ -1,4 +1,4 @@
-"""The wire protocol, version 1: what a worker tells about its KV blocks. Structs only, no I/O.
+"""The wire protocol, version 1: what a worker publishes about its KV blocks. Structs only, no I/O.
 
 MessagePack by msgspec; every struct is an array whose first element is its tag. Later versions only
 append fields with defaults: an unknown trailing field is ignored. Hashes are sequence hashes (see
@@ -18,7 +18,7 @@ VERSION = 1
 #: No publisher sends more in one message; what is larger is refused unread.
 MAX_MESSAGE_BYTES = 8 << 20
 U64 = Annotated[int, msgspec.Meta(ge=0)]
-#: No publisher pauses longer between two heartbeats; what says so is not believed.
+#: No publisher pauses longer between two heartbeats; a layout with a larger value is taken to give none.
 MAX_HEARTBEAT_S = 3_600.0
 #: The best tier that holds a block, fastest first.
 TIERS = ("device", "host", "disk")
@@ -35,7 +35,7 @@ class Rank(NamedTuple):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Who publishes: one data-parallel rank of one worker."""
+    """The publisher of events: one data-parallel rank of one worker."""
 
     namespace: str
     component: str
@@ -64,7 +64,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):
 
     @property
     def heartbeat(self) -> float | None:
-        """:attr:`heartbeat_s` where it can be believed; else None."""
+        """:attr:`heartbeat_s` where it is plausible; else None."""
         stated = self.heartbeat_s
         return stated if stated is not None and 0 < stated <= MAX_HEARTBEAT_S else None
 
@@ -105,11 +105,12 @@ class Cleared(msgspec.Struct, frozen=True, array_like=True, tag="cleared"):
 
 
 class Unknown(msgspec.Struct, frozen=True, array_like=True, tag="unknown"):
-    """An event of a later version: it has an id, and it may have been a removal. Nobody sends it."""
+    """An event of a later version: it has an id, and it may have been a removal. It is never sent."""
 
     tag: str
 
 
+#: What may happen to the blocks of one rank, in this version of the protocol.
 Event: TypeAlias = Layout | Stored | Removed | Moved | Cleared
 
 
@@ -155,6 +156,7 @@ _TAGS = frozenset(str(kind.__struct_config__.tag) for kind in (Layout, Stored, R
 
 
 def encode(batch: Batch) -> bytes:
+    """The batch as one message."""
     return _encoder.encode(batch)
 
 

@@ -28,7 +28,7 @@ def connect_options(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _login(environ: Mapping[str, str]) -> dict[str, Any]:
-    given = {
+    ways = {
         name: environ[name]
         for name in (
             "NATS_AUTH_USERNAME",
@@ -38,18 +38,18 @@ def _login(environ: Mapping[str, str]) -> dict[str, Any]:
         )
         if environ.get(name)
     }
-    if len(given) > 1:
-        raise ConfigError(f"NATS: expected one way to log in, got {', '.join(given)}; unset all but one")
-    if "NATS_AUTH_TOKEN" in given:
-        return {"token": given["NATS_AUTH_TOKEN"]}
-    if "NATS_AUTH_NKEY" in given:
-        return {"nkeys_seed_str": given["NATS_AUTH_NKEY"]}
-    if "NATS_AUTH_CREDENTIALS_FILE" in given:
+    if len(ways) > 1:
+        raise ConfigError(f"NATS: expected one way to log in, got {', '.join(ways)}; unset all but one")
+    if "NATS_AUTH_TOKEN" in ways:
+        return {"token": ways["NATS_AUTH_TOKEN"]}
+    if "NATS_AUTH_NKEY" in ways:
+        return {"nkeys_seed_str": ways["NATS_AUTH_NKEY"]}
+    if "NATS_AUTH_CREDENTIALS_FILE" in ways:
         return {"user_credentials": _file(environ, "NATS_AUTH_CREDENTIALS_FILE")}
-    if "NATS_AUTH_USERNAME" in given:
+    if "NATS_AUTH_USERNAME" in ways:
         if "NATS_AUTH_PASSWORD" not in environ:
             raise ConfigError("NATS_AUTH_USERNAME: expected NATS_AUTH_PASSWORD beside it, which is not set")
-        return {"user": given["NATS_AUTH_USERNAME"], "password": environ["NATS_AUTH_PASSWORD"]}
+        return {"user": ways["NATS_AUTH_USERNAME"], "password": environ["NATS_AUTH_PASSWORD"]}
     return {}
 
 

@@ -1,4 +1,4 @@
-"""The subjects on which ranks publish and are asked, and the names that they consist of. Pure."""
+"""The subjects of events and of requests to a rank, and the names that they consist of. Pure."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Transport:
 
     :param servers: URLs, separated by commas.
     :param echo: whether our own messages come back to our own subscriptions.
-    :param environ: where the login is read from, see nats_auth.py; ``os.environ`` unless given.
+    :param environ: where the login is read from, see login.py; ``os.environ`` unless given.
     :raises ConfigError: the login cannot be used.
     """
 
@@ -109,7 +109,8 @@ class Transport:
         try:
             reply = await self._client.request(to_subject, payload, timeout=timeout)
         except (OSError, nats.errors.Error, TimeoutError) as error:
-            reason = "nobody serves it" if isinstance(error, nats.errors.NoRespondersError) else error
+            unserved = isinstance(error, nats.errors.NoRespondersError)
+            reason = "no process serves this subject" if unserved else error
             raise ConnectError(f"no answer on {to_subject} within {timeout:g} s: {reason}") from error
         return bytes(reply.data)
 

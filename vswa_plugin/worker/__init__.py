@@ -1,5 +1,9 @@
 """The worker: one engine behind Dynamo, whose per-window KV events are published.
 
-args.py reads the command line; app.py wires and runs; handler.py serves requests; liveness.py
-notices an engine that hangs; status.py and metrics.py are the operator's HTTP surface.
+args.py          the command line
+engine_args.py   engine options from a YAML file and the command line
+app.py           what is wired to what, and what happens in each part of a worker's life
+handler.py       serves requests
+liveness.py      notices an engine that hangs
+metrics.py       the worker's own metrics
 """

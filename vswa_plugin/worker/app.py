@@ -15,7 +15,7 @@ from vswa_plugin.engine.contract import Engine, RawEvent
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.hookspecs import WorkerContext
 from vswa_plugin.host.host import PluginHost
-from vswa_plugin.program.life import Failed, Life, Program
+from vswa_plugin.program.life import PLUGINS_END_S, Failed, Life, Program
 from vswa_plugin.program.status import StatusServer, reachable_url
 from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
@@ -286,6 +286,7 @@ class Worker(Program):
         for publisher in self._publishers.values():
             publisher.close()
         await asyncio.gather(*self._publishing, return_exceptions=True)
+        await asyncio.to_thread(self._host.stopping, PLUGINS_END_S)
         await self._transport.close()
         if self._endpoint is not None:
             await self._endpoint.shutdown()

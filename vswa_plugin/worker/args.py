@@ -14,8 +14,9 @@ from vswa_plugin.dynamo.names import REASONING_PARSER, TOOL_CALL_PARSER, Endpoin
 from vswa_plugin.dynamo.runtime import check_parser
 from vswa_plugin.engine.contract import ANY_ENGINE, MODES, Engine, EngineSettings
 from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
-from vswa_plugin.host.loading import add_plugin_arguments
+from vswa_plugin.host.loading import add_plugin_arguments, add_plugin_options_argument
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
+from vswa_plugin.program.options import requires
 from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.worker.engine_args import load_engine_args
 
@@ -24,6 +25,7 @@ REGISTER_ENV, ROUTER_ENV = "VSWA_REGISTER", "VSWA_ROUTER"
 REGISTER = ("auto", "frontend", "hidden")
 #: Our router, or the one in Dynamo's frontend.
 ROUTERS = ("exact", "stock")
+STATUS_HOST = "127.0.0.1"
 
 _EXAMPLE = """\
 modes, each with an example on a machine where nats-server and etcd run:
@@ -100,9 +102,9 @@ class WorkerArgs(RunArgs, frozen=True, kw_only=True):
     status_port: int | None
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(program: str = "python -m vswa_plugin.worker") -> argparse.ArgumentParser:
     made = make_parser(
-        "python -m vswa_plugin.worker",
+        program,
         "Serve a model through NVIDIA Dynamo and publish the KV block events of every attention window on "
         "NATS.",
         _EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
@@ -111,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     _add_showing_arguments(made.add_argument_group("who finds it"))
     run = made.add_argument_group("how it runs")
     run.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
-    run.add_argument("--status-host", default="127.0.0.1", help="address for --status-port (127.0.0.1)")
+    run.add_argument("--status-host", metavar="HOST", help=f"address for --status-port ({STATUS_HOST})")
     add_run_arguments(run)
     run.add_argument(
         "--stall-timeout",
@@ -122,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "exits, and they go on elsewhere (300; 0: for ever)",
     )
     add_plugin_arguments(made)
+    add_plugin_options_argument(made)
     return made
 
 
@@ -182,13 +185,18 @@ def _add_showing_arguments(showing: argparse._ArgumentGroup) -> None:
         )
 
 
-def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> WorkerArgs:
+def parse(
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    reader: argparse.ArgumentParser | None = None,
+) -> WorkerArgs:
     """Read and check the command line; raises ConfigError, or SystemExit from argparse.
 
     :param environ: of the worker; ours unless given.
+    :param reader: :func:`parser` unless given.
     """
     environ = os.environ if environ is None else environ
-    given = parser().parse_args(argv)
+    given = (reader or parser()).parse_args(argv)
     if given.mode not in MODES:
         raise ConfigError(f"--mode: {unknown_choice('mode', given.mode, MODES)}")
     run = run_args(given, environ)
@@ -196,6 +204,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         raise ConfigError(f"--data-parallel-size: expected at least 1, got {given.data_parallel_size}")
     if given.status_port is not None and not 0 <= given.status_port < 65_536:
         raise ConfigError(f"--status-port: expected a port from 0 to 65535, got {given.status_port}")
+    requires("--status-host", given.status_host, "--status-port", given.status_port)
     endpoint = EndpointName.parse(given.endpoint) if given.endpoint else default_endpoint(given.mode)
     check_name("--endpoint, namespace", endpoint.namespace)
     check_name("--endpoint, component", endpoint.component)
@@ -228,7 +237,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         taints=_taints(given.taint),
         tool_call_parser=check_parser(TOOL_CALL_PARSER, given.dyn_tool_call_parser),
         reasoning_parser=check_parser(REASONING_PARSER, given.dyn_reasoning_parser),
-        status_host=given.status_host,
+        status_host=given.status_host or STATUS_HOST,
         status_port=given.status_port,
     )
 

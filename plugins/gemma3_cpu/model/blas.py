@@ -14,7 +14,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-#: Below this width of the model one thread is used unless told otherwise.
+#: Below this width of the model one thread is used by default.
 _WIDE = 512
 _VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 _SETTERS = (
@@ -25,10 +25,10 @@ _SETTERS = (
 )
 
 
-def choose_threads(asked: int | None, hidden_size: int) -> int | None:
+def choose_threads(threads: int | None, hidden_size: int) -> int | None:
     """Threads to set; None: leave them as they are, because the model is wide or the environment says it."""
-    if asked is not None:
-        return asked
+    if threads is not None:
+        return threads
     if hidden_size >= _WIDE or any(os.environ.get(name) for name in _VARIABLES):
         return None
     return 1

@@ -267,10 +267,10 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _check_files(directory: Path) -> None:
     if not (directory / WEIGHTS_FILE).is_file() and not (directory / WEIGHTS_INDEX_FILE).is_file():
-        found = ", ".join(sorted(path.name for path in directory.iterdir() if path.is_file())) or "no files"
+        files = ", ".join(sorted(path.name for path in directory.iterdir() if path.is_file())) or "no files"
         raise ConfigError(
             f"model directory {directory}: expected weights in {WEIGHTS_FILE} or {WEIGHTS_INDEX_FILE}, "
-            f"found {found}"
+            f"found {files}"
         )
     if not (directory / TOKENIZER_FILE).is_file():
         raise ConfigError(

@@ -115,7 +115,7 @@ class Gemma3Model:
         self._ropes = [tables[config.rope(window)] for window in config.groups]
 
     def digest(self) -> str:
-        """Tells weights of one shape apart, all but surely: from a row of each matrix and the norms."""
+        """A digest of a row of each matrix and of the norms; it differs, all but surely, where weights do."""
         summary = hashlib.sha256(self._norm.tobytes())
         for layer in self._layers:
             for part in (layer.qkv[0], layer.qk_norm, layer.down[0], layer.post_attention):
@@ -162,13 +162,13 @@ class Gemma3Model:
         return _GroupPass(_joined(rotations)[:, None], plans)
 
     def _lookup(self, token_ids: NDArray[np.integer[Any]]) -> Float32:
-        found: Float32
+        embedded: Float32
         if self._embed is not None:
-            found = self._embed[token_ids]
+            embedded = self._embed[token_ids]
         else:
-            found = np.ascontiguousarray(self._head.take(token_ids, axis=1).T)
-        found *= self._embed_scale
-        return found
+            embedded = np.ascontiguousarray(self._head.take(token_ids, axis=1).T)
+        embedded *= self._embed_scale
+        return embedded
 
     def _project(self, layer: _Layer, x: Float32, rotation: NDArray[np.complex64]) -> Float32:
         """Rotated queries and keys, and values: [N, heads + 2 kv_heads, head_dim]."""

@@ -1,4 +1,4 @@
-"""Paged storage of keys and values, and how a chunk finds its part. Who owns a page is decided elsewhere."""
+"""Paged storage of keys and values, and how a chunk finds its part. Cache managers decide who owns a page."""
 
 from __future__ import annotations
 

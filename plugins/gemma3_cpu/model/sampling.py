@@ -129,10 +129,10 @@ def penalize(
     """A copy of ``logits`` with the three penalties applied."""
     adjusted = logits.copy()
     if params.repetition_penalty != 1.0:
-        seen = np.unique(np.fromiter((*prompt, *output), dtype=np.int64))
-        values = adjusted[seen]
+        token_ids = np.unique(np.fromiter((*prompt, *output), dtype=np.int64))
+        values = adjusted[token_ids]
         factor = params.repetition_penalty
-        adjusted[seen] = np.where(values > 0, values / factor, values * factor)
+        adjusted[token_ids] = np.where(values > 0, values / factor, values * factor)
     generated, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
     adjusted[generated] -= (params.presence_penalty + params.frequency_penalty * counts).astype(
         adjusted.dtype

@@ -48,19 +48,19 @@ def check_tensors(config: Gemma3Config, source: TensorSource) -> None:
 
     :raises ConfigError: names what is missing, left over, or of another shape.
     """
-    expected, found = expected_shapes(config), dict(source.shapes())
+    expected, actual = expected_shapes(config), dict(source.shapes())
     if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+        actual.pop("lm_head.weight", None)
+    missing, extra = expected.keys() - actual.keys(), actual.keys() - expected.keys()
     if missing:
         raise ConfigError(f"{source.where}: missing {_some(missing)} of a Gemma 3 of {_size(config)}")
     if extra:
         raise ConfigError(f"{source.where}: unknown {_some(extra)} for a Gemma 3 of {_size(config)}")
     for name, shape in expected.items():
-        if found[name] != shape:
+        if actual[name] != shape:
             raise ConfigError(
                 f"{source.where}: tensor {name}: expected shape {list(shape)} by config.json, "
-                f"got {list(found[name])}"
+                f"got {list(actual[name])}"
             )
 
 

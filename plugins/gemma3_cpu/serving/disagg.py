@@ -70,7 +70,7 @@ class TransferCounters:
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
+class _HeldPrompt:
     """A finished prompt, its blocks held."""
 
     cache: CacheSequence
@@ -81,7 +81,7 @@ class _Kept:
 class KeptPrompts:
     """Of a prefill rank: what its scheduler hands finished prompts to.
 
-    :param timeout_s: how long nobody may fetch a prompt before it is freed.
+    :param timeout_s: how long a prompt waits to be fetched before it is freed.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class KeptPrompts:
         self._post = post
         self._dp_rank = dp_rank
         self._timeout_s = timeout_s
-        self._kept: set[_Kept] = set()
+        self._kept: set[_HeldPrompt] = set()
         self._counters = TransferCounters([group.label for group in contract.groups])
 
     def keep(self, generation: Generation, first: Sampled) -> dict[str, Any]:
@@ -101,17 +101,17 @@ class KeptPrompts:
         :raises Unavailable: the engine is stopping; the sequence stays the caller's.
         """
         cache, prompt_len = generation.opened, len(generation.request.prompt)
-        kept = _Kept(cache, list(generation.output), time.monotonic())
+        held = _HeldPrompt(cache, list(generation.output), time.monotonic())
         # A copy: while this prompt is held its pages stay, and the lists are the cache manager's.
         tables = [list(table) for table in cache.tables]
         offer = Offer(
             self._contract.fingerprint,
             self._contract.blocks(self._contract.visible(prompt_len)),
             partial(self._contract.read, tables),
-            lambda _, outcome, sent: self._post(partial(self._released, kept, outcome, sent)),
+            lambda _, outcome, sent: self._post(partial(self._released, held, outcome, sent)),
         )
         ticket = self._server.offer(offer, self._timeout_s)
-        self._kept.add(kept)
+        self._kept.add(held)
         generation.cache = None
         generation.finished = True
         host, port = _reachable(self._server.address)
@@ -129,8 +129,8 @@ class KeptPrompts:
         ).to_json()
 
     def close_all(self) -> None:
-        for kept in self._kept:
-            kept.cache.close(kept.output)
+        for held in self._kept:
+            held.cache.close(held.output)
         self._kept.clear()
 
     def __len__(self) -> int:
@@ -140,15 +140,15 @@ class KeptPrompts:
         """The counters, and ``transfers_held``: prompts whose blocks are held now."""
         return {**self._counters.as_gauges(), "transfers_held": float(len(self))}
 
-    def _released(self, kept: _Kept, outcome: Outcome, sent: tuple[int, ...]) -> None:
-        if kept not in self._kept:
+    def _released(self, held: _HeldPrompt, outcome: Outcome, sent: tuple[int, ...]) -> None:
+        if held not in self._kept:
             return
-        self._kept.remove(kept)
-        kept.cache.close(kept.output)
+        self._kept.remove(held)
+        held.cache.close(held.output)
         if outcome is Outcome.ACKNOWLEDGED:
             # Nothing sent: the decode worker needed no blocks.
             if any(sent):
-                self._counters.complete(sent, time.monotonic() - kept.since)
+                self._counters.complete(sent, time.monotonic() - held.since)
         elif outcome is Outcome.EXPIRED:
             self._counters.expired += 1
         elif outcome is Outcome.FAILED:
@@ -169,9 +169,9 @@ class FetchedPrompts:
     def accepts(self, generation: Generation) -> bool:
         """Whether what a prefill worker computed can be used here; says in the log why not."""
         params = _params(generation)
-        expected, got = len(generation.request.prompt), params.prompt_len
-        if expected != got:
-            problem = f"expected a prompt of {expected} tokens, got one of {got}"
+        expected, actual = len(generation.request.prompt), params.prompt_len
+        if expected != actual:
+            problem = f"expected a prompt of {expected} tokens, got one of {actual}"
         elif params.fingerprint != self._contract.fingerprint:
             problem = (
                 f"expected fingerprint {self._contract.fingerprint!r}, got {params.fingerprint!r}; run the "
@@ -225,10 +225,10 @@ class FetchedPrompts:
 
     def close_all(self) -> list[Generation]:
         """Their requests are the caller's to end; transfers under way end with the puller."""
-        left = [*self._under_way, *(generation for generation, _ in self._landed)]
+        unfinished = [*self._under_way, *(generation for generation, _ in self._landed)]
         self._under_way.clear()
         self._landed.clear()
-        return left
+        return unfinished
 
     def __len__(self) -> int:
         return len(self._under_way) + len(self._landed)
@@ -244,7 +244,7 @@ class FetchedPrompts:
         if isinstance(result, PullResult):
             self._counters.complete(result.bytes_per_group, result.seconds)
         elif generation.cancelled:
-            # It may have ended before it said a word: then this is how the prefill worker hears of it.
+            # It may have ended before it sent anything: then this informs the prefill worker.
             self.decline(generation)
         else:
             self._failed(str(result))
@@ -267,8 +267,8 @@ def _reachable(address: tuple[str, int]) -> tuple[str, int]:
 
 
 def _write_nothing(group: int, first: int, data: memoryview, /) -> None:
-    """Of a pull that asks for nothing."""
+    """Do nothing: the pull asks for no blocks."""
 
 
 def _ignore(result: PullResult | TransferError) -> None:
-    """Whether it was heard or not: the prefill worker's deadline comes."""
+    """Do nothing: if the message was lost, the prefill worker's deadline frees the blocks."""

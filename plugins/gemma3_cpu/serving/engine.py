@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
 from vswa_plugin import __version__
-from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import (
+from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.engine import (
     MODES,
     WORKER_ONLY,
     ChunkDict,
@@ -134,22 +134,22 @@ class Gemma3CpuEngine:
             try:
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
             except RuntimeError:
-                # The loop is closed: nobody is left to read.
+                # The loop is closed: the answer has no reader any more.
                 generation.cancelled = True
 
         generation = Generation(parsed, emit)
         self._check_alive()
         rank.submit(generation)
-        told = {WORKER_ONLY: {"dp_rank": rank.dp_rank}}
+        worker_only = {WORKER_ONLY: {"dp_rank": rank.dp_rank}}
         try:
             while True:
                 output = await outputs.get()
                 if isinstance(output, Exception):
                     raise output
-                if told:
-                    told[WORKER_ONLY]["transferred_tokens"] = generation.transferred_tokens
-                yield output | told
-                told = {}
+                if worker_only:
+                    worker_only[WORKER_ONLY]["transferred_tokens"] = generation.transferred_tokens
+                yield output | worker_only
+                worker_only = {}
                 if "finish_reason" in output:
                     return
         finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vswa_plugin.engine.contract import ChunkDict
+from vswa_plugin.engine import ChunkDict
 from vswa_plugin.errors import InvariantError, RequestError
 
 from ..model.sampling import Sampled, make_rng, sample
@@ -28,7 +28,7 @@ class Generation:
     """One request.
 
     :param emit: called from the scheduler's thread with each chunk; with an error instead of the last one.
-    :ivar cancelled: nobody waits for the answer any more; set from any thread.
+    :ivar cancelled: the answer is not awaited any more; set from any thread.
     :ivar finished: its last chunk has been made.
     :ivar transferred_tokens: prompt tokens that a prefill worker computed and that were received.
     """

@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vswa_plugin.engine.contract import ANY_ENGINE
-from vswa_plugin.engine.options import Section
+from vswa_plugin.engine import ANY_ENGINE, Section
 from vswa_plugin.errors import ConfigError
 
 SECTION = "gemma3_cpu"

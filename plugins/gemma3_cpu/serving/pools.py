@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.blocks import CacheGroup
 from vswa_plugin.errors import ConfigError
 
 from ..cache.spec import GroupSpec
@@ -50,7 +50,7 @@ def model_shape(config: Gemma3Config) -> ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PoolSpec:
     """One cache group and its size.
 
     :param model_windows: windows of the model whose layers keep their blocks in it.
@@ -70,7 +70,7 @@ class Pool:
 class CachePlan:
     """Pools in order of their group ids (the group of layer 0 first), and the context in tokens."""
 
-    pools: tuple[Pool, ...]
+    pools: tuple[PoolSpec, ...]
     context_length: int
 
     @property
@@ -96,22 +96,24 @@ def plan_cache(options: EngineOptions, shape: ModelShape) -> CachePlan:
     host = _host_sizes(options, layers, shape.bytes_per_token, sizes)
     block_size = options.tokens_per_block
     pools = tuple(
-        Pool(CacheGroup(i, window, block_size), tuple(inside), sizes[window], layers[window], host[window])
+        PoolSpec(
+            CacheGroup(i, window, block_size), tuple(inside), sizes[window], layers[window], host[window]
+        )
         for i, (window, inside) in enumerate(members.items())
     )
     return CachePlan(pools, context)
 
 
 def _context(options: EngineOptions, shape: ModelShape) -> int:
-    asked = options.max_seq_len
-    if asked is None:
+    wanted = options.max_seq_len
+    if wanted is None:
         return shape.context_length
-    if asked > shape.context_length:
+    if wanted > shape.context_length:
         raise ConfigError(
             f"max_seq_len: expected at most the model's context of {shape.context_length} tokens, "
-            f"got {asked} (in {options.source})"
+            f"got {wanted} (in {options.source})"
         )
-    return asked
+    return wanted
 
 
 def _cache_windows(options: EngineOptions, shape: ModelShape, context: int) -> dict[int | None, int | None]:
@@ -119,22 +121,22 @@ def _cache_windows(options: EngineOptions, shape: ModelShape, context: int) -> d
     pattern = options.max_attention_window
     windows: dict[int | None, int | None] = {}
     for layer, model_window in enumerate(shape.windows):
-        given = model_window if pattern is None else pattern[layer % len(pattern)]
+        size = model_window if pattern is None else pattern[layer % len(pattern)]
         needed = context if model_window is None else min(model_window, context)
-        kept = context if given is None else given
+        cached = context if size is None else size
         kind = "global attention" if model_window is None else f"a window of {model_window} tokens"
-        if kept < needed:
+        if cached < needed:
             raise _window_error(
                 options,
-                f"layer {layer} of the model has {kind} and needs at least {needed} tokens, got {given}; a "
+                f"layer {layer} of the model has {kind} and needs at least {needed} tokens, got {size}; a "
                 "smaller window gives wrong answers: raise it, or leave max_attention_window out for the "
                 "model's own windows",
             )
-        window = None if kept >= context else kept
+        window = None if cached >= context else cached
         if windows.setdefault(model_window, window) != window:
             raise _window_error(
                 options,
-                f"expected one window for all layers with {kind}, got another for layer {layer}: {given}",
+                f"expected one window for all layers with {kind}, got another for layer {layer}: {size}",
             )
     return windows
 
@@ -149,19 +151,19 @@ def _pool_sizes(
     """Blocks per window. ``layers``: window of the cache -> how many layers keep their blocks there."""
     _check_named("kv_blocks", options.kv_blocks, layers, options.source)
     block = options.tokens_per_block
-    given = dict(options.kv_blocks)
+    configured = dict(options.kv_blocks)
     if options.sliding_blocks is not None:
-        given |= dict.fromkeys((w for w in layers if w is not None), options.sliding_blocks)
+        configured |= dict.fromkeys((w for w in layers if w is not None), options.sliding_blocks)
     per_request = {w: _request_blocks(w, options, context) for w in layers}
-    global_blocks = given.get(None, _blocks(options.max_tokens or 4 * context, block))
+    global_blocks = configured.get(None, _blocks(options.max_tokens or 4 * context, block))
     sizes: dict[int | None, int] = {}
     for window in layers:
         rule = global_blocks
         if window is not None:
             rule = max(options.max_batch_size * per_request[window], global_blocks // 2)
-        sizes[window] = given.get(window, rule)
+        sizes[window] = configured.get(window, rule)
     if options.max_tokens is None:
-        free = [window for window in layers if window not in given]
+        free = [window for window in layers if window not in configured]
         block_bytes = {w: count * bytes_per_token * block for w, count in layers.items()}
         _shrink(sizes, free, per_request, block_bytes, options)
     return sizes
@@ -189,9 +191,9 @@ def _shrink(
 ) -> None:
     """Bring the ``free`` pools below the memory bound together with the others."""
     budget = options.kv_memory_mb * _MIB - sum(sizes[w] * block_bytes[w] for w in sizes if w not in free)
-    asked = sum(sizes[w] * block_bytes[w] for w in free)
+    wanted = sum(sizes[w] * block_bytes[w] for w in free)
     floor = sum(per_request[w] * block_bytes[w] for w in free)
-    if not free or asked <= budget:
+    if not free or wanted <= budget:
         return
     if floor > budget:
         raise ConfigError(
@@ -200,7 +202,7 @@ def _shrink(
             "raise it, lower max_seq_len, or give the pool sizes in gemma3_cpu.kv_blocks"
         )
     # Above the floor everything shrinks by one factor; the floor itself is never touched.
-    share = (budget - floor) / (asked - floor)
+    share = (budget - floor) / (wanted - floor)
     for window in free:
         spare = max(sizes[window] - per_request[window], 0)
         sizes[window] = per_request[window] + int(spare * share)

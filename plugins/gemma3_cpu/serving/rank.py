@@ -64,7 +64,7 @@ class EngineRank:
         self._inbox: deque[Generation] = deque()
         self._posted: deque[Callable[[], None]] = deque()
         #: Something has happened since the last step that may let it do more than that one.
-        self._told = False
+        self._notified = False
         self._stopping = threading.Event()
 
     @property
@@ -113,19 +113,19 @@ class EngineRank:
                     "(gemma3_cpu.max_queue_size); try again later"
                 )
             self._inbox.append(generation)
-            self._tell()
+            self._notify()
 
     def cancel(self, generation: Generation) -> None:
         """Free a request's blocks before the next step."""
         with self._wake:
             generation.cancelled = True
-            self._tell()
+            self._notify()
 
     def post(self, action: Callable[[], None]) -> None:
         """Run ``action`` on the rank's thread before its next step; from any thread."""
         with self._wake:
             self._posted.append(action)
-            self._tell()
+            self._notify()
 
     def stats(self) -> dict[str, float]:
         """Gauges and totals by name, from any thread."""
@@ -137,8 +137,8 @@ class EngineRank:
             gauges |= scheduler.stats()
         return gauges | self.manager.stats()
 
-    def _tell(self) -> None:
-        self._told = True
+    def _notify(self) -> None:
+        self._notified = True
         self._wake.notify()
 
     def _waiting(self) -> int:
@@ -165,9 +165,9 @@ class EngineRank:
         """
         with self._wake:
             self._wake.wait_for(
-                lambda: self._stopping.is_set() or self._told or (more and scheduler.has_work)
+                lambda: self._stopping.is_set() or self._notified or (more and scheduler.has_work)
             )
-            self._told = False
+            self._notified = False
             posted, self._posted = self._posted, deque()
             while self._inbox:
                 scheduler.add(self._inbox.popleft())

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vswa_plugin.engine.contract import RequestDict
-from vswa_plugin.engine.requests import Fields, dp_rank, outside, prefill_result, token_ids
+from vswa_plugin.engine import Fields, RequestDict, dp_rank, outside, prefill_result, token_ids
 from vswa_plugin.errors import InvalidRequest
 
 from ..model.sampling import SamplingParams, parse_sampling
@@ -71,8 +70,8 @@ def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
     fields = Fields(request)
     fields.refuse(_NOT_SERVED)
     prompt = token_ids(fields, limits.context_length)
-    if found := outside(prompt, limits.vocab_size):
-        raise fields.error("token_ids", f"ids in [0, {limits.vocab_size - 1}]", found)
+    if out_of_range := outside(prompt, limits.vocab_size):
+        raise fields.error("token_ids", f"ids in [0, {limits.vocab_size - 1}]", out_of_range)
     routing, stop = fields.object("routing"), fields.object("stop_conditions")
     routing.refuse({"lora_name": "none; gemma3_cpu has no LoRA adapters"})
     max_new = stop.integer("max_tokens", None, low=1)

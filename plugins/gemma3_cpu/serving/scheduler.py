@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vswa_plugin.engine.contract import RawEvent
+from vswa_plugin.engine import RawEvent
 from vswa_plugin.errors import InvariantError
 
 from ..cache.api import CacheManager
@@ -84,7 +84,7 @@ class Scheduler:
     """Runs requests step by step.
 
     :param publish: called with the cache's events after each step, before the step's chunks are emitted:
-        who has seen an answer can rely on its events having been handed over.
+        with an answer, its events have always been handed over.
     :param keeper: in a prefill worker: every request ends with its first token.
     :param arrivals: in a decode worker.
     """
@@ -208,30 +208,30 @@ class Scheduler:
 
     def _plan(self, outputs: list[tuple[Generation, Output]]) -> list[Turn]:
         """Turns of this step, decoding requests first; opens waiting requests while budget and room last."""
-        left = self._budget.max_num_tokens
+        tokens_left = self._budget.max_num_tokens
         turns: list[Turn] = []
         prefilling: list[Generation] = []
         for generation in self.running:
             if generation.output:
                 turns.append(Turn(generation, generation.output[-1:], True))
-                left -= 1
+                tokens_left -= 1
             else:
                 prefilling.append(generation)
         for generation in prefilling:
-            if left > 0:
-                turns.append(self._prefill_turn(generation, left))
-                left -= len(turns[-1].tokens)
-        while left > 0:
+            if tokens_left > 0:
+                turns.append(self._prefill_turn(generation, tokens_left))
+                tokens_left -= len(turns[-1].tokens)
+        while tokens_left > 0:
             opened = self._open_next(outputs)
             if opened is None:
                 return turns
-            turns.append(self._prefill_turn(opened, left))
-            left -= len(turns[-1].tokens)
+            turns.append(self._prefill_turn(opened, tokens_left))
+            tokens_left -= len(turns[-1].tokens)
         return turns
 
-    def _prefill_turn(self, generation: Generation, left: int) -> Turn:
+    def _prefill_turn(self, generation: Generation, tokens_left: int) -> Turn:
         start, prompt = generation.opened.computed_tokens, generation.request.prompt
-        end = min(len(prompt), start + min(left, self._budget.max_chunk_tokens))
+        end = min(len(prompt), start + min(tokens_left, self._budget.max_chunk_tokens))
         return Turn(generation, prompt[start:end], end == len(prompt))
 
     def _open_next(self, outputs: list[tuple[Generation, Output]]) -> Generation | None:
@@ -359,7 +359,7 @@ def _next_chunk(generation: Generation, sampled: Sampled) -> Output:
 def _kept_chunk(generation: Generation, first: Sampled, keeper: KeptPrompts) -> Output:
     """The only chunk of a prefill worker: the first token, and how to fetch what it came from."""
     if generation.cancelled:
-        # Nobody would fetch it, and its blocks would be held until their deadline.
+        # No decode worker would fetch it, and its blocks would be held until their deadline.
         generation.close()
         return generation.cancelled_chunk()
     generation.output.append(first.token)

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, InvalidRequest
 
 from ..serving.options import RULES
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Run requests through the cache managers of gemma3_cpu without computing anything: what is reused, what every
 window stores, evicts and moves, and the KV events an engine would send. The layers are those of gemma-3-1b
-unless told otherwise. trtllm_v2 has been run beside the real manager; the V1 rules have only been read."""
+by default. trtllm_v2 has been run beside the real manager; the V1 rules have only been read."""
 
 _EXAMPLES = """\
 examples:
@@ -72,7 +72,7 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
     add("--max-seq-len", type=_positive, default=32768, metavar="TOKENS", help="(default: 32768)")
     add("--workers", type=_positive, default=1, metavar="N", help="served in turn (default: 1)")
     add("--requests", type=_positive, metavar="N", help="stop after N (default: 1000, or all of the file)")
-    add("--seed", type=int, default=0, help="of the made-up requests (default: 0)")
+    add("--seed", type=int, help="of the made-up requests (default: 0)")
     add("--from", dest="source", metavar="FILE", help="JSON Lines of requests, .gz or not; '-': stdin")
     add("--out", metavar="FILE", help="write an engine trace, compressed where it ends in .gz")
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -82,6 +82,8 @@ def run_simulate(args: argparse.Namespace) -> int:
     """Run, and print what came of it."""
     from .requests import Simulation
 
+    if args.seed is not None and args.source is not None:
+        raise ConfigError(f"--seed: expected no --from with it, got {args.source}, whose requests are given")
     windows = _windows(args)
     groups = _groups(windows, args)
     _check_files(args)
@@ -93,8 +95,10 @@ def run_simulate(args: argparse.Namespace) -> int:
             workers = [_worker(args, groups, rank) for rank in range(args.workers)]
             totals = Simulation(workers, record).run(requests)
             seconds = time.perf_counter() - started
+    except InvalidRequest as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
-        # What is wrong with the requests' file has been told where it is read.
+        # Errors in the file of requests have been raised where it is read.
         raise ConfigError(f"{args.out}: expected room for the trace, got {error}") from error
     if args.json:
         sys.stdout.write(msgspec.json.encode(_summary(args, groups, totals, seconds)).decode() + "\n")
@@ -171,7 +175,7 @@ def _requests(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator
     from .requests import Workload
 
     if args.source is None:
-        return islice(Workload(args.seed), args.requests or 1000)
+        return islice(Workload(args.seed or 0), args.requests or 1000)
     lines = sys.stdin.buffer if args.source == "-" else stack.enter_context(_opened(args.source, "rb"))
     return islice(_read(lines, args.source), args.requests)
 

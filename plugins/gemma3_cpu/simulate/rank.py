@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vswa_plugin.engine.contract import RawEvent
-from vswa_plugin.engine.predicted import RankSetup
+from vswa_plugin.engine import RankSetup, RawEvent
 from vswa_plugin.errors import InvalidRequest, InvariantError
 
 from ..cache.spec import GroupSpec
 from ..cache.v2 import CacheManager
 from ..cache.v2.sequence import CacheSequence
 
-#: Far more than a step can bring: what nobody takes is lost.
+#: Far more than a step can bring: events that are not taken are lost.
 _MAX_EVENTS = 1_000_000
 
 

@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 
 class WindowTotals(msgspec.Struct):
-    """What the events of one window told, in blocks."""
+    """Counts of the events of one window, in blocks."""
 
     stored: int = 0
     removed: int = 0
@@ -139,7 +139,7 @@ class SimulatedWorker:
         return sequence.cached_tokens
 
     def take_events(self) -> list[dict[str, Any]]:
-        """TensorRT-LLM event dicts since the last call, in order; the first ones tell the groups."""
+        """TensorRT-LLM event dicts since the last call, in order; the first ones announce the groups."""
         events, self._events = self._events, []
         return events
 

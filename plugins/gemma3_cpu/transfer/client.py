@@ -13,7 +13,7 @@ from typing import Protocol
 from vswa_plugin.errors import ProtocolError
 
 from .errors import Cause, TransferError
-from .messages import VERSION, Ack, BlocksHeader, Done, Nack, Pull, Refused, checksum, clip, decode_answer
+from .messages import VERSION, Ack, BlocksHeader, Done, Nack, Pull, PullRefused, checksum, clip, decode_answer
 from .plan import GroupBlocks
 from .wire import Connection, Timeouts
 
@@ -70,7 +70,7 @@ class Cancellation:
 
     @contextlib.contextmanager
     def covers(self, peer: socket.socket) -> Iterator[None]:
-        """Shut ``peer`` down when cancelled; never once it is closed, when its number may be another's."""
+        """Shut ``peer`` down when cancelled; never once it is closed, as its descriptor may be reused."""
         with self._lock:
             if self._cancelled:
                 raise ConnectionAbortedError("cancelled")
@@ -136,7 +136,7 @@ def _pull(request: PullRequest, timeouts: Timeouts, cancellation: Cancellation) 
 def _fetch(connection: Connection, request: PullRequest) -> tuple[int, ...]:
     ranges = tuple(group.bounds for group in request.groups)
     connection.send(Pull(VERSION, request.ticket, request.fingerprint, ranges))
-    # As large as this side's own plan needs, whatever the peer says that it sends.
+    # As large as this side's own plan needs, whatever size the peer announces.
     buffer = memoryview(bytearray(max((group.run_bytes for group in request.groups), default=0)))
     moved = [0] * len(request.groups)
     for index, group in enumerate(request.groups):
@@ -156,7 +156,7 @@ def _fetch(connection: Connection, request: PullRequest) -> tuple[int, ...]:
 
 def _receive(connection: Connection) -> BlocksHeader | Done:
     answer = connection.receive(decode_answer)
-    if isinstance(answer, Refused):
+    if isinstance(answer, PullRefused):
         raise _Failure("refused", f"refused (its transfer version is {answer.version}): {answer.reason!r}")
     return answer
 
@@ -181,12 +181,12 @@ def _check_header(
 
 def _receive_run(connection: Connection, header: BlocksHeader, data: memoryview) -> None:
     connection.receive_bytes(data)
-    found = checksum(data)
-    if found != header.checksum:
+    actual = checksum(data)
+    if actual != header.checksum:
         raise _Failure(
             "corrupt",
             f"cache group {header.group}, {header.count} blocks from {header.first}: expected checksum "
-            f"{header.checksum:016x}, got {found:016x}",
+            f"{header.checksum:016x}, got {actual:016x}",
         )
 
 

@@ -1,4 +1,4 @@
-"""What the decode side is told when blocks do not arrive."""
+"""The error of the decode side when blocks do not arrive."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from vswa_plugin.errors import VswaError
 
-#: Labels for metrics. connect: no connection; refused: the prefill worker said no; lost: the connection
+#: Labels for metrics. connect: no connection; refused: the prefill worker refused; lost: the connection
 #: ended; timeout: too slow; corrupt: a checksum differs; protocol: not what was asked for, or no message of
 #: this version; write: the blocks could not be stored; cancelled: this side gave up; bug: anything else.
 Cause: TypeAlias = Literal[

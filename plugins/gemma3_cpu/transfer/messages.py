@@ -2,7 +2,7 @@
 
 A frame is the length of its payload (4 bytes, big-endian) and the payload: one struct in MessagePack, an
 array whose first element is its tag. After a :class:`BlocksHeader` follow ``nbytes`` raw bytes. Later
-versions may append fields, which are ignored; what else they change, they say in ``Pull.version``.
+versions may append fields, which are ignored; any other change comes with a higher ``Pull.version``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Reason = Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 
 
 class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
-    """The decode side asks. Never logged: it holds the ticket.
+    """The request of the decode side. Never logged: it holds the ticket.
 
     :param ranges: per cache group, in order, first block and the one after the last; equal for none.
     """
@@ -41,8 +41,8 @@ class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
     ranges: Annotated[tuple[tuple[U64, U64], ...], msgspec.Meta(max_length=MAX_GROUPS)]
 
 
-class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
-    """The prefill side sends nothing (more). Has this shape in every version."""
+class PullRefused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """The refusal of the prefill side: it sends nothing (more). Has this shape in every version."""
 
     reason: Reason
     version: U64 = VERSION
@@ -81,7 +81,7 @@ class Nack(msgspec.Struct, frozen=True, array_like=True, tag="nack"):
     reason: Reason
 
 
-Answer: TypeAlias = BlocksHeader | Done | Refused
+Answer: TypeAlias = BlocksHeader | Done | PullRefused
 Verdict: TypeAlias = Ack | Nack
 
 T = TypeVar("T")

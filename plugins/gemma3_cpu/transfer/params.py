@@ -1,4 +1,4 @@
-"""What a prefill worker tells a decode worker: Dynamo's ``disaggregated_params``, a JSON object to Dynamo."""
+"""What a prefill worker sends a decode worker: Dynamo's ``disaggregated_params``, a JSON object to Dynamo."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The prefill side: offers finished blocks and serves each once, in threads of its own.
 
 Neither the worker's event loop nor the engine's thread ever waits for a peer: :meth:`TransferServer.offer`
-only writes into the ticket book. One thread accepts, one frees what nobody took in time, and one per
+only writes into the ticket book. One thread accepts, one frees what was not fetched in time, and one per
 connection, of which there are only so many; further peers wait in the listener's backlog.
 """
 
@@ -18,7 +18,7 @@ import msgspec
 
 from vswa_plugin.errors import ConfigError, ProtocolError, Unavailable
 
-from .messages import Pull, Refused, clip, decode_pull
+from .messages import Pull, PullRefused, clip, decode_pull
 from .serving import Offer, Refusal, send_blocks
 from .tickets import Outcome, TicketBook, TicketCounts
 from .wire import Connection, Timeouts
@@ -104,7 +104,7 @@ class TransferServer:
             if self._stopping:
                 return
             self._stopping = True
-            left = self._book.close()
+            open_offers = self._book.close()
             self._changed.notify_all()
             serving = dict(self._serving)
         _shut_down([*serving, *([self._listener] if self._listener else [])])
@@ -117,10 +117,10 @@ class TransferServer:
                 )
         if self._listener is not None:
             self._listener.close()
-        self._release(left, Outcome.STOPPED)
+        self._release(open_offers, Outcome.STOPPED)
 
     def offer(self, offer: Offer, deadline_s: float) -> str:
-        """Hold the blocks of ``offer`` for whoever brings the ticket, for ``deadline_s`` seconds.
+        """Hold the blocks of ``offer`` for the holder of the ticket, for ``deadline_s`` seconds.
 
         From any thread; returns at once. The ticket is a secret: not for logs.
 
@@ -210,13 +210,13 @@ class TransferServer:
             pull = connection.receive(decode_pull, within_s=self._options.hello_s)
         except ProtocolError as error:
             logger.warning("KV transfer: refused %s: %s", name, error)
-            connection.send(Refused(clip(str(error))))
+            connection.send(PullRefused(clip(str(error))))
             return
         with self._lock:
             offer = self._book.take(pull.ticket)
         if offer is None:
             logger.info("KV transfer: refused %s: %s", name, UNKNOWN_TICKET)
-            connection.send(Refused(UNKNOWN_TICKET))
+            connection.send(PullRefused(UNKNOWN_TICKET))
             return
         self._transfer(connection, pull, offer, name)
 
@@ -248,7 +248,7 @@ class TransferServer:
 
 def _refuse(connection: Connection, reason: str) -> None:
     with contextlib.suppress(OSError):
-        connection.send(Refused(clip(reason)))
+        connection.send(PullRefused(clip(reason)))
 
 
 def _call_released(ticket: str, offer: Offer, outcome: Outcome, sent: tuple[int, ...]) -> None:

@@ -63,8 +63,8 @@ def wanted_groups(pull: Pull, offer: Offer) -> list[GroupBlocks]:
     return [_within(index, pull.ranges[index], group) for index, group in enumerate(offer.groups)]
 
 
-def _within(index: int, asked: tuple[int, int], offered: GroupBlocks) -> GroupBlocks:
-    first, stop = asked
+def _within(index: int, wanted: tuple[int, int], offered: GroupBlocks) -> GroupBlocks:
+    first, stop = wanted
     low, high = offered.bounds
     if first != stop and not low <= first < stop <= high:
         raise Refusal(f"cache group {index}: expected blocks within [{low}, {high}), got [{first}, {stop})")

@@ -1,9 +1,9 @@
-"""One-time tickets: who may fetch what, once, until when. Pure: no I/O, no thread, the clock is given.
+"""Tickets: each is good for one fetch of its blocks until a deadline. Pure: no I/O, no thread, a given clock.
 
     offered ── take ──► taken ── finish ──► gone (acknowledged or failed)
        └─ expire, close ──► gone (expired, stopped)
 
-A ticket that is gone is forgotten: a used one and one that never was are the same to whoever asks.
+A ticket that is gone is forgotten: a request with a used ticket gets the same answer as one with a false one.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class TicketBook(Generic[T]):
         return entry.item
 
     def expire(self) -> list[tuple[str, T]]:
-        """Forget the tickets that nobody took in time; what they stood for is to be freed."""
+        """Forget the tickets that were not taken in time; what they stood for is to be freed."""
         now = self.clock()
         return self._forget(Outcome.EXPIRED, lambda entry: entry.deadline <= now)
 
     def close(self) -> list[tuple[str, T]]:
-        """Forget the tickets that nobody took; what they stood for is to be freed."""
+        """Forget the tickets that were not taken; what they stood for is to be freed."""
         return self._forget(Outcome.STOPPED, lambda entry: True)
 
     def next_deadline(self) -> float | None:
@@ -121,8 +121,8 @@ class TicketBook(Generic[T]):
         return msgspec.structs.replace(self._counts, waiting=len(self._entries) - moving, moving=moving)
 
     def _forget(self, outcome: Outcome, over: Callable[[_Entry[T]], bool]) -> list[tuple[str, T]]:
-        gone = [key for key, e in self._entries.items() if e.state is State.OFFERED and over(e)]
-        entries = [self._entries.pop(key) for key in gone]
+        keys = [key for key, e in self._entries.items() if e.state is State.OFFERED and over(e)]
+        entries = [self._entries.pop(key) for key in keys]
         for _ in entries:
             self._count(outcome)
         return [(entry.ticket, entry.item) for entry in entries]

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from .messages import LENGTH, Ack, BlocksHeader, Done, Nack, Pull, Refused, frame, payload_length
+from .messages import LENGTH, Ack, BlocksHeader, Done, Nack, Pull, PullRefused, frame, payload_length
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class Timeouts(msgspec.Struct, frozen=True):
     """Seconds.
 
     :param connect_s: until the connection stands.
-    :param io_s: for one message, or the raw bytes of one run (4 MiB), as a whole: who trickles is cut.
+    :param io_s: for one message, or the raw bytes of one run (4 MiB), as a whole, however slowly they come.
     :param total_s: for the whole transfer from the connection on.
     """
 
@@ -52,7 +52,7 @@ class Connection:
             self._socket.shutdown(socket.SHUT_WR)
         self._socket.close()
 
-    def send(self, message: Pull | Refused | BlocksHeader | Done | Ack | Nack) -> None:
+    def send(self, message: Pull | PullRefused | BlocksHeader | Done | Ack | Nack) -> None:
         self.send_bytes(frame(message))
 
     def send_bytes(self, data: bytes | memoryview) -> None:
@@ -77,23 +77,25 @@ class Connection:
         self._fill(into, self._until(None))
 
     def _fill(self, into: memoryview, until: float) -> None:
-        got = 0
-        while got < len(into):
-            self._limit(until, f"got {got} of {len(into)} bytes")
+        received = 0
+        while received < len(into):
+            self._limit(until, f"got {received} of {len(into)} bytes")
             try:
-                count = self._socket.recv_into(into[got:])
+                count = self._socket.recv_into(into[received:])
             except TimeoutError as error:
-                raise TimeoutError(f"got {got} of {len(into)} bytes in time") from error
+                raise TimeoutError(f"got {received} of {len(into)} bytes in time") from error
             if not count:
-                raise ConnectionResetError(f"the peer closed the connection after {got} of {len(into)} bytes")
-            got += count
+                raise ConnectionResetError(
+                    f"the peer closed the connection after {received} of {len(into)} bytes"
+                )
+            received += count
 
     def _until(self, within_s: float | None) -> float:
         wait = self._timeouts.io_s if within_s is None else within_s
         return min(time.monotonic() + wait, self._end)
 
     def _limit(self, until: float, what: str) -> None:
-        left = until - time.monotonic()
-        if left <= 0:
+        remaining = until - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError(f"{what}: the time for the transfer is over")
-        self._socket.settimeout(left)
+        self._socket.settimeout(remaining)

@@ -142,14 +142,14 @@ class GgufFile:
         for _ in range(entries):
             key = cursor.string()
             self.metadata[key] = cursor.value(cursor.u32())
-        found = []
+        headers = []
         for _ in range(tensors):
             name = cursor.string()
             shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
-            found.append((name, shape, cursor.u32(), cursor.u64()))
+            headers.append((name, shape, cursor.u32(), cursor.u64()))
         alignment = int(self.metadata.get("general.alignment", _ALIGNMENT))
         data = -(-cursor.at // alignment) * alignment
-        self.tensors = {name: GgufTensor(shape, kind, data + offset) for name, shape, kind, offset in found}
+        self.tensors = {name: GgufTensor(shape, kind, data + offset) for name, shape, kind, offset in headers}
 
     def _error(self, message: str) -> ConfigError:
         return ConfigError(f"{self.path}: {message}")
@@ -192,9 +192,9 @@ class _Cursor:
     def _take(self, size: int) -> bytes:
         if size > len(self._data) - self.at:
             raise EOFError
-        taken = self._data[self.at : self.at + size]
+        data = self._data[self.at : self.at + size]
         self.at += size
-        return taken
+        return data
 
 
 def _package() -> Any:

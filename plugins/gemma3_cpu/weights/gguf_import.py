@@ -167,11 +167,11 @@ def check_tensors(source: GgufFile, config: Gemma3Config) -> dict[str, str]:
                 f"{source.path}: missing tensor {theirs} of a Gemma 3 of {config.num_hidden_layers} layers; "
                 f"the file has {len(source.tensors)} tensors: is it a whole text model?"
             )
-        found = source.tensors[theirs].shape
-        if found != shape:
+        actual = source.tensors[theirs].shape
+        if actual != shape:
             raise ConfigError(
                 f"{source.path}: tensor {theirs}: expected shape {list(shape)} by the metadata, "
-                f"got {list(found)}"
+                f"got {list(actual)}"
             )
         names[name] = theirs
     if extra := sorted(source.tensors.keys() - set(names.values())):
@@ -258,17 +258,17 @@ class _Metadata:
 
     def fail(self, key: str, expected: str) -> ConfigError:
         value = self.value(key)
-        got = "nothing" if value is None else repr(value)
-        return ConfigError(f"{self._source.path}: {ARCHITECTURE}.{key}: {expected}, got {got}")
+        shown = "nothing" if value is None else repr(value)
+        return ConfigError(f"{self._source.path}: {ARCHITECTURE}.{key}: {expected}, got {shown}")
 
 
 def _layer_types(fields: _Metadata, layers: int) -> list[str]:
     key = "attention.sliding_window_pattern"
-    given = fields.value(key)
-    if given is not None and not isinstance(given, int):
-        if len(given) != layers:
+    value = fields.value(key)
+    if value is not None and not isinstance(value, int):
+        if len(value) != layers:
             raise fields.fail(key, f"expected one value for each of {layers} layers")
-        return [SLIDING if sliding else FULL for sliding in given]
+        return [SLIDING if sliding else FULL for sliding in value]
     pattern = fields.number(key, _PATTERN)
     return [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]
 
@@ -314,7 +314,7 @@ def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _move(scratch: Path, target: Path) -> None:
-    """Put what was written where it was asked for."""
+    """Move what was written to the target directory."""
     os.chmod(scratch, 0o755)  # mkdtemp makes it readable for its owner alone
     try:
         os.rename(scratch, target)

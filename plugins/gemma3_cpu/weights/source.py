@@ -86,8 +86,8 @@ def cache_root() -> Path:
 
 def conversion_dir(file: Path) -> Path:
     """The cache directory of one GGUF file: another file, or a changed one, has another."""
-    seen = file.stat()
-    return cache_root() / "gguf" / f"{file.stem}-{seen.st_size}-{seen.st_mtime_ns}-{_FORMAT}"
+    stat = file.stat()
+    return cache_root() / "gguf" / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}-{_FORMAT}"
 
 
 def is_complete(directory: Path) -> bool:

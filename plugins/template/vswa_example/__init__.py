@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from vswa_plugin.engine.records import RequestRecord
+from vswa_plugin.engine import RequestRecord
 from vswa_plugin.hookspecs import hookimpl
 
 _registry = CollectorRegistry()

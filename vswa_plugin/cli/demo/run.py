@@ -35,6 +35,7 @@ from vswa_plugin.engine.contract import ANY_ENGINE
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress
 from vswa_plugin.launch.serving import progress_from
 from vswa_plugin.launch.topologies import chosen_router, find_topology
+from vswa_plugin.program.options import at_least_one
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire.events import decode
 from vswa_plugin.wire.subjects import events_of, source_of
@@ -71,7 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Exit code 0: all of it was seen to work."
     )
     local.add_arguments(parser)
-    parser.add_argument("--max-tokens", type=int, default=12, help="length of each answer (12)")
+    parser.add_argument("--max-tokens", type=at_least_one, default=12, help="length of each answer (12)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What fleet and index know, as answers of the API. Event loop only, nothing is changed."""
+"""Answers of the API from fleet and index. Event loop only; nothing is changed."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class TooLarge(RequestError):
     """Answering it would hold up the requests that are being routed."""
 
 
-class Prompt:
+class ServedPrompt:
     """A prompt of a served model.
 
-    :param assumed: what was taken for granted of it.
+    :param assumed: what the request did not give and was assumed, in words.
     """
 
     def __init__(self, served: Served, hashes: Sequence[int], length: int, assumed: str | None) -> None:
@@ -78,7 +78,7 @@ class Served:
 def served(fleet: Fleet, wish: ModelWish) -> Served:
     """The model that is wished for, else the only one.
 
-    :raises UnknownModel: nobody serves it.
+    :raises UnknownModel: no worker serves it.
     :raises InvalidRequest: there are several, and no wish.
     """
     by_model = grouped(fleet.entries.values(), MODES)
@@ -97,29 +97,29 @@ def served(fleet: Fleet, wish: ModelWish) -> Served:
     return Served(name, by_model[name].used)
 
 
-def prompt_of(fleet: Fleet, hasher: Hasher, query: Query) -> Prompt:
+def prompt_of(fleet: Fleet, hasher: Hasher, query: Query) -> ServedPrompt:
     """Raises InvalidRequest or UnknownModel."""
     model = served(fleet, query)
     hashes = hasher(query.token_ids, model.block_size, query.cache_salt, query.lora_name)
-    return Prompt(model, hashes, len(query.token_ids), None)
+    return ServedPrompt(model, hashes, len(query.token_ids), None)
 
 
-def prompt_of_hashes(fleet: Fleet, query: HashQuery) -> Prompt:
+def prompt_of_hashes(fleet: Fleet, query: HashQuery) -> ServedPrompt:
     """Raises InvalidRequest or UnknownModel."""
     model = served(fleet, query)
-    given = query.sequence_hashes or query.block_hashes
-    if given is None:
+    values = query.sequence_hashes or query.block_hashes
+    if values is None:
         raise InvalidRequest("expected block_hashes or sequence_hashes, got neither")
-    if max(given) >= 2**64:
-        raise InvalidRequest(f"expected hashes below 2**64, got {max(given)}")
-    hashes = query.sequence_hashes or sequence_hashes(given)
+    if max(values) >= 2**64:
+        raise InvalidRequest(f"expected hashes below 2**64, got {max(values)}")
+    hashes = query.sequence_hashes or sequence_hashes(values)
     size, length = model.block_size, query.isl_tokens
     if length is None:
-        return Prompt(model, hashes, len(hashes) * size + 1, _ONE_MORE)
-    return Prompt(model, hashes[: length // size], length, None)
+        return ServedPrompt(model, hashes, len(hashes) * size + 1, _ONE_MORE)
+    return ServedPrompt(model, hashes[: length // size], length, None)
 
 
-def query_answer(fleet: Fleet, prompt: Prompt) -> QueryAnswer:
+def query_answer(fleet: Fleet, prompt: ServedPrompt) -> QueryAnswer:
     """What every rank of the model would reuse of the prompt."""
     model, size = prompt.served, prompt.served.block_size
     ranks = rank_answers(fleet, prompt)
@@ -140,17 +140,17 @@ def query_answer(fleet: Fleet, prompt: Prompt) -> QueryAnswer:
     )
 
 
-def rank_answers(fleet: Fleet, prompt: Prompt) -> dict[Rank, RankAnswer]:
+def rank_answers(fleet: Fleet, prompt: ServedPrompt) -> dict[Rank, RankAnswer]:
     """What every rank of the model would reuse of the prompt."""
     index, model, hashes = fleet.index, prompt.served, prompt.hashes
     cached = index.score(hashes, prompt.length, model.name)
     blind = global_only(index, hashes, model.name)
     now = asyncio.get_running_loop().time()
-    found = {}
+    answers = {}
     for rank in model.ranks:
         view = fleet.subscriber.view(rank)
         tokens = cached.get(rank, 0)
-        found[rank] = RankAnswer(
+        answers[rank] = RankAnswer(
             cached_tokens=tokens,
             cached_blocks=tokens // model.block_size,
             tiers=index.tiers(rank, hashes, tokens) if tokens else {},
@@ -158,7 +158,7 @@ def rank_answers(fleet: Fleet, prompt: Prompt) -> dict[Rank, RankAnswer]:
             state="waiting" if view is None else view.state(now),
             scored=view is not None and view.scored(now),
         )
-    return found
+    return answers
 
 
 def global_only(index: WindowIndex, hashes: Sequence[int], model: str) -> dict[Rank, int]:
@@ -166,21 +166,21 @@ def global_only(index: WindowIndex, hashes: Sequence[int], model: str) -> dict[R
 
     That is all that a router knows which takes no notice of sliding windows.
     """
-    found: dict[Rank, int] = {}
+    depths: dict[Rank, int] = {}
     for part in index.parts(model):
         groups = part.layout.groups
         widest = max(range(len(groups)), key=lambda at: groups[at].window_size or math.inf)
         bits = {member.bit: rank for rank, member in part.members.items() if member.scored}
-        left = sum(1 << bit for bit in bits)
+        remaining = sum(1 << bit for bit in bits)
         for depth, mask in enumerate([*part.table.masks(widest, hashes), 0]):
-            ended, left = left & ~mask, left & mask
+            ended, remaining = remaining & ~mask, remaining & mask
             while depth and ended:
                 bit = ended.bit_length() - 1
-                found[bits[bit]] = depth
+                depths[bits[bit]] = depth
                 ended ^= 1 << bit
-            if not left:
+            if not remaining:
                 break
-    return found
+    return depths
 
 
 def instance_answer(entry: Entry, ranks: Mapping[Rank, RankAnswer], block_size: int) -> InstanceAnswer:
@@ -204,14 +204,14 @@ def _device_tokens(answer: RankAnswer, block_size: int) -> int:
 def _frequencies(blocks: Sequence[int]) -> list[int]:
     deepest = max(blocks, default=0)
     ends = Counter(blocks)
-    counts, left = [], len(blocks)
+    counts, remaining = [], len(blocks)
     for depth in range(deepest):
-        left -= ends[depth]
-        counts.append(left)
+        remaining -= ends[depth]
+        counts.append(remaining)
     return counts
 
 
-def explanations(fleet: Fleet, prompt: Prompt) -> list[Explanation]:
+def explanations(fleet: Fleet, prompt: ServedPrompt) -> list[Explanation]:
     """As ``vswa explain`` does.
 
     :raises TooLarge: so many blocks, ranks and groups that routing would wait for it.
@@ -282,14 +282,14 @@ def _listener(entry: Entry, dp_rank: int, status: RankStatus | None) -> Listener
 def ready_answer(fleet: Fleet, ready: bool, reason: str | None) -> ReadyAnswer:
     """Ready: requests can be answered, and at least one rank is known exactly.
 
-    :param ready: what the router says of itself; ``reason``: why it is not.
+    :param ready: whether the router itself is ready; ``reason``: why it is not.
     """
     now = asyncio.get_running_loop().time()
     live: dict[str, int] = {}
     for entry in fleet.entries.values():
         views = [fleet.subscriber.view(Rank(entry.worker_id, dp_rank)) for dp_rank in entry.epochs]
-        known = sum(view is not None and view.state(now) == "live" for view in views)
-        live[entry.served_model_name] = live.get(entry.served_model_name, 0) + known
+        count = sum(view is not None and view.state(now) == "live" for view in views)
+        live[entry.served_model_name] = live.get(entry.served_model_name, 0) + count
     if ready and not any(live.values()):
         ready, reason = False, "expected at least one worker whose blocks are known, got none; see /workers"
     return ReadyAnswer(ready, reason, live, fleet.index.stats())

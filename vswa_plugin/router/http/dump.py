@@ -18,7 +18,7 @@ from vswa_plugin.router.http.answers import TooLarge
 from vswa_plugin.router.http.messages import DumpLayout, GroupDump, RankDump
 from vswa_plugin.wire.events import TIERS, Rank
 
-#: Taking one rank in looks at all blocks of its groups, whoever holds them, in one turn of the event loop.
+#: Taking one rank in looks at all blocks of its groups, of all ranks, in one turn of the event loop.
 #: So many took 5 to 18 ms among 64 ranks and 43 ms among 1,024, where masks are longer; in pure Python 41 ms,
 #: and as long again where the garbage collector looks at the copies.
 MAX_VISITS = 4_000_000
@@ -41,7 +41,7 @@ class _Taken(NamedTuple):
     tiers: list[str]
 
 
-class Asked(NamedTuple):
+class DumpQuery(NamedTuple):
     """What is to be dumped; None: all.
 
     :param group_id: cache group; ranks without it are shown with none.
@@ -57,18 +57,18 @@ class Asked(NamedTuple):
 
         :raises TooLarge: together they would hold up the requests that are being routed.
         """
-        found, visits = [], 0
+        fitting, visits = [], 0
         for part in index.parts(self.model):
             fits = [rank for rank in part.members if self._fits(rank)]
-            found += fits
+            fitting += fits
             resident = zip(part.layout.groups, part.table.resident(), strict=True)
             visits += len(fits) * sum(blocks for group, blocks in resident if self.shows(group))
         if visits > MAX_VISITS:
             raise TooLarge(
-                f"expected ranks times blocks of at most {MAX_VISITS}, got {len(found)} ranks and {visits}; "
-                "ask for one worker with ?worker_id=, one rank with &dp_rank=, one window with &group_id="
+                f"expected ranks times blocks of at most {MAX_VISITS}, got {len(fitting)} ranks and {visits};"
+                " ask for one worker with ?worker_id=, one rank with &dp_rank=, one window with &group_id="
             )
-        return sorted(found)
+        return sorted(fitting)
 
     def shows(self, group: CacheGroup) -> bool:
         return self.group_id in (None, group.group_id)
@@ -77,7 +77,7 @@ class Asked(NamedTuple):
         return self.worker_id in (None, rank.worker_id) and self.dp_rank in (None, rank.dp_rank)
 
 
-async def dump(fleet: Fleet, asked: Asked) -> AsyncIterator[bytes]:
+async def dump(fleet: Fleet, query: DumpQuery) -> AsyncIterator[bytes]:
     """JSON of a :class:`DumpAnswer`. A rank that leaves meanwhile is left out.
 
     Each rank is taken in at once, at 8 bytes a block with the kernel, and encoded piece by piece as they are
@@ -85,13 +85,13 @@ async def dump(fleet: Fleet, asked: Asked) -> AsyncIterator[bytes]:
 
     :raises TooLarge: before the first piece.
     """
-    ranks = asked.ranks(fleet.index)
+    ranks = query.ranks(fleet.index)
     yield b'{"version":%d,"ranks":[' % DUMP_VERSION
     between = b""
     for rank in ranks:
         if rank not in fleet.index.ranks:
             continue
-        for piece in _rank(fleet, rank, asked, between):
+        for piece in _rank(fleet, rank, query, between):
             if piece:
                 yield piece
             await asyncio.sleep(0)  # those that are being routed first
@@ -99,10 +99,10 @@ async def dump(fleet: Fleet, asked: Asked) -> AsyncIterator[bytes]:
     yield b"]}"
 
 
-def _rank(fleet: Fleet, rank: Rank, asked: Asked, before: bytes) -> Iterator[bytes]:
+def _rank(fleet: Fleet, rank: Rank, query: DumpQuery, before: bytes) -> Iterator[bytes]:
     """One rank as it is now. Empty pieces are pauses."""
     layout = fleet.index.layout(rank)
-    taken = _taken(fleet.index, rank, asked)
+    taken = _taken(fleet.index, rank, query)
     view = fleet.subscriber.view(rank)
     now = asyncio.get_running_loop().time()
     head = RankDump(
@@ -125,13 +125,13 @@ def _rank(fleet: Fleet, rank: Rank, asked: Asked, before: bytes) -> Iterator[byt
     yield b"]}"
 
 
-def _taken(index: WindowIndex, rank: Rank, asked: Asked) -> dict[int, _Taken]:
+def _taken(index: WindowIndex, rank: Rank, query: DumpQuery) -> dict[int, _Taken]:
     """Group id -> what the rank holds there, all of one instant."""
     (part,) = (part for part in index.parts() if rank in part.members)
     member = part.members[rank]
     taken: dict[int, _Taken] = {}
     for number, group in enumerate(part.layout.groups):
-        if asked.shows(group):
+        if query.shows(group):
             pieces = part.table.held(number, member.bit, PIECE)
             slow = member.slow[number]
             taken[group.group_id] = _Taken(member.counts[number], pieces, list(slow), list(slow.values()))

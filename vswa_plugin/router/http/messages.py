@@ -94,7 +94,7 @@ class InstanceAnswer(msgspec.Struct, frozen=True):
 
 
 class QueryAnswer(msgspec.Struct, frozen=True):
-    """:param assumed: what the request did not say and was taken for granted; null: nothing.
+    """:param assumed: what the request did not give and was assumed; null: nothing.
     :param scores: worker -> rank -> tokens that it would reuse from the device.
     :param frequencies: per block, how many ranks would reuse it; as far as any would.
     """
@@ -109,7 +109,7 @@ class QueryAnswer(msgspec.Struct, frozen=True):
 
 
 class Listener(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What we hear of one rank.
+    """The state of one rank's event stream.
 
     :param endpoint: NATS subject of its events.
     :param status: as of the worker.
@@ -243,7 +243,7 @@ class Chosen(msgspec.Struct, frozen=True):
 class SelectAnswer(msgspec.Struct, frozen=True):
     """``worker_id``, ``dp_rank``, ``endpoint``, ``overlap`` and ``cost`` are of the worker that generates.
 
-    :param prefill: who computes the prompt for it; null: itself.
+    :param prefill: the worker that computes the prompt for it; null: the same worker.
     :param cached_tokens: of the prompt, what the one that computes it would reuse.
     :param effective_prefill_tokens: what it would compute.
     :param headers: put these on the request to Dynamo's frontend, and it goes there.
@@ -278,7 +278,7 @@ class SelectionWish(msgspec.Struct, kw_only=True):
 class Release(SelectionWish, kw_only=True):
     """The request has ended.
 
-    :param cached_tokens: what the engine said it reused, if known: it is compared with what was predicted.
+    :param cached_tokens: what the engine reported as reused, if known, to be compared with the prediction.
     """
 
     cached_tokens: Annotated[int, Meta(ge=0, le=2**31)] | None = None

@@ -1,4 +1,4 @@
-"""Metrics of a router: its choices, what they were worth, its load, its replicas and its HTTP API."""
+"""Metrics of a router: its choices, what they were worth, its load, replicas, HTTP API and plugins."""
 
 from __future__ import annotations
 
@@ -145,10 +145,18 @@ class RouterCollector(Collector):
             yield messages
 
 
-class RouterMetrics:
-    """All metrics of one router, rendered on demand."""
+def _no_plugins(_: str) -> str:
+    return ""
 
-    def __init__(self, fleet: Fleet, counted: Counted) -> None:
+
+class RouterMetrics:
+    """All metrics of one router, rendered on demand.
+
+    :param plugins: from the router's own page to the text that plugins add to it: ``PluginHost.metrics``.
+    """
+
+    def __init__(self, fleet: Fleet, counted: Counted, plugins: Callable[[str], str] = _no_plugins) -> None:
+        self._plugins = plugins
         self._registry = CollectorRegistry()
         self._registry.register(FleetCollector(fleet))
         self._registry.register(RouterCollector(counted))
@@ -165,4 +173,5 @@ class RouterMetrics:
         self._seconds.labels(endpoint, str(status)).observe(seconds)
 
     def render(self) -> str:
-        return generate_latest(self._registry).decode()
+        page = generate_latest(self._registry).decode()
+        return page + self._plugins(page)

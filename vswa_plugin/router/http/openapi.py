@@ -27,13 +27,13 @@ def document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, by_kind)
-    made: dict[str, Any] = {
+    root: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "vswa router", "version": __version__, "description": _ABOUT},
         "paths": paths,
         "components": {"schemas": _tidied(components)},
     }
-    return made
+    return root
 
 
 def _kinds() -> Iterator[Any]:

@@ -140,7 +140,7 @@ OPERATIONS = (
         "GET",
         "/workers",
         "workers",
-        "All workers in the registry, and what we hear of them.",
+        "All workers in the registry, and the state of their event streams.",
         answer=list[WorkerAnswer],
         parameters=(_MODEL,),
     ),

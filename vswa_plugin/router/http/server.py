@@ -1,4 +1,4 @@
-"""The router's HTTP server: reads, answers, and says what is wrong with a request."""
+"""The router's HTTP server: it reads requests, answers them, and explains what is wrong with one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vswa_plugin.router.http.answers import (
     ready_answer,
     worker_answers,
 )
-from vswa_plugin.router.http.dump import Asked, dump
+from vswa_plugin.router.http.dump import DumpQuery, dump
 from vswa_plugin.router.http.messages import (
     MAX_BODY_BYTES,
     ErrorAnswer,
@@ -75,7 +75,7 @@ class Selecting(Protocol):
 class RouterServer:
     """Serves the API for one router.
 
-    :param status: what the router says of itself.
+    :param status: the state of the router's process.
     :param selection: of a router that forwards nothing; None: ``/select`` is refused.
     """
 
@@ -144,8 +144,8 @@ class RouterServer:
         numbers = {
             each.name: _number(request, each.name) for each in DUMP_PARAMETERS if each.kind == "integer"
         }
-        asked = Asked(request.query.get("model_name"), **numbers)
-        asked.ranks(self._fleet.index)  # refused before anything is sent
+        query = DumpQuery(request.query.get("model_name"), **numbers)
+        query.ranks(self._fleet.index)  # refused before anything is sent
         if self._dumping:
             raise Overloaded("expected one dump at a time, got another; ask again when it is done")
         self._dumping = True
@@ -153,7 +153,7 @@ class RouterServer:
         try:
             async with asyncio.timeout(DUMP_TIMEOUT_S):
                 await response.prepare(request)
-                async for piece in dump(self._fleet, asked):
+                async for piece in dump(self._fleet, query):
                     await response.write(piece)
                 await response.write_eof()
         except TimeoutError:
@@ -198,10 +198,10 @@ class RouterServer:
         decoder = None if operation.body is None else msgspec.json.Decoder(operation.body)
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            given: Any = request
+            argument: Any = request
             if decoder is not None:
-                given = _decoded(decoder, operation, await request.read())
-            answer = await method(given)
+                argument = _decoded(decoder, operation, await request.read())
+            answer = await method(argument)
             return answer if isinstance(answer, web.StreamResponse) else _json(answer)
 
         return handle
@@ -263,8 +263,8 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         text = f"expected a body of at most {MAX_BODY_BYTES} bytes, got more; send fewer tokens or hashes"
     elif isinstance(error, web.HTTPNotFound):
-        known = ", ".join(operation.path for operation in OPERATIONS)
-        text = f"expected one of {known}; got {request.path[:100]}"
+        paths = ", ".join(operation.path for operation in OPERATIONS)
+        text = f"expected one of {paths}; got {request.path[:100]}"
     else:
         text = f"{request.method} {request.path[:100]}: {error.reason}"
     return _error(text, error.status)

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class Replicas:
-    """Thin: :class:`SharedLoad` decides what is said and what it means.
+    """Thin: :class:`SharedLoad` decides what is sent and what it means.
 
-    :param namespace: of the workers; None: all. Routers of other namespaces are not heard.
+    :param namespace: of the workers; None: all. Messages from routers of other namespaces are not received.
     :param tasks: where its tasks are watched.
     """
 
@@ -41,7 +41,7 @@ class Replicas:
         self._stopped = False
 
     async def start(self) -> None:
-        """Hear the others and be heard; the transport must be connected. Raises ConnectError."""
+        """Begin to share load with other routers; the transport must be connected. Raises ConnectError."""
         await self._transport.subscribe(f"{self._prefix}.*.load", self._receive)
         await self._transport.flush()
         self._tasks = [
@@ -50,7 +50,7 @@ class Replicas:
         ]
 
     async def stop(self) -> None:
-        """Say goodbye; the transport stays open."""
+        """Send that this router ends; the transport stays open."""
         self._stopped = True
         await self._watched.stop(self._tasks)
         if self._tasks:

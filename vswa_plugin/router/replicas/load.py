@@ -1,8 +1,8 @@
 """Load books that several routers share, so that each knows what the others have put on a worker.
 
-load_messages.py says what they tell each other. A router that lost messages is right again after the next
+The messages are those of messages.py. A router that lost messages is right again after the next
 digest; one whose digests stay away for three seconds and a half has nothing under way any more. As long as
-nobody else is there, nothing but presence is told.
+no other router is there, only presence is sent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 #: More routers, or more requests of one, are left out and counted.
 MAX_ROUTERS, MAX_REQUESTS = 64, 65_536
 INTERVAL_S = 1.0
-#: So many intervals without a word, and a router is gone.
+#: After so many intervals without a message a router counts as gone.
 SILENCE = 3.5
 
 
@@ -68,11 +68,11 @@ class SharedBook(LoadBook):
         return _state(key, self._requests[key])
 
     def whole(self, key: int) -> Put:
-        """All that others are told of it."""
+        """The request as the other routers get it."""
         request = self._requests[key]
-        told = tuple(request.hashes[:MAX_HASHES])
+        hashes = tuple(request.hashes[:MAX_HASHES])
         state = _state(key, request)
-        return Put(state, self.model, told, request.prompt_len, request.cached_blocks, request.shared)
+        return Put(state, self.model, hashes, request.prompt_len, request.cached_blocks, request.shared)
 
     def _changed(self, key: Hashable, new: bool = False) -> None:
         if isinstance(key, int):
@@ -86,9 +86,9 @@ def _state(key: int, request: Booked) -> State:
 
 
 class _Router(msgspec.Struct):
-    """Another router: what it has under way, and when it was heard."""
+    """Another router: what it has under way, and when its last message came."""
 
-    heard: float
+    heard_at: float
     requests: dict[int, Put] = msgspec.field(default_factory=dict)
 
 
@@ -106,7 +106,7 @@ class SharedLoad:
         self.mine: dict[int, SharedBook] = {}
         self.others: dict[int, _Router] = {}
         self._books: dict[str, SharedBook] = {}
-        #: Own requests that have changed; True: tell all of it.
+        #: Own requests that have changed; True: send all of it.
         self._changed: dict[int, bool] = {}
         self._wants: dict[int, set[int]] = {}
         self._digest_due = False
@@ -122,7 +122,7 @@ class SharedLoad:
                     self._enter(router, put)
         return book
 
-    # -- what the books say ------------------------------------------------------------------------
+    # -- changes of the books ----------------------------------------------------------------------
 
     def changed(self, book: SharedBook, key: int, new: bool) -> None:
         """A request of this router has come (``new``), is further on, or is gone."""
@@ -145,16 +145,16 @@ class SharedLoad:
     def tick(self, now: float, connected: bool, interval_s: float = INTERVAL_S) -> None:
         """Once per interval: forget routers that are silent, and let a digest be sent.
 
-        :param connected: whether we could have heard them.
+        :param connected: whether their messages could have arrived.
         """
         late = self._last_tick is not None and now - self._last_tick > 2 * interval_s
         self._last_tick = now
         for router, other in list(self.others.items()):
             if not connected or late:
-                other.heard = now
-            elif now - other.heard > SILENCE * interval_s:
+                other.heard_at = now
+            elif now - other.heard_at > SILENCE * interval_s:
                 self.stats.expired += 1
-                self._forget(router, f"nothing heard for {now - other.heard:.1f} s")
+                self._forget(router, f"no message for {now - other.heard_at:.1f} s")
         self._digest_due = True
         self._wake()
 
@@ -177,7 +177,7 @@ class SharedLoad:
         self.stats.received += 1
         other = self.others.get(message.router) or self._met(message.router, now)
         if other is not None:
-            other.heard = now
+            other.heard_at = now
             for word in message.words:
                 if message.router in self.others:
                     self._hear(message.router, other, word)
@@ -212,7 +212,7 @@ class SharedLoad:
             yield Digest(first, end, tuple(self.mine[key].state(key) for key in keys))
             first = end or 0
 
-    # -- what the others say -----------------------------------------------------------------------
+    # -- news of the others ------------------------------------------------------------------------
 
     def _met(self, router: int, now: float) -> _Router | None:
         if len(self.others) >= MAX_ROUTERS:
@@ -252,10 +252,10 @@ class SharedLoad:
                 self._forget(router, "it has ended")
 
     def _reconcile(self, router: int, other: _Router, digest: Digest) -> None:
-        told = {state.key for state in digest.states}
+        listed = {state.key for state in digest.states}
         end = digest.end
         for key in [key for key in other.requests if key >= digest.first and (end is None or key < end)]:
-            if key not in told:
+            if key not in listed:
                 self._leave(router, other, key)
         for state in digest.states:
             self._update(router, other, state)

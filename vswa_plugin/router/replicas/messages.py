@@ -1,7 +1,7 @@
-"""What routers tell each other of their load: one message per turn of the loop, on NATS.
+"""The messages by which routers share their load: one message per turn of the loop, on NATS.
 
 On ``vswa.v1.<namespace>.routers.<router id, hex>.load``: MessagePack, an array [version, router id, words].
-All that is said is absolute and may be said twice; nothing is numbered or confirmed:
+Every word is absolute and may be repeated; nothing is numbered or confirmed:
 
     put      one request: where it is, its sequence hashes, what of it is computed
     state    the same request further on: its rank, prompt tokens still to compute, tokens generated
@@ -28,7 +28,7 @@ LOAD_VERSION = 1
 MAX_LOAD_BYTES = 768 << 10
 #: One message is closed when it has so much in it.
 _FULL_BYTES = 128 << 10
-#: Of a longer prompt the rest is not told: the others see less load than there is.
+#: Of a longer prompt the rest is not sent: the others see less load than there is.
 MAX_HASHES = 32_768
 #: Requests in one part of a digest, and in one wish.
 MAX_KEYS = 2_048

@@ -6,6 +6,7 @@ pins the request with the headers that it is told.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
@@ -13,7 +14,7 @@ from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.subscriber import SubscriberOptions
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.program.life import Life, Program
+from vswa_plugin.program.life import PLUGINS_END_S, Life, Program
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach
 from vswa_plugin.router.args import SELECTOR_PORT, RouterArgs
@@ -38,6 +39,7 @@ class Selector(Program):
 
     def __init__(self, args: RouterArgs, host: PluginHost, registry: Registry, life: Life) -> None:
         self._http = args.http
+        self._host = host
         #: Of the HTTP API, once it is served.
         self.port = 0
         self._registry = registry
@@ -67,7 +69,7 @@ class Selector(Program):
             self.fleet,
             namespaced_sequence_hashes,
             life.status,
-            RouterMetrics(self.fleet, counted),
+            RouterMetrics(self.fleet, counted, host.metrics),
             self.selection,
         )
 
@@ -88,5 +90,6 @@ class Selector(Program):
     async def end(self) -> None:
         """Other routers are told that nothing is reserved here any more."""
         await self.server.stop()
+        await asyncio.to_thread(self._host.stopping, PLUGINS_END_S)
         await self.replicas.stop()
         await self.fleet.stop()

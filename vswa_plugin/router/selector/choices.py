@@ -11,11 +11,10 @@ from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import RequestError
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.registry import Entry
-from vswa_plugin.router.decide import Decider, Decision, Hasher
-from vswa_plugin.router.decide import Prompt as KnownPrompt
+from vswa_plugin.router.decide import Decider, Decision, Hasher, PromptHashes
 from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.http.answers import (
-    Prompt,
+    ServedPrompt,
     endpoint_of,
     instance_answer,
     prompt_of,
@@ -44,7 +43,7 @@ NVEXT = {
     PREFILL_WORKER: ("prefill_worker_id",),
     PREFILL_RANK: ("prefill_dp_rank",),
 }
-#: Fields of a query that say of routing what a request to Dynamo says there.
+#: Fields of a query with the meaning that they have in the ``routing`` of a request to Dynamo.
 _ROUTING = (
     "cache_salt",
     "lora_name",
@@ -100,14 +99,14 @@ class Selection:
         """
         prompt = prompt_of(self._fleet, self._hasher, query)
         selection_id = self.reservations.check(query.selection_id)
-        made = self._chosen(self.models()[prompt.served.name], query, prompt, selection_id)
+        reservation = self._chosen(self.models()[prompt.served.name], query, prompt, selection_id)
         expires_at = None
         if query.reserve:
             expires_at = time.time() + query.ttl_s
-            self.reservations.add(made, query.ttl_s)
+            self.reservations.add(reservation, query.ttl_s)
         else:
-            made.end()
-        return self._answer(made, prompt, expires_at)
+            reservation.end()
+        return self._answer(reservation, prompt, expires_at)
 
     def first_token(self, wish: SelectionWish) -> ReleaseAnswer:
         """Raises UnknownReservation."""
@@ -121,14 +120,16 @@ class Selection:
         self._accuracy.compare(decision, reservation.block_size, reservation.live, wish.cached_tokens)
         return ReleaseAnswer(wish.selection_id, decision.cached_tokens)
 
-    def _chosen(self, model: Model, query: SelectQuery, prompt: Prompt, selection_id: str) -> Reservation:
+    def _chosen(
+        self, model: Model, query: SelectQuery, prompt: ServedPrompt, selection_id: str
+    ) -> Reservation:
         """As the front door chooses, but both workers at once: a request goes out with both pins."""
         if (missing := model.missing()) is not None:
             raise NoCandidate(f"{missing}; see /workers")
-        request, known = _request_of(query), KnownPrompt(prompt.length, prompt.hashes)
+        request, hashed = _request_of(query), PromptHashes(prompt.length, prompt.hashes)
 
         def one_of(pool: Pool) -> Decision:
-            return self._decider.decide(pool, request, prompt=known, request_id=selection_id)
+            return self._decider.decide(pool, request, prompt=hashed, request_id=selection_id)
 
         apart = bool(model.prefill.ranks and model.decode.ranks)
         computes = generates = one_of(model.prefill if apart else model.pool)
@@ -141,27 +142,29 @@ class Selection:
                 raise
         return Reservation(selection_id, book, model.pool.block_size, computes, generates, live)
 
-    def _answer(self, made: Reservation, prompt: Prompt, expires_at: float | None) -> SelectAnswer:
-        computes, generates = made.computes, made.generates
+    def _answer(
+        self, reservation: Reservation, prompt: ServedPrompt, expires_at: float | None
+    ) -> SelectAnswer:
+        computes, generates = reservation.computes, reservation.generates
         apart = computes is not generates
         ranks = rank_answers(self._fleet, prompt)
 
         def chosen(decision: Decision) -> Chosen:
             rank = decision.rank
             (entry,) = (each for each in prompt.served.entries if each.worker_id == rank.worker_id)
-            overlap = instance_answer(entry, ranks, made.block_size)
+            overlap = instance_answer(entry, ranks, reservation.block_size)
             return Chosen(rank.worker_id, rank.dp_rank, endpoint_of(entry), overlap, decision.cost)
 
         whole = chosen(generates)
         pins = _pins(generates.rank, computes.rank if apart else None)
         return SelectAnswer(
-            selection_id=made.selection_id,
+            selection_id=reservation.selection_id,
             model_name=prompt.served.name,
             routing_group="default",
             worker_id=whole.worker_id,
             dp_rank=whole.dp_rank,
             endpoint=whole.endpoint,
-            block_size=made.block_size,
+            block_size=reservation.block_size,
             overlap=whole.overlap,
             cost=whole.cost,
             prefill=chosen(computes) if apart else None,
@@ -207,7 +210,7 @@ def _pins(generates: Rank, computes: Rank | None) -> dict[str, int]:
 
 
 def _request_of(query: SelectQuery) -> dict[str, Any]:
-    """As Dynamo's frontend would put it, but for its tokens: they are hashed already."""
+    """The query as a request of Dynamo's frontend, without tokens: they are hashed already."""
     routing = {name: getattr(query, name) for name in _ROUTING}
     return {
         "routing": {name: value for name, value in routing.items() if value is not None},

@@ -54,7 +54,7 @@ def _check_pool(window: Window, sequences: Collection[CacheSequenceV1]) -> None:
         _require(not page.holders or page.slot.level == DEVICE, f"{where}: held on the host")
         for level, queue in enumerate(pool.queues):
             waits = not page.holders and page.slot.level == level
-            _require((page in queue) == waits, f"{where}: waits iff nobody holds it")
+            _require((page in queue) == waits, f"{where}: waits iff no sequence holds it")
         _require(page.node is not None or page.holders <= 1, f"{where}: a page being written has two owners")
     waiting = [sum(page.node is not None for page in queue) for queue in pool.queues]
     _require(waiting == [pool.droppable, pool.on_host], f"window {g}: reusable pages miscounted")

@@ -1,7 +1,7 @@
-"""KV cache events as TensorRT-LLM's manager V1 gives them out: windows tell groups apart. Read, not run.
+"""KV cache events as TensorRT-LLM's manager V1 gives them out: they name groups by window. Read, not run.
 
-``removed`` blocks of one window merge into one event until something else is said of that window. Nothing
-is told when a block leaves its window or is copied from: its page can still be reused.
+``removed`` blocks of one window merge into one event until another event of that window. There is no event
+when a block leaves its window or is copied from: its page can still be reused.
 """
 
 from __future__ import annotations

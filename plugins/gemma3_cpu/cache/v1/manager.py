@@ -4,10 +4,10 @@ What follows TensorRT-LLM's C++ manager, as read in public sources and never run
 queue and one stream of events per window; what is stored when, generated tokens at a sequence's end included;
 which block is evicted, and what becomes of those below it; the host tier; the two reuse rules. What does not:
 
-* A partly matching block that nobody holds is copied like any other. TensorRT-LLM takes it over without
-  telling, and its name stays announced.
+* A partly matching block that no sequence holds is copied like any other. TensorRT-LLM takes it over without
+  an event, and its name stays announced.
 * A ``stored`` event ends before a block that was there already. TensorRT-LLM's goes on behind it, so that
-  nobody can tell from the event what the next block hangs on.
+  the event does not show what the next block hangs on.
 * Names contain the SHA-256 of a cache salt, as manager V2's do; V1's depend on its C++ library.
 * Pages are taken chunk by chunk and given back as soon as they are stale; only blocks that can be reused move
   to the host.
@@ -27,7 +27,7 @@ from ..spec import GroupSpec
 from .check import check_manager
 from .events import EventLog
 from .match import Match, Matcher
-from .sequence import CacheSequenceV1, Prompt
+from .sequence import CacheSequenceV1, SaltedPrompt
 from .tree import Tree
 from .window import Window
 
@@ -78,8 +78,8 @@ class CacheManagerV1:
             Window(g, groups[g], self._tree, self._log, mover=mover, contiguous=contiguous) for g in by_size
         ]
         # The rule without holes asks the windows as they are announced, the other one global ones first.
-        asked = self.windows if contiguous else self.windows[::-1]
-        self._matcher = Matcher(self._tree, asked, block_size, partial=enable_partial_reuse)
+        match_order = self.windows if contiguous else self.windows[::-1]
+        self._matcher = Matcher(self._tree, match_order, block_size, partial=enable_partial_reuse)
         self._open: set[CacheSequenceV1] = set()
         self._reserved = [0] * len(self._groups)
 
@@ -106,7 +106,7 @@ class CacheManagerV1:
         self._reserved = reserved
         match = self._matcher.match(prompt, cache_salt) if self._reuse else Match(0, [], [])
         sequence = CacheSequenceV1(
-            Prompt(tuple(prompt), cache_salt),
+            SaltedPrompt(tuple(prompt), cache_salt),
             match,
             self._tree,
             self.windows,

@@ -54,25 +54,25 @@ class Matcher:
         root = self._tree.roots.get(cache_salt)
         if root is None:
             return Match(0, [], [])
-        found = self._agreed(root, self._tree.walk(cache_salt, keys), keys)
-        whole, part = divmod(found, self._block_size)
+        tokens = self._agreed(root, self._tree.walk(cache_salt, keys), keys)
+        whole, part = divmod(tokens, self._block_size)
         path = self._tree.walk(cache_salt, keys[:whole])
         if not part:
-            return Match(found, path, [])
+            return Match(tokens, path, [])
         above = path[-1] if path else root
         parts = [best_part(above, keys[whole], g) for g in range(len(self._windows))]
         assert all(best is not None and best[1] >= part for best in parts), "a window has no such part"
-        return Match(found, path, [best[0] for best in parts if best is not None])
+        return Match(tokens, path, [best[0] for best in parts if best is not None])
 
     def _agreed(self, root: Node, path: list[Node], keys: list[Tokens]) -> int:
-        found = sum(map(len, keys))
+        tokens = sum(map(len, keys))
         while True:
-            cap = found
+            cap = tokens
             for window in self._windows:
                 length = self._contiguous_length if window.contiguous else self._safe_length
-                found = length(window, root, path[: -(-found // self._block_size)], keys, found)
-            if found == cap:
-                return found
+                tokens = length(window, root, path[: -(-tokens // self._block_size)], keys, tokens)
+            if tokens == cap:
+                return tokens
 
     def _safe_length(self, window: Window, root: Node, path: list[Node], keys: list[Tokens], cap: int) -> int:
         """Tokens up to which this window holds all, or if it slides all of the last window without a hole."""

@@ -1,7 +1,7 @@
-"""The pages of one window on both levels, in queues where those that nobody holds wait. Knows no tokens.
+"""The pages of one window on both levels, in queues where those without a holder wait. Knows no tokens.
 
-A page that nobody holds waits in the queue of its level, whether a block can be reused from it or not: the
-one given back longest ago is taken next. Read in TensorRT-LLM's LRU eviction policy, not run; there is one
+A page without a holder waits in the queue of its level, whether a block can be reused from it or not: the one
+given back longest ago is taken next. Read in TensorRT-LLM's LRU eviction policy, not run; there is one
 priority here.
 """
 
@@ -15,10 +15,10 @@ from ..api import DEVICE, HOST, Slot
 from .tree import Node, Page
 
 
-class Pool:
+class WindowPool:
     """All pages of one window.
 
-    :ivar droppable: device pages that nobody holds and that can be reused; a number for any thread.
+    :ivar droppable: device pages without a holder that can be reused; a number for any thread.
     :ivar on_host: host pages that can be reused; as above.
     """
 
@@ -43,7 +43,7 @@ class Pool:
         """
         if not self.queues[level]:
             raise InvariantError(
-                f"expected a page that nobody holds, but all {self.num_blocks} pages are held: "
+                f"expected a page without a holder, but all {self.num_blocks} pages are held: "
                 "admission let in more than the pool holds"
             )
         page, _ = self.queues[level].popitem(last=False)
@@ -51,7 +51,7 @@ class Pool:
         return page
 
     def wait(self, page: Page) -> None:
-        """Put a page that nobody holds at the end of its level's queue."""
+        """Put a page without a holder at the end of its level's queue."""
         self.queues[page.slot.level][page] = None
         self._count(page, +1)
 

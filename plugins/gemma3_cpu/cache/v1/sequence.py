@@ -15,7 +15,7 @@ from .window import Window
 _NO_PAGE = -1
 
 
-class Prompt(NamedTuple):
+class SaltedPrompt(NamedTuple):
     """What a sequence was opened with."""
 
     tokens: tuple[int, ...]
@@ -32,7 +32,7 @@ class CacheSequenceV1:
 
     def __init__(
         self,
-        prompt: Prompt,
+        prompt: SaltedPrompt,
         match: Match,
         tree: Tree,
         ascending: Sequence[Window],
@@ -59,7 +59,7 @@ class CacheSequenceV1:
         #: Per window: block -> the page that is held.
         self.pages: list[list[Page | None]] = [[] for _ in ascending]
         # Per window: block -> a page that has slid out, as it was then. Only contiguous windows store those.
-        self._left: list[dict[int, tuple[Page, int]]] = [{} for _ in ascending]
+        self._slid_out: list[dict[int, tuple[Page, int]]] = [{} for _ in ascending]
         for window in ascending:
             self._claim(window, match)
 
@@ -152,7 +152,7 @@ class CacheSequenceV1:
         g = window.index
         first = self._stale_end(window, match.tokens)
         if window.contiguous:
-            # They are needed again by whoever resumes this prompt. TensorRT-LLM holds them until the first
+            # A sequence that resumes this prompt needs them again. TensorRT-LLM holds them until the first
             # output token, and fetches those on the host too.
             for node in match.path[:first]:
                 window.pool.touch(node.page_of(g))
@@ -182,13 +182,13 @@ class CacheSequenceV1:
     def _own(self, window: Window) -> list[Page | None]:
         """The sequence's page per block, as far as its content is still there."""
         own = list(self.pages[window.index])
-        for block, (page, life) in self._left[window.index].items():
+        for block, (page, life) in self._slid_out[window.index].items():
             own[block] = page if page.life == life else None
         return own
 
     def _lost_blocks(self) -> bool:
         """Whether others took what slid out of a contiguous window: then nothing is stored in any window."""
-        return any(page.life != life for left in self._left for page, life in left.values())
+        return any(page.life != life for slid_out in self._slid_out for page, life in slid_out.values())
 
     def _let_go_of_stale(self, computed_tokens: int) -> None:
         """Release blocks out of window, ascending: that is the order in which they will be taken."""
@@ -203,7 +203,7 @@ class CacheSequenceV1:
                 assert page is not None
                 # A transfer starts behind a block of which only the beginning was reused.
                 if window.contiguous and (block + 1) * self._block_size <= self.computed_tokens:
-                    self._left[g][block] = (page, page.life)
+                    self._slid_out[g][block] = (page, page.life)
                 window.pool.release(page)
                 self.pages[g][block] = None
                 self.tables[g][block] = _NO_PAGE

@@ -18,7 +18,7 @@ class Page:
     """Keys and values of one block, wherever they lie.
 
     :ivar slot: where; changes when the content moves between levels.
-    :ivar node: the block that can be reused from here; None while it belongs to a sequence or to nobody.
+    :ivar node: the block that can be reused from here; None while it belongs to a sequence or is free.
     :ivar hash: the name under which ``node`` was announced in this window.
     :ivar holders: sequences that hold it.
     :ivar life: counts how often it was taken for new content.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..api import DEVICE, HOST, PageMover
 from ..spec import GroupSpec
 from .events import EventLog
-from .pool import Pool
+from .pool import WindowPool
 from .tree import Node, Page, Tree, below
 
 
@@ -26,7 +26,7 @@ class Window:
         self.index = index
         self.spec = spec
         self.contiguous = contiguous
-        self.pool = Pool(spec.num_blocks, spec.host_blocks)
+        self.pool = WindowPool(spec.num_blocks, spec.host_blocks)
         #: What events announced: name -> page.
         self.named: dict[int, Page] = {}
         self._tree = tree

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from vswa_plugin.errors import InvariantError
 
 from ..api import DEVICE, HOST
-from .pool import Pool
+from .pool import PagePool
 from .sequence import NO_PAGE, CacheSequence
 from .store import BlockStore
 from .tree import Node, Page, all_nodes
@@ -59,14 +59,14 @@ def _check_holders(held: Sequence[Page]) -> None:
         _require(not page.queued, f"{where}: held, and in line to be evicted")
 
 
-def _check_pool(where: str, pool: Pool, used: Sequence[Page]) -> None:
+def _check_pool(where: str, pool: PagePool, used: Sequence[Page]) -> None:
     # Pages in line whose block is gone: they moved to the host in the step in which it went.
     stray = [page for page in pool.queue if page.node is None]
     pages = [*used, *stray]
     numbers = sorted([page.number for page in pages] + pool.free)
     _require(numbers == list(range(pool.num_pages)), f"{where}: each page is free or used, once")
     droppable = {page for page in used if not page.holders}.union(stray)
-    _require(set(pool.queue) == droppable, f"{where}: in line to be evicted iff nobody holds it")
+    _require(set(pool.queue) == droppable, f"{where}: in line to be evicted iff no sequence holds it")
     _require(all(page.queued for page in pool.queue), f"{where}: a page in line does not know it")
     for g in range(len(pool.allocated)):
         allocated = sum(page.group == g for page in pages)

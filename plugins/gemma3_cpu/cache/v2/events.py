@@ -1,8 +1,8 @@
 """KV cache events as TensorRT-LLM's manager V2 gives them out (JSON objects as dicts).
 
 Ids count up by one over all groups. ``stored`` blocks of one group grow into one event while each hangs on
-the last; ``removed`` blocks wait, per group, for the next event of another kind or the flush. Nothing is
-told when a block leaves its window: its page can still be reused.
+the last; ``removed`` blocks wait, per group, for the next event of another kind or the flush. There is no
+event when a block leaves its window: its page can still be reused.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ..spec import GroupSpec
 from .tree import Page
 
 
-class Pool:
+class PagePool:
     """Pages of one size on one level, and those of them that may be evicted, in that order.
 
     All groups whose pages have that size share it: its numbers, its room, and its queue. Every block has

@@ -140,12 +140,12 @@ class CacheSequence:
                 return
             tokens = self.prompt[block * self._bs : (block + 1) * self._bs]
             own = [pages[block] for pages in self.pages]
-            known = parent.children.get(tokens)
-            if known is None:
+            node = parent.children.get(tokens)
+            if node is None:
                 self.tail = self._store.commit_new(parent, tokens, own)
             else:
-                self._use(block, self._store.commit_known(known, own))
-                self.tail = known
+                self._use(block, self._store.commit_known(node, own))
+                self.tail = node
             self.committed_blocks += 1
 
     def _commit_tail(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..api import DEVICE, HOST, PageMover, Slot
 from ..spec import GroupSpec
 from .events import EventLog
-from .pool import Pool, pool_of_groups
+from .pool import PagePool, pool_of_groups
 from .tree import Node, Page, Tokens, Tree, leaves_first
 
 
@@ -39,13 +39,13 @@ class BlockStore:
         self._mover = mover
         self._sliding = [g for g in self.order if self.groups[g].window_size is not None]
 
-    def _pools(self, num_blocks: Sequence[int]) -> list[Pool]:
+    def _pools(self, num_blocks: Sequence[int]) -> list[PagePool]:
         pools = [0] * (max(self.pool_of) + 1)
         for g, count in enumerate(num_blocks):
             pools[self.pool_of[g]] += count
-        return [Pool(count, len(self.groups)) for count in pools]
+        return [PagePool(count, len(self.groups)) for count in pools]
 
-    def pool(self, page: Page) -> Pool:
+    def pool(self, page: Page) -> PagePool:
         return self._levels[page.level][self.pool_of[page.group]]
 
     # Matching
@@ -260,8 +260,8 @@ class BlockStore:
             pool.pop(len(pages) - len(pool.free), 0) for pool, pages in zip(self.host, victims, strict=True)
         ]
         moving: list[list[Page]] = []
-        for pool, pages, gone in zip(self.host, victims, evicted, strict=True):
-            for page in reversed(gone):
+        for pool, pages, losing in zip(self.host, victims, evicted, strict=True):
+            for page in reversed(losing):
                 self._lose(page)
             # Held pages must not be lost, so they come last, where there is room.
             pages = [page for page in pages if not page.holders] + [page for page in pages if page.holders]

@@ -1,0 +1,180 @@
+"""Reuse rules with one planted fault each: their tests must fail. test_rule_faults.py runs them apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import Phase, settings
+
+from tests.conformance.test_rules import layouts_of
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.reuse import Needs, ReuseRule, TrtllmV2, Vllm
+from vswa_plugin.testing.cases import ReuseCase
+from vswa_plugin.testing.rules import ReuseRuleConformance, ReuseWalk
+from vswa_plugin.testing.walks import walk_vllm
+
+settings.register_profile("faulty", phases=[Phase.generate], database=None, derandomize=True)
+settings.load_profile("faulty")
+
+
+class Sound(Vllm):
+    name = "theirs"
+
+
+class _Suite(ReuseRuleConformance):
+    @pytest.fixture
+    def layouts(self, rule: ReuseRule) -> Sequence[CacheLayout]:
+        return layouts_of(Sound.name)
+
+
+class TestSound(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        return Sound()
+
+    @pytest.fixture
+    def walk(self) -> ReuseWalk:
+        return lambda case: walk_vllm(case.layout, case.tree, case.prompt).tokens
+
+
+class TestOfAnotherName(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        return Vllm()
+
+
+class TestOfUnknownProvenance(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class Guessed(Sound):
+            provenance = "guessed"
+
+        return Guessed()
+
+
+class TestPastTheEnd(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class PastTheEnd(Sound):
+            def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+                return -(-prompt_len // layout.block_size)
+
+        return PastTheEnd()
+
+
+class TestFewerForLonger(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class FewerForLonger(Sound):
+            def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+                return super().boundaries(layout, prompt_len) // (1 + (prompt_len > 3 * layout.block_size))
+
+        return FewerForLonger()
+
+
+class TestNothingLeftToCompute(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class NothingLeft(TrtllmV2):
+            name = "theirs"
+
+            def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+                return boundary * layout.block_size
+
+        return NothingLeft()
+
+
+class TestFallingTokens(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class FallingTokens(Sound):
+            def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+                return (1 if boundary % 2 == 0 else boundary) * layout.block_size if boundary else 0
+
+        return FallingTokens()
+
+
+class TestBeforeTheStart(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class BeforeTheStart(Sound):
+            def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+                return boundary - (group.window_size or 0) // group.block_size if group.window_size else 0
+
+        return BeforeTheStart()
+
+
+class TestNumbersOfAnotherRule(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class OtherNumbers(Sound):
+            def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+                numbers = tuple(None if g.window_size is None else 1 for g in layout.check().groups)
+                return Needs(numbers, numbers)
+
+        return OtherNumbers()
+
+
+class TestCounting(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class Counting(Sound):
+            def __init__(self) -> None:
+                self._calls = itertools.count()
+
+            def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+                return 0 if next(self._calls) % 50 == 0 else super().first_needed(group, boundary, prompt_len)
+
+        return Counting()
+
+
+class TestAcceptsAnything(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class AcceptsAnything(Sound):
+            def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+                return None
+
+        return AcceptsAnything()
+
+    @pytest.fixture
+    def refused(self) -> Sequence[CacheLayout]:
+        return [CacheLayout((CacheGroup(0, 10, 4), CacheGroup(1, None, 4)), Sound.name, "m")]
+
+
+class TestFailsOtherwise(_Suite):
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class FailsOtherwise(Sound):
+            def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+                if len(layout.groups) > 3:
+                    raise ValueError("too many groups")
+                return super().needs(layout, prompt_len)
+
+        return FailsOtherwise()
+
+    @pytest.fixture
+    def layouts(self) -> Sequence[CacheLayout]:
+        return [each for each in layouts_of(Sound.name) if len(each.groups) < 4]
+
+
+class TestOneBlockTooFew(_Suite):
+    """Sound in itself, and not what the engine does."""
+
+    @pytest.fixture
+    def rule(self) -> ReuseRule:
+        class OneTooFew(Sound):
+            @staticmethod
+            def _trailing(window: int, block_size: int) -> int:
+                return max(1, Vllm._trailing(window, block_size) - 1)
+
+        return OneTooFew()
+
+    @pytest.fixture
+    def walk(self) -> ReuseWalk:
+        def walk(case: ReuseCase) -> int | None:
+            return walk_vllm(case.layout, case.tree, case.prompt).tokens
+
+        return walk

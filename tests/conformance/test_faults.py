@@ -1,0 +1,79 @@
+"""The suites themselves: each planted fault fails the test that is there for it, and says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conformance import faulty_adapters, faulty_engines
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+ENGINES = faulty_engines.all_faulty()
+ADAPTERS = faulty_adapters.all_faulty()
+
+
+def run(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, module: str, fault: type[Any]
+) -> pytest.RunResult:
+    """The test that is there for the fault, in a pytest of its own."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.syspathinsert(ROOT)
+    pytester.makepyfile(
+        f"from tests.conformance.{module} import SUITES\nTestFaulty = SUITES[{fault.__name__!r}]\n"
+    )
+    return pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "-rf", "--tb=short", "-k", fault.caught_by[0]
+    )
+
+
+def failed(result: pytest.RunResult) -> set[str]:
+    """Names of the tests that failed, without what they were parametrized with."""
+    lines = [line.split()[1] for line in result.outlines if line.startswith("FAILED ")]
+    return {line.rpartition("::")[2].partition("[")[0].removeprefix("test_") for line in lines}
+
+
+@pytest.mark.parametrize("fault", ENGINES, ids=lambda each: each.__name__)
+def test_a_faulty_engine_fails_its_suite(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fault: type[faulty_engines.Faulty]
+) -> None:
+    test, reason = fault.caught_by
+    result = run(pytester, monkeypatch, "faulty_engines", fault)
+
+    assert test in failed(result)
+    assert reason in result.stdout.str()
+
+
+@pytest.mark.parametrize("fault", ADAPTERS, ids=lambda each: each.__name__)
+def test_a_faulty_adapter_fails_its_suite(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fault: type[faulty_adapters.Plain]
+) -> None:
+    test, reason = fault.caught_by
+    result = run(pytester, monkeypatch, "faulty_adapters", fault)
+
+    assert test in failed(result)
+    assert reason in result.stdout.str()
+
+
+def test_every_test_of_the_suites_has_a_fault_that_it_catches() -> None:
+    suites = (faulty_engines.EngineConformance, faulty_adapters.EventAdapterConformance)
+    tests = {
+        name.removeprefix("test_") for suite in suites for name in vars(suite) if name.startswith("test_")
+    }
+
+    assert tests == {fault.caught_by[0] for fault in (*ENGINES, *ADAPTERS)}
+
+
+def test_a_suite_without_its_fixture_says_what_is_missing(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makepyfile(
+        "from vswa_plugin.testing.conformance import EngineConformance as E\nclass TestMine(E): pass\n"
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+
+    result.stdout.fnmatch_lines(["*expected the subclass to have a fixture `engine` that returns an Engine*"])

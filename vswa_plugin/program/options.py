@@ -1,0 +1,70 @@
+"""What command lines check alike: numbers with a range, and options that need or exclude another one."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from vswa_plugin.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
+
+
+def port(text: str) -> int:
+    """A TCP port as an argparse type; 0 is for a free one."""
+    return _number(text, int, lambda value: 0 <= value < 65_536, "a port from 0 to 65535")
+
+
+def at_least_one(text: str) -> int:
+    """A count as an argparse type."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def zero_or_more(text: str) -> int:
+    """A whole number from 0 on as an argparse type."""
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def seconds(text: str) -> float:
+    """A time-out as an argparse type."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "more than 0 seconds")
+
+
+def positive(text: str) -> float:
+    """A rate or a share of work as an argparse type."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+
+def requires(option: str, given: object, other: str, present: object) -> None:
+    """Refuse ``option`` where it is given without ``other``.
+
+    :param given: its value; None and False: not given.
+    :raises ConfigError: it would have no effect.
+    """
+    if _is_given(given) and not _is_given(present):
+        raise ConfigError(f"{option}: expected {other} with it, got none; without {other} it has no effect")
+
+
+def excludes(option: str, given: object, other: str, present: object) -> None:
+    """Refuse ``option`` where it is given together with ``other``; see :func:`requires`."""
+    if _is_given(given) and _is_given(present):
+        raise ConfigError(f"{option}: expected no {other} with it, got both; with {other} it has no effect")
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _number(
+    text: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], expected: str
+) -> Number:
+    refused = argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise refused from None
+    if not fits(value):
+        raise refused
+    return value

@@ -1,0 +1,122 @@
+"""What the suites do with an event adapter: feed it as a publisher does, and bound how long that may take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any, TypeVar, get_args
+
+from vswa_plugin.blocks.hashing import block_hash
+from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.engine.contract import BlocksStored, EngineEvent, EngineHash, EventAdapter
+from vswa_plugin.errors import ProtocolError, VswaError
+from vswa_plugin.publishing.nodes import NodeTable
+from vswa_plugin.publishing.residency import Residency, Restart
+
+T = TypeVar("T")
+EVENTS = get_args(EngineEvent)
+#: Lines of Python for one event, unless said otherwise.
+MOST_LINES = 200_000
+
+
+class _TooManyLines(BaseException):
+    """No Exception, so that an adapter's own ``except Exception`` does not swallow it."""
+
+
+class Rank:
+    """An adapter and the residency that a worker would keep with it.
+
+    :ivar refused: reasons of events that the adapter refused with ProtocolError, or that do not fit the
+        layout: a worker counts both and goes on.
+    :ivar restarts: reasons for which the worker would begin a new epoch.
+    """
+
+    def __init__(self, adapter: EventAdapter, layout: CacheLayout, most_lines: int = MOST_LINES) -> None:
+        self.residency = Residency(layout, NodeTable(_hasher))
+        self.refused: list[str] = []
+        self.restarts: list[str] = []
+        self._adapter = adapter
+        self._block_size = layout.block_size
+        self._most_lines = most_lines
+
+    def takes(self, raw: Any) -> int:
+        """Feed one event; how many blocks it stored.
+
+        :raises AssertionError: anything but engine events that the residency takes, or ProtocolError.
+        """
+        return len(self.announced([raw]))
+
+    def announced(self, events: Iterable[Any]) -> set[tuple[int, EngineHash]]:
+        """Feed events; (group id, hash) of the blocks that they stored."""
+        return {
+            (event.group_id, block.hash)
+            for raw in events
+            for event in self._fed(raw)
+            if isinstance(event, BlocksStored)
+            for block in event.blocks
+        }
+
+    def _fed(self, raw: Any) -> Sequence[EngineEvent]:
+        try:
+            events = bounded(lambda: self._adapter.feed(raw), self._most_lines)
+        except ProtocolError as error:
+            self.residency.clear()
+            self.refused.append(str(error))
+            return []
+        except Exception as error:
+            raise AssertionError(
+                f"expected ProtocolError, got {type(error).__name__}: {error} for {raw!r}"
+            ) from error
+        assert isinstance(events, list), f"expected a list of engine events, got {events!r} for {raw!r}"
+        for event in events:
+            self._apply(event, raw)
+        return events
+
+    def _apply(self, event: EngineEvent, raw: Any) -> None:
+        assert isinstance(event, EVENTS), f"expected engine events, got {type(event).__name__} for {raw!r}"
+        if isinstance(event, BlocksStored):
+            longest = max((len(block.token_ids) for block in event.blocks), default=0)
+            assert longest <= self._block_size, (
+                f"expected blocks of at most {self._block_size} tokens, got one of {longest} for {raw!r}"
+            )
+        try:
+            self.residency.apply(event)
+        except Restart as reason:
+            self.restarts.append(str(reason))
+        except VswaError as error:
+            self.refused.append(str(error))
+        except Exception as error:
+            raise AssertionError(
+                f"a worker cannot take {event!r}: {type(error).__name__}: {error}; it came of {raw!r}"
+            ) from error
+
+
+def bounded(call: Callable[[], T], most_lines: int) -> T:
+    """The result of ``call``, which may run so many lines of Python. A busy machine changes no count.
+
+    :raises AssertionError: it runs more.
+    """
+    left = most_lines
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _TooManyLines
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        return call()
+    except _TooManyLines:
+        raise AssertionError(f"feed() had not ended after {most_lines} lines of Python: it hangs") from None
+    finally:
+        sys.settrace(before)
+
+
+def _hasher(token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> int:
+    """Block hashes with salts and LoRA names kept apart; Dynamo's own function is not needed here."""
+    plain = block_hash(token_ids)
+    return plain if cache_salt is lora_name is None else hash((plain, cache_salt, lora_name)) % (1 << 64)
