@@ -25,7 +25,7 @@ serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
 test: $(DEV)  ## all tests but the soaks, under ten minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)
 
-quick: $(DEV)  ## the quick tests, with a tenth of the examples: one to two minutes
+quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m quick $(ARGS)
 
 lint: $(DEV)  ## formatting, lint, types, and who may import what

@@ -18,8 +18,15 @@ from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.topologies import WorkerGroup
 
 HERE = Path(__file__).parent
-#: What starts servers or programs, or runs long, is not quick: tests in these folders or with these fixtures.
-NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry", "simulation", "testing"}
+#: What starts servers or programs, or runs long, is not quick: these folders and files, and these fixtures.
+NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry", "simulation", "testing"} | {
+    "test_nats_auth",
+    "test_worker_life",
+    "test_termination",
+    "test_disagg_soak",
+    "test_recorder_traces",
+    "test_contract_hooks",
+}
 SERVERS = {"brokers", "cluster"}
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
@@ -39,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folders = item.path.parent.relative_to(HERE).parts if item.path.is_relative_to(HERE) else ()
         for name in folders:
             item.add_marker(name)
-        if not (NOT_QUICK & set(folders) or SERVERS & set(getattr(item, "fixturenames", ()))):
+        if not (NOT_QUICK & {*folders, item.path.stem} or SERVERS & set(getattr(item, "fixturenames", ()))):
             item.add_marker("quick")
 
 
