@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -251,8 +253,6 @@ def figures(latencies: list[float]) -> dict[str, float]:
 
 
 async def main(args: argparse.Namespace) -> dict[str, Any]:
-    import os
-
     with tempfile.TemporaryDirectory(prefix="vswa-bench-") as folder:
         nats, nats_server = await start_nats(Path(folder))
         etcd, etcd_endpoints = await start_etcd(Path(folder), Path(folder) / "etcd")
@@ -279,7 +279,7 @@ async def main(args: argparse.Namespace) -> dict[str, Any]:
             await nats.stop()
     return {
         "question": "publish -> visible, one block at a time over NATS",
-        "command": "python benchmarks/bench_stream.py",
+        "command": shlex.join(["python", "benchmarks/bench_stream.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "events": args.events,

@@ -8,14 +8,15 @@ import json
 import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from vswa_plugin.launch.cluster import Cluster
+from tests.conftest import Brokers
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.processes import Child
 from vswa_plugin.launch.topologies import WorkerGroup
 from vswa_plugin.registry.opening import registry_from_env
@@ -78,25 +79,34 @@ async def metric(worker: Child, metric_name: str, **labels: str) -> float:
     return 0.0
 
 
-def apart(cluster: Cluster, name: str, *groups: WorkerGroup) -> Cluster:
-    """As :func:`beside`, not started."""
-    namespace = own_namespace(name)
-    folder = cluster.folder / namespace
-    folder.mkdir()
-    made = Cluster(msgspec.structs.replace(cluster.settings, namespace=namespace, groups=groups), folder)
-    made.nats_server, made.etcd_endpoints = cluster.nats_server, cluster.etcd_endpoints
+def cluster_on(brokers: Brokers | Cluster, folder: Path, settings: ClusterSettings) -> Cluster:
+    """On brokers that run; not started."""
+    made = Cluster(settings, folder)
+    made.nats_server, made.etcd_endpoints = brokers.nats_server, brokers.etcd_endpoints
     return made
 
 
 @asynccontextmanager
-async def beside(cluster: Cluster, name: str, *groups: WorkerGroup) -> AsyncIterator[Cluster]:
-    """Workers and a frontend in a namespace and folder of their own, on ``cluster``'s brokers; running."""
-    made = apart(cluster, name, *groups)
+async def running(made: Cluster) -> AsyncIterator[Cluster]:
     try:
         await made.start()
         yield made
     finally:
         await made.stop()
+
+
+def apart(cluster: Cluster, name: str, *groups: WorkerGroup) -> Cluster:
+    """As :func:`beside`, not started."""
+    namespace = own_namespace(name)
+    folder = cluster.folder / namespace
+    folder.mkdir()
+    settings = msgspec.structs.replace(cluster.settings, namespace=namespace, groups=groups)
+    return cluster_on(cluster, folder, settings)
+
+
+def beside(cluster: Cluster, name: str, *groups: WorkerGroup) -> AbstractAsyncContextManager[Cluster]:
+    """Workers and a frontend in a namespace and folder of their own, on ``cluster``'s brokers; running."""
+    return running(apart(cluster, name, *groups))
 
 
 async def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> None:

@@ -46,6 +46,8 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_config": {"tokens_per_block": BLOCK},
     "gemma3_cpu": {"max_chunk_tokens": 24},
 }
+#: Nothing is computed while the engine runs: a step waits for a minute first, or for the engine's end.
+STUCK = {**OPTIONS, "gemma3_cpu": {"debug_step_delay_s": 60, "max_queue_size": 2}}
 #: Token ids below this are special tokens and bytes.
 FIRST_TEXT_ID = 300
 

@@ -23,6 +23,11 @@ NEEDS_NATS = {
     "vswa_plugin.testing.streams",
     "vswa_plugin.testing.memory",
 }
+#: These bring the tools of tests with them.
+NEEDS_PYTEST = {
+    f"vswa_plugin.testing.{name}"
+    for name in ("conformance", "mutations", "registries", "registry_outages", "rules", "scorers")
+}
 PACKAGES = sorted(path.parent for path in (ROOT / "vswa_plugin").rglob("__init__.py"))
 
 
@@ -107,8 +112,10 @@ def test_the_mark_of_a_hook_is_at_the_root() -> None:
         vswa_plugin.hookspec  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("path", [path for path in PUBLIC if path not in NEEDS_NATS])
+@pytest.mark.parametrize("path", PUBLIC)
 def test_public_modules_need_no_broker_and_no_framework(path: str) -> None:
-    heavy = {"nats", "etcd3", "dynamo", "torch", "aiohttp", "numpy"}
+    heavy = {"etcd3", "dynamo", "torch", "numpy"}
+    heavy |= set() if path in NEEDS_NATS else {"nats", "aiohttp"}
+    heavy |= set() if path in NEEDS_PYTEST else {"pytest", "hypothesis"}
 
     assert not heavy & _imported_by(f"import {path}")

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from vswa_plugin.dynamo.frontend import FrontendSettings, serve_frontend
-from vswa_plugin.dynamo.names import NATS_ENV, ROUTER_MODES
+from vswa_plugin.dynamo.names import ROUTER_MODES
 from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.program.args import add_log_level, check_log_level, make_parser
+from vswa_plugin.program.args import add_log_level, check_log_level, make_parser, nats_server
 from vswa_plugin.program.life import Life, Program
 from vswa_plugin.program.options import port, zero_or_more
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import reach_discovery
-from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
+from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger("vswa_plugin.frontend")
 
@@ -89,7 +89,7 @@ class Frontend(Program):
 
 async def _probe() -> None:
     """Dynamo's runtime would block for minutes where a broker is away: find out first."""
-    transport = Transport(os.environ.get(NATS_ENV, DEFAULT_SERVER), "vswa frontend")
+    transport = Transport(nats_server(os.environ), "vswa frontend")
     await transport.connect(timeout=30)
     await transport.close()
     await reach_discovery(timeout_s=30)

@@ -17,7 +17,7 @@ from vswa_plugin.accuracy.exceptions import LAST_BLOCK, PARTIAL_MATCH
 from vswa_plugin.accuracy.replay import replay
 from vswa_plugin.accuracy.report import Report
 from vswa_plugin.accuracy.scorers import GlobalOnly
-from vswa_plugin.accuracy.trace import TraceRequest, open_trace
+from vswa_plugin.accuracy.trace import TraceHole, TraceRequest, TraceWriter, open_trace
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.dynamo.runtime import namespaced_block_hash
 from vswa_plugin.engine.contract import BlocksStored, Node
@@ -159,6 +159,15 @@ def test_lost_events_leave_promises_too_low_and_are_counted(tmp_path: Path) -> N
 
     assert (1, 0) == (report.restarts, report.score().over)
     assert "1 times engine events were lost" in report.reasons()[0]
+
+
+def test_events_that_are_missing_before_all_others_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    with TraceWriter(path, HEADER) as writer:
+        writer.hole(TraceHole(3, 0))
+        writer.request(request("ab", 0))
+
+    assert 1 == replayed(path).restarts
 
 
 def test_a_layout_that_is_corrected_at_once_costs_nothing(tmp_path: Path) -> None:

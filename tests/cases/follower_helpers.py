@@ -6,7 +6,7 @@ import asyncio
 import selectors
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConnectError
 from vswa_plugin.following.subscriber import Subscriber
 from vswa_plugin.index import WindowIndex
-from vswa_plugin.registry import Entry
+from vswa_plugin.registry import Change, Entry
 from vswa_plugin.wire import control
 from vswa_plugin.wire.events import VERSION, Batch, Event, Rank, Source, Stored, encode, layout_event
 from vswa_plugin.wire.subjects import subject
@@ -99,6 +99,38 @@ class HandedIn:
         """One batch of the worker; without events: its heartbeat."""
         event_subject = subject(source_of_worker(rank.worker_id), "events")
         await self.deliver(event_subject, batch(first, *events, epoch=epoch))
+
+
+class Told:
+    """A registry that tells what is put into it."""
+
+    def __init__(self, *changes: Change) -> None:
+        self._changes: asyncio.Queue[Change] = asyncio.Queue()
+        self._put(changes)
+
+    def watch(self, namespace: str | None = None) -> Told:
+        return self
+
+    async def __aenter__(self) -> Told:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def __aiter__(self) -> Told:
+        return self
+
+    async def __anext__(self) -> Change:
+        return await self._changes.get()
+
+    async def close(self) -> None: ...
+
+    async def tell(self, *changes: Change) -> None:
+        self._put(changes)
+        await asyncio.sleep(0.1)
+
+    def _put(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            self._changes.put_nowait(change)
 
 
 def snapshot(*events: Event, epoch: int = 5, next_event_id: int = 2) -> Callable[..., control.Reply]:

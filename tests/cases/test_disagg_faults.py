@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vswa_plugins.gemma3_cpu.transfer.wire import Timeouts
 
 from tests.cases import mended_by
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import own_namespace
+from tests.e2e_helpers import cluster_on, own_namespace, running
 from tests.gemma3_disagg_helpers import Pair, running_pair, until, with_options
 from tests.gemma3_engine_helpers import prompt_of, request_for, tokens_of
 from tests.gemma3_engine_helpers import small as small
@@ -47,10 +47,9 @@ from vswa_plugin.wire.events import Rank
 # -- a worker that lacks -----------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def deployment(
+def deployment(
     folder: Path, model_dir: Path, brokers: Brokers, router: str | None, *modes: str
-) -> AsyncIterator[Cluster]:
+) -> AbstractAsyncContextManager[Cluster]:
     """A frontend and one worker of each mode, behind our router or not."""
     settings = ClusterSettings(
         str(model_dir),
@@ -59,13 +58,7 @@ async def deployment(
         namespace=own_namespace("lacking"),
         routing=Routing(router),
     )
-    made = Cluster(settings, folder)
-    made.nats_server, made.etcd_endpoints = brokers.nats_server, brokers.etcd_endpoints
-    try:
-        await made.start()
-        yield made
-    finally:
-        await made.stop()
+    return running(cluster_on(brokers, folder, settings))
 
 
 async def refusal(cluster: Cluster, stream: bool) -> tuple[int, bool]:

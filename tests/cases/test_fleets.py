@@ -25,6 +25,7 @@ from tests.cases.follower_helpers import (
     STRANGE,
     UNKNOWN_RULE,
     HandedIn,
+    Told,
     entry_of,
     outcome,
     run_in_jumps,
@@ -34,7 +35,7 @@ from tests.e2e_helpers import eventually, own_namespace
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.following.metrics import render
-from vswa_plugin.registry import Change, Connected, Entry, Joined, Left, Updated, encode_entry
+from vswa_plugin.registry import Connected, Entry, Joined, Left, Updated, encode_entry
 from vswa_plugin.registry.entry_files import file_name
 from vswa_plugin.registry.file import FOLDER, FileRegistry
 from vswa_plugin.testing.streams import LAYOUT as PUBLISHED
@@ -43,34 +44,6 @@ from vswa_plugin.wire.events import Rank, Source, layout_event
 
 NEW = Rank(3)
 NO_SUCH_RULE = layout_event(CacheLayout(GROUPS, UNKNOWN_RULE, "m"))
-
-
-class Told:
-    """A registry that tells what is put into it."""
-
-    def __init__(self) -> None:
-        self._changes: asyncio.Queue[Change] = asyncio.Queue()
-
-    def watch(self, namespace: str | None = None) -> Told:
-        return self
-
-    async def __aenter__(self) -> Told:
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
-
-    def __aiter__(self) -> Told:
-        return self
-
-    async def __anext__(self) -> Change:
-        return await self._changes.get()
-
-    async def close(self) -> None: ...
-
-    async def tell(self, *changes: Change) -> None:
-        for change in changes:
-            self._changes.put_nowait(change)
-        await asyncio.sleep(1)
 
 
 @asynccontextmanager

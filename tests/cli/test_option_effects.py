@@ -13,7 +13,6 @@ import pytest
 
 from vswa_plugin.cli import BUILT_IN, PROGRAMS
 from vswa_plugin.cli.main import main
-from vswa_plugin.cli.parsers import full_parser
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.router import args as router_args
 
@@ -160,7 +159,6 @@ def test_every_command_is_in_the_tables() -> None:
     lines = [*NO_EFFECT, *OUT_OF_RANGE]
     covered = {word for line in lines for word in line.split()}
     with load_host(environ=dict(os.environ)) as host:
-        full_parser(host)
         added = {command.name for command in host.commands({})}
 
     nothing_to_refuse = {"plugins", "completion", "get-model", "import-gguf"}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import own_namespace, post, stream
+from tests.e2e_helpers import cluster_on, own_namespace, post, running, stream
 from tests.failing_engine import FAILURES
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.probe import Probe
@@ -24,10 +23,9 @@ from vswa_plugin.worker.liveness import Stall
 PLUGIN = str(Path(__file__).parents[1] / "failing_engine.py")
 
 
-@contextlib.asynccontextmanager
-async def failing(
+def failing(
     folder: Path, model_dir: Path, brokers: Brokers, router: str | None, *options: str
-) -> AsyncIterator[Cluster]:
+) -> AbstractAsyncContextManager[Cluster]:
     settings = ClusterSettings(
         str(model_dir),
         "gemma",
@@ -37,13 +35,7 @@ async def failing(
         routing=Routing(router),
         worker_options=("--plugin", PLUGIN, *options),
     )
-    made = Cluster(settings, folder)
-    made.nats_server, made.etcd_endpoints = brokers.nats_server, brokers.etcd_endpoints
-    try:
-        await made.start()
-        yield made
-    finally:
-        await made.stop()
+    return running(cluster_on(brokers, folder, settings))
 
 
 def request(failure: str, before: int = 0) -> dict[str, Any]:

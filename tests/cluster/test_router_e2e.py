@@ -129,7 +129,17 @@ def test_a_new_worker_is_used_within_a_second_and_leaves_without_costing_a_reque
         asking = asyncio.create_task(keep_asking())
         await eventually(lambda: added.said("request"), "the worker is used")
         took = time.monotonic() - began
+        pieces: list[list[str]] = [[] for _ in range(6)]
+
+        async def slow(number: int) -> None:
+            async for piece in stack.stream(prompt_of(f"slow{number}"), "pace:0.05", max_tokens=40):
+                pieces[number].append(piece)
+
+        streams = [asyncio.create_task(slow(number)) for number in range(len(pieces))]
+        await eventually(lambda: all(pieces), "slow streams on all workers")
         assert await added.child.stop() == 0
+        await asyncio.gather(*streams)
+        assert not logged(stack.routers[0], rf"worker {added.worker_id:x} .*sends no heartbeats")
         after = len(statuses)
         await eventually(lambda: len(statuses) > after + 3, "requests after it has gone")
         asking.cancel()

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import eventually, long_prompt, metric, post, recording, stream
+from tests.e2e_helpers import cluster_on, eventually, long_prompt, metric, post, recording, running, stream
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.processes import Child, free_port, python_module
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
@@ -28,17 +28,12 @@ COMBINATIONS = [(topology, router) for topology in MODES for router in ("exact",
 
 @asynccontextmanager
 async def deployed(brokers: Brokers, folder: Path, settings: ClusterSettings) -> AsyncIterator[Cluster]:
-    made = Cluster(settings, folder)
-    made.nats_server, made.etcd_endpoints = brokers.nats_server, brokers.etcd_endpoints
-    try:
-        await made.start()
+    async with running(cluster_on(brokers, folder, settings)) as made:
         yield made
         goodbyes = await made.stop()
         assert not any(goodbyes.values()) or settings.keep, goodbyes
         assert not [child.name for child in (*made.workers, *made.routers) if child.name not in goodbyes]
         assert not [child.name for child in made.workers if "could not leave" in child.log()]
-    finally:
-        await made.stop()
 
 
 def settings_of(model_dir: Path, namespace: str, *groups: WorkerGroup, **more: Any) -> ClusterSettings:

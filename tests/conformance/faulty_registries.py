@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.registry_helpers import FileBackend
-from vswa_plugin.errors import InvariantError, ProtocolError, VswaError
+from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, VswaError
 from vswa_plugin.registry import PREFIX, Entry, prefix_of
 from vswa_plugin.registry import watching as watching_module
 from vswa_plugin.registry.entry_files import Scanner
@@ -139,12 +139,9 @@ class TestLogsEachLook(_Suite):
     class kind(FileRegistry):
         async def _follow(self, prefix: str, view: RegistryState) -> None:
             while True:
-                try:
-                    view._payloads.clear()
-                    view.replace(await self._scan(prefix))
-                    view.connect()
-                except VswaError as error:
-                    view.disconnect(str(error))
+                view._payloads.clear()
+                view.replace(await self._scan(prefix))
+                view.connect()
                 await asyncio.sleep(0.02)
 
 
@@ -172,14 +169,11 @@ class TestEndsWithAnOutage(_Suite):
 
 class TestSaysNotWhy(_Suite):
     class kind(FileRegistry):
-        async def _follow(self, prefix: str, view: RegistryState) -> None:
-            while True:
-                try:
-                    view.replace(await self._scan(prefix))
-                    view.connect()
-                except VswaError:
-                    view.disconnect("out of reach")
-                await asyncio.sleep(0.02)
+        async def _scan(self, prefix: str) -> dict[str, bytes]:
+            try:
+                return await super()._scan(prefix)
+            except VswaError as error:
+                raise ConnectError("out of reach") from error
 
 
 class TestLeavesATask(_Suite):

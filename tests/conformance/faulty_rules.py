@@ -11,7 +11,6 @@ from hypothesis import Phase, settings
 from tests.conformance.test_rules import layouts_of
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import Needs, ReuseRule, TrtllmV2, Vllm
-from vswa_plugin.testing.cases import ReuseCase
 from vswa_plugin.testing.rules import ReuseRuleConformance, ReuseWalk
 from vswa_plugin.testing.walks import walk_vllm
 
@@ -24,120 +23,86 @@ class Sound(Vllm):
 
 
 class _Suite(ReuseRuleConformance):
-    @pytest.fixture
-    def layouts(self, rule: ReuseRule) -> Sequence[CacheLayout]:
-        return layouts_of(Sound.name)
+    kind: type[ReuseRule] = Sound
 
-
-class TestSound(_Suite):
     @pytest.fixture
     def rule(self) -> ReuseRule:
-        return Sound()
+        return self.kind()
+
+    @pytest.fixture
+    def layouts(self) -> Sequence[CacheLayout]:
+        return layouts_of(Sound.name)
 
     @pytest.fixture
     def walk(self) -> ReuseWalk:
         return lambda case: walk_vllm(case.layout, case.tree, case.prompt).tokens
 
 
+class TestSound(_Suite):
+    """As the others, without a fault."""
+
+
 class TestOfAnotherName(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        return Vllm()
+    kind = Vllm
 
 
 class TestOfUnknownProvenance(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class Guessed(Sound):
-            provenance = "guessed"
-
-        return Guessed()
+    class kind(Sound):
+        provenance = "guessed"
 
 
 class TestPastTheEnd(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class PastTheEnd(Sound):
-            def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
-                return -(-prompt_len // layout.block_size)
-
-        return PastTheEnd()
+    class kind(Sound):
+        def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+            return -(-prompt_len // layout.block_size)
 
 
 class TestFewerForLonger(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class FewerForLonger(Sound):
-            def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
-                return super().boundaries(layout, prompt_len) // (1 + (prompt_len > 3 * layout.block_size))
-
-        return FewerForLonger()
+    class kind(Sound):
+        def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+            return super().boundaries(layout, prompt_len) // (1 + (prompt_len > 3 * layout.block_size))
 
 
 class TestNothingLeftToCompute(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class NothingLeft(TrtllmV2):
-            name = "theirs"
+    class kind(TrtllmV2):
+        name = "theirs"
 
-            def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
-                return boundary * layout.block_size
-
-        return NothingLeft()
+        def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+            return boundary * layout.block_size
 
 
 class TestFallingTokens(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class FallingTokens(Sound):
-            def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
-                return (1 if boundary % 2 == 0 else boundary) * layout.block_size if boundary else 0
-
-        return FallingTokens()
+    class kind(Sound):
+        def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+            return (1 if boundary % 2 == 0 else boundary) * layout.block_size if boundary else 0
 
 
 class TestBeforeTheStart(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class BeforeTheStart(Sound):
-            def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
-                return boundary - (group.window_size or 0) // group.block_size if group.window_size else 0
-
-        return BeforeTheStart()
+    class kind(Sound):
+        def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+            return boundary - (group.window_size or 0) // group.block_size if group.window_size else 0
 
 
 class TestNumbersOfAnotherRule(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class OtherNumbers(Sound):
-            def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
-                numbers = tuple(None if g.window_size is None else 1 for g in layout.check().groups)
-                return Needs(numbers, numbers)
-
-        return OtherNumbers()
+    class kind(Sound):
+        def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+            numbers = tuple(None if g.window_size is None else 1 for g in layout.check().groups)
+            return Needs(numbers, numbers)
 
 
 class TestCounting(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class Counting(Sound):
-            def __init__(self) -> None:
-                self._calls = itertools.count()
+    class kind(Sound):
+        def __init__(self) -> None:
+            self._calls = itertools.count()
 
-            def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
-                return 0 if next(self._calls) % 50 == 0 else super().first_needed(group, boundary, prompt_len)
-
-        return Counting()
+        def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+            return 0 if next(self._calls) % 50 == 0 else super().first_needed(group, boundary, prompt_len)
 
 
 class TestAcceptsAnything(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class AcceptsAnything(Sound):
-            def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
-                return None
-
-        return AcceptsAnything()
+    class kind(Sound):
+        def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+            return None
 
     @pytest.fixture
     def refused(self) -> Sequence[CacheLayout]:
@@ -145,15 +110,11 @@ class TestAcceptsAnything(_Suite):
 
 
 class TestFailsOtherwise(_Suite):
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class FailsOtherwise(Sound):
-            def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
-                if len(layout.groups) > 3:
-                    raise ValueError("too many groups")
-                return super().needs(layout, prompt_len)
-
-        return FailsOtherwise()
+    class kind(Sound):
+        def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+            if len(layout.groups) > 3:
+                raise ValueError("too many groups")
+            return super().needs(layout, prompt_len)
 
     @pytest.fixture
     def layouts(self) -> Sequence[CacheLayout]:
@@ -163,18 +124,7 @@ class TestFailsOtherwise(_Suite):
 class TestOneBlockTooFew(_Suite):
     """Sound in itself, and not what the engine does."""
 
-    @pytest.fixture
-    def rule(self) -> ReuseRule:
-        class OneTooFew(Sound):
-            @staticmethod
-            def _trailing(window: int, block_size: int) -> int:
-                return max(1, Vllm._trailing(window, block_size) - 1)
-
-        return OneTooFew()
-
-    @pytest.fixture
-    def walk(self) -> ReuseWalk:
-        def walk(case: ReuseCase) -> int | None:
-            return walk_vllm(case.layout, case.tree, case.prompt).tokens
-
-        return walk
+    class kind(Sound):
+        @staticmethod
+        def _trailing(window: int, block_size: int) -> int:
+            return max(1, Vllm._trailing(window, block_size) - 1)

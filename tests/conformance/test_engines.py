@@ -21,6 +21,10 @@ from vswa_plugin.testing.conformance import EngineConformance
 from vswa_plugin.testing.engine import StandinEngine, standin_settings
 
 
+def by_manager_v1(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "kv_cache_config": {**options["kv_cache_config"], "use_kv_cache_manager_v2": False}}
+
+
 class TestStandinEngine(EngineConformance):
     @pytest.fixture
     def engine(self) -> Engine:
@@ -42,25 +46,19 @@ class TestGemma3CpuOfTwoRanks(TestGemma3Cpu):
 
 
 class TestGemma3CpuByManagerV1(TestGemma3Cpu):
-    options = {  # noqa: RUF012
-        **gemma3.OPTIONS,
-        "kv_cache_config": {**gemma3.OPTIONS["kv_cache_config"], "use_kv_cache_manager_v2": False},
-    }
+    options = by_manager_v1(gemma3.OPTIONS)
 
 
 class TestTensorRtLlm(EngineConformance):
     kind = "v2"
+    options: dict[str, Any] = tensorrt_llm.OPTIONS
 
     @pytest.fixture
     def engine(self, standin: None, model: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
         monkeypatch.setattr(LLM, "kind", self.kind)
-        options = tensorrt_llm.OPTIONS
-        if self.kind != "v2":
-            options = {**options, "kv_cache_config": {**options["kv_cache_config"], **self.v1}}
-        return TensorRtLlmEngine(tensorrt_llm.settings_for(model, options))
-
-    v1 = {"use_kv_cache_manager_v2": False}  # noqa: RUF012
+        return TensorRtLlmEngine(tensorrt_llm.settings_for(model, self.options))
 
 
 class TestTensorRtLlmByManagerV1(TestTensorRtLlm):
     kind = "v1"
+    options = by_manager_v1(tensorrt_llm.OPTIONS)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conformance import faulty_adapters, faulty_engines
+from tests.conformance.faulty_adapters import TestPlain as TestPlain
 
 pytest_plugins = ["pytester"]
 
@@ -16,45 +17,18 @@ ENGINES = faulty_engines.all_faulty()
 ADAPTERS = faulty_adapters.all_faulty()
 
 
-def run(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, module: str, fault: type[Any]
-) -> pytest.RunResult:
-    """The test that is there for the fault, in a pytest of its own."""
+@pytest.mark.parametrize("fault", [*ENGINES, *ADAPTERS], ids=lambda each: each.__name__)
+def test_a_faulty_engine_or_adapter_fails_the_test_that_is_there_for_its_fault(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fault: type[Any]
+) -> None:
+    test, reason = fault.caught_by
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.syspathinsert(ROOT)
-    pytester.makepyfile(
-        f"from tests.conformance.{module} import SUITES\nTestFaulty = SUITES[{fault.__name__!r}]\n"
-    )
-    return pytester.runpytest_inprocess(
-        "-p", "no:cacheprovider", "-rf", "--tb=short", "-k", fault.caught_by[0]
-    )
+    pytester.makepyfile(f"from {fault.__module__} import SUITES\nTestFaulty = SUITES[{fault.__name__!r}]\n")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rf", "--tb=short", "-k", test)
 
-
-def failed(result: pytest.RunResult) -> set[str]:
-    """Names of the tests that failed, without what they were parametrized with."""
     lines = [line.split()[1] for line in result.outlines if line.startswith("FAILED ")]
-    return {line.rpartition("::")[2].partition("[")[0].removeprefix("test_") for line in lines}
-
-
-@pytest.mark.parametrize("fault", ENGINES, ids=lambda each: each.__name__)
-def test_a_faulty_engine_fails_its_suite(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fault: type[faulty_engines.Faulty]
-) -> None:
-    test, reason = fault.caught_by
-    result = run(pytester, monkeypatch, "faulty_engines", fault)
-
-    assert test in failed(result)
-    assert reason in result.stdout.str()
-
-
-@pytest.mark.parametrize("fault", ADAPTERS, ids=lambda each: each.__name__)
-def test_a_faulty_adapter_fails_its_suite(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fault: type[faulty_adapters.Plain]
-) -> None:
-    test, reason = fault.caught_by
-    result = run(pytester, monkeypatch, "faulty_adapters", fault)
-
-    assert test in failed(result)
+    assert test in {line.rpartition("::")[2].partition("[")[0].removeprefix("test_") for line in lines}
     assert reason in result.stdout.str()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.conformance.faulty import failures
@@ -52,15 +54,7 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    return failures("faulty_registries.py", tmp_path_factory.mktemp("faulty"), FAULTS, sound=("TestSound",))
-
-
-def test_a_sound_registry_passes(failed: dict[str, set[str]]) -> None:
-    assert set() == failed["TestSound"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_fails_the_checks_that_are_about_it(failed: dict[str, set[str]], fault: str) -> None:
-    assert FAULTS[fault] == failed[fault]
+def test_a_sound_registry_passes_and_each_planted_fault_fails_the_checks_that_are_about_it(
+    tmp_path: Path,
+) -> None:
+    assert {"TestSound": set(), **FAULTS} == failures("faulty_registries.py", tmp_path, FAULTS)

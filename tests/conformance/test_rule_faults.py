@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
 from tests.conformance.faulty import failures
 
@@ -38,15 +38,7 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    return failures("faulty_rules.py", tmp_path_factory.mktemp("faulty"), FAULTS, sound=("TestSound",))
-
-
-def test_a_sound_rule_passes(failed: dict[str, set[str]]) -> None:
-    assert set() == failed["TestSound"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_fails_the_checks_that_are_about_it(failed: dict[str, set[str]], fault: str) -> None:
-    assert FAULTS[fault] == failed[fault]
+def test_a_sound_rule_passes_and_each_planted_fault_fails_the_checks_that_are_about_it(
+    tmp_path: Path,
+) -> None:
+    assert {"TestSound": set(), **FAULTS} == failures("faulty_rules.py", tmp_path, FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from vswa_plugins.dynamo_events.scorer import BoundaryProjection
@@ -54,15 +55,7 @@ class TestBoundaryProjection(ScorerConformance):
         return lambda layout: BoundaryProjection(layout, RULES)
 
 
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    return failures("faulty_scorers.py", tmp_path_factory.mktemp("faulty"), FAULTS, sound=("TestSound",))
-
-
-def test_a_sound_scorer_passes(failed: dict[str, set[str]]) -> None:
-    assert set() == failed["TestSound"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_fails_the_check_that_is_about_it(failed: dict[str, set[str]], fault: str) -> None:
-    assert FAULTS[fault] == failed[fault]
+def test_a_sound_scorer_passes_and_each_planted_fault_fails_the_checks_that_are_about_it(
+    tmp_path: Path,
+) -> None:
+    assert {"TestSound": set(), **FAULTS} == failures("faulty_scorers.py", tmp_path, FAULTS)

@@ -272,7 +272,9 @@ def test_a_refused_rank_does_not_hold_up_those_who_wait_for_all() -> None:
             await followed.transport.hear(STRANGE, 0, layout_event(odd))
             view = followed.subscriber.view(STRANGE)
             assert view is not None
-            return view.state(0.0), float(followed.subscriber.changed.is_set())
+            assert followed.subscriber.live(GOOD)
+            assert not followed.subscriber.live(STRANGE)
+            return view.state, float(followed.subscriber.changed.is_set())
 
     assert ("unreadable", 1.0) == run_in_jumps(body())
 

@@ -30,12 +30,12 @@ def test_a_rank_that_was_never_heard_of_is_not_scored() -> None:
     view = View(Source("ns", "backend", 1), ViewOptions())
 
     assert not view.scored(0.0)
-    assert view.state(0.0) == "waiting"
+    assert view.state == "waiting"
 
 
 def test_a_live_rank_is_scored() -> None:
     assert live_view().scored(0.0)
-    assert live_view().state(0.0) == "live"
+    assert live_view().state == "live"
 
 
 def test_a_stale_rank_is_scored_as_last_seen_for_ten_seconds() -> None:
@@ -44,7 +44,7 @@ def test_a_stale_rank_is_scored_as_last_seen_for_ten_seconds() -> None:
 
     assert view.scored(109.9)
     assert not view.scored(110.1)
-    assert view.state(105.0) == "stale"
+    assert view.state == "stale"
 
 
 def test_missing_heartbeats_score_0_within_three() -> None:
@@ -55,7 +55,7 @@ def test_missing_heartbeats_score_0_within_three() -> None:
 
     now = ticks(view, now, 1.0)
     assert not view.scored(now)
-    assert view.state(now) == "silent"
+    assert view.state == "silent"
     view.heard()
     assert view.scored(now)
 
@@ -91,4 +91,4 @@ def test_an_epoch_with_an_event_of_a_later_version_is_not_scored() -> None:
     view.reader.on_batch(Batch(1, 5, 1, 0, (Unknown("grown"),)), 0.0)
 
     assert not view.scored(0.0)
-    assert view.state(0.0) == "unreadable"
+    assert view.state == "unreadable"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,11 @@ def test_an_adapter_that_does_what_it_must_not_is_counted_and_named(
     assert "'theirs'" in caplog.text
 
 
+def test_ctrl_c_in_an_adapter_stays_ctrl_c(host: PluginHost) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fed(host, raising(KeyboardInterrupt()))
+
+
 # -- reuse rules -----------------------------------------------------------------------------------
 
 
@@ -123,6 +129,7 @@ def test_a_rule_that_raises_is_counted_and_named(host: PluginHost, part: str) ->
         ("needs", (1, 2)),
         ("needs", Needs((1,), (1, None))),
         ("needs", Needs((1, -1), (1, None))),
+        ("needs", Needs((1, None), (1,))),
     ],
 )
 def test_an_answer_that_would_do_harm_elsewhere_is_a_failure_of_the_rule(
@@ -150,9 +157,12 @@ async def one_chunk(_: object) -> AsyncIterator[dict[str, Any]]:
     yield {"token_ids": [1]}
 
 
-async def a_chunk_and_a_bug(_: object) -> AsyncIterator[dict[str, Any]]:
-    yield {"token_ids": [1]}
-    raise BUG
+def a_chunk_and(error: BaseException) -> Callable[[object], AsyncIterator[dict[str, Any]]]:
+    async def generate(_: object) -> AsyncIterator[dict[str, Any]]:
+        yield {"token_ids": [1]}
+        raise error
+
+    return generate
 
 
 async def a_refusal(_: object) -> AsyncIterator[dict[str, Any]]:
@@ -203,8 +213,15 @@ def test_what_a_user_can_correct_goes_through_unchanged(host: PluginHost) -> Non
     assert {} == host.failures()
 
 
-def test_an_engine_that_fails_as_it_stops_keeps_nothing_from_being_stopped(host: PluginHost) -> None:
-    engine_of(host, stop=raising(BUG)).stop()
+@pytest.mark.parametrize(
+    "stop",
+    [raising(BUG), raising(ConfigError("late")), partial(raising(BUG))],
+    ids=["bug", "ours", "partial"],
+)
+def test_an_engine_that_fails_as_it_stops_keeps_nothing_from_being_stopped(
+    host: PluginHost, stop: Callable[[], Any]
+) -> None:
+    engine_of(host, stop=stop).stop()
 
     assert {("theirs", "vswa_engine"): 1} == host.failures()
 
@@ -222,9 +239,12 @@ def test_an_engine_that_cannot_say_how_it_is_has_failed(host: PluginHost) -> Non
     assert "plugin 'theirs' failed" in failure
 
 
-def test_a_request_that_meets_a_bug_of_the_engine_is_counted_and_named(host: PluginHost) -> None:
-    with pytest.raises(PluginFailed, match="plugin 'theirs' failed in generate: KeyError"):
-        asyncio.run(chunks_of(engine_of(host, generate=a_chunk_and_a_bug)))
+@pytest.mark.parametrize("error", [BUG, SystemExit(3)], ids=["bug", "exits"])
+def test_a_request_that_meets_a_bug_of_the_engine_is_counted_and_named(
+    host: PluginHost, error: BaseException
+) -> None:
+    with pytest.raises(PluginFailed, match=f"plugin 'theirs' failed in generate: {type(error).__name__}"):
+        asyncio.run(chunks_of(engine_of(host, generate=a_chunk_and(error))))
 
     assert {("theirs", "vswa_engine"): 1} == host.failures()
 
@@ -300,3 +320,14 @@ def test_a_prediction_that_cannot_be_is_a_failure_of_the_scorer(host: PluginHost
     assert 0 == scorer.predict(Prompt((1, 2), ()))
     assert scorer.failed
     assert {("theirs", "vswa_accuracy_scorers"): 1} == host.failures()
+
+
+def test_a_name_that_another_scorer_has_costs_that_plugin_its_scorers(host: PluginHost) -> None:
+    class Other(Guess):
+        name = "other"
+
+    for owner, given in {"a": [Guess()], "b": [Other(), Guess()], "c": [Other(), Other()]}.items():
+        host.register(plugin(vswa_accuracy_scorers=lambda given=given: given), owner)
+
+    assert ["guess"] == [scorer.name for scorer in host.accuracy_scorers(LAYOUT, {})]
+    assert {("b", "vswa_accuracy_scorers"): 1, ("c", "vswa_accuracy_scorers"): 1} == host.failures()

@@ -140,6 +140,13 @@ def test_the_host_says_whether_anybody_implements_a_hook(host: PluginHost, hook:
     assert [False, True, False] == [before, during, host.implements(hook)]
 
 
+@pytest.mark.parametrize("hook", ["vswa_score", "vswa_select_worker"])
+def test_either_hook_gives_a_say_in_the_choice_of_workers(host: PluginHost, hook: str) -> None:
+    host.register(plugin(**{hook: lambda: None}), "x")
+
+    assert host.selection_hooks() is host
+
+
 @pytest.mark.parametrize(
     ("plugins", "told"), [("trtllm_events", False), ("trtllm_events,dynamo_events", True)]
 )

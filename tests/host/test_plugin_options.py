@@ -190,8 +190,11 @@ def test_a_variable_that_nobody_takes_is_a_warning_that_names_it(
 def test_what_cannot_be_used_is_refused_with_file_and_key(
     load: Load, text: str | None, environ: dict[str, str], message: str
 ) -> None:
+    before = set(sys.modules)
     with pytest.raises(ConfigError, match=message):
         load(text, environ)
+
+    assert not [name for name in set(sys.modules) - before if "local_plugin" in name], "the host is closed"
 
 
 @pytest.mark.parametrize("program", ["worker", "router"])

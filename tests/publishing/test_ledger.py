@@ -215,7 +215,7 @@ def test_the_table_turned_round_in_parts_is_the_table_turned_round(
     before: list[tuple[int, int]], after: list[tuple[int, int]], at_once: int
 ) -> None:
     """Also while blocks come and go, and though two names of the engine mean one block."""
-    table = NodeTable(limit=12)
+    table = NodeTable(limit=4)
 
     def add(name: int, token: int) -> None:
         table.add(None, EngineBlock(name, (token,)), None, None)

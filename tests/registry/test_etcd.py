@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests import wire_1_0
 from tests.conftest import Brokers, Run
 from tests.registry_helpers import ENTRY, EtcdBackend, Reader, entry, joined_and_watched, start_etcd
-from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
 from vswa_plugin.launch.processes import free_port
 from vswa_plugin.registry import Entry, decode_entry, encode_entry, last_epoch
@@ -52,37 +52,11 @@ def test_an_entry_of_an_older_release_is_read_and_says_nothing_of_what_that_did_
     assert (entry.status_url, entry.version, entry.engine_version) == (None, "", "")
 
 
-class OlderEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of an entry, and the way to read it, of those releases."""
-
-    namespace: str
-    component: str
-    worker_id: int
-    mode: str
-    engine: str
-    served_model_name: str
-    model_path: str
-    context_length: int
-    block_size: int
-    rule: str
-    hash_scheme: str
-    groups: tuple[CacheGroup, ...]
-    epochs: dict[int, int]
-    total_kv_blocks: int
-    endpoint: str = "generate"
-    host: str = ""
-    pid: int = 0
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    taints: tuple[str, ...] = ()
-    visible: bool = True
-
-
 def test_an_older_reader_ignores_what_an_entry_of_today_says_besides() -> None:
     today = msgspec.structs.replace(
         decode_entry(ENTRY.key, OLD_ENTRY), status_url="http://h:9090", version="9.9", engine_version="1.3"
     )
-    read = msgspec.json.decode(encode_entry(today), type=OlderEntry)
+    read = msgspec.json.decode(encode_entry(today), type=wire_1_0.Entry)
 
     assert msgspec.json.encode(read) == OLD_ENTRY
 

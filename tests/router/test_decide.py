@@ -63,8 +63,10 @@ def test_a_long_prefix_without_its_sliding_blocks_loses_against_a_shorter_one_th
 
 def test_a_burst_of_one_new_prefix_stays_where_its_first_request_went() -> None:
     setting = Setting()
-    ranks = {setting.decide([*PROMPT[:112], *range(500 + 9 * n, 530 + 9 * n)]).rank for n in range(3)}
+    chosen = [setting.decide([*PROMPT[:112], *range(500 + 9 * n, 530 + 9 * n)]) for n in range(3)]
+    ranks = {decision.rank for decision in chosen}
 
+    assert [(each.busy, each.in_flight) for each in chosen] == [(False, False), (True, True), (True, True)]
     assert len(ranks) == 1
     assert setting.pool.book.load(ranks.pop()) == Load(7 + 3, 142 + 2 * 30, 3)
     scattering = Setting(in_flight_credit=0)

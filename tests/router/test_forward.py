@@ -238,6 +238,8 @@ def test_a_lost_worker_is_passed_on_for_migration_and_avoided() -> None:
         served.client.ids = [1]
         await served.all(routing={})
         assert served.client.requests[-1][0] == 1, "better than nobody"
+        served.forwarder.forget(1)
+        assert not served.forwarder._services.avoided.now(), "if it comes back, it has done nothing yet"
 
     run(body())
 

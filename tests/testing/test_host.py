@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,15 +90,3 @@ def test_the_error_of_the_test_itself_is_not_covered_up() -> None:
     with pytest.raises(KeyError), plugin_host(vswa_metrics=failing(OSError())) as host:
         host.metrics()
         raise KeyError
-
-
-def test_neither_pytest_nor_nats_is_imported_with_host_and_engine() -> None:
-    code = (
-        "import sys, vswa_plugin.testing.host, vswa_plugin.testing.engine; "
-        "print(sorted({'pytest', 'hypothesis', 'nats'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
-    )
-
-    assert "[]" == done.stdout.strip()

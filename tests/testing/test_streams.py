@@ -211,10 +211,13 @@ def test_whatever_becomes_of_messages_the_view_ends_exact(name: str, seed: int) 
     run(body())
 
 
-def test_a_view_is_not_equal_while_messages_are_lost() -> None:
+def test_a_view_is_not_equal_while_it_is_not_scored_or_messages_are_lost() -> None:
     async def body() -> None:
         async with one_of_each(MemoryBroker(), "n", heartbeat_s=60.0) as (worker, reader):
             await reader.catches_up(worker)
+            reader.index.set_scored(worker.source.rank, False)
+            assert not reader.equals(worker)
+            reader.index.set_scored(worker.source.rank, True)
             worker.fault = lambda payload: []
             worker.work()
             await worker.settled()

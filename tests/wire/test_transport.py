@@ -82,6 +82,12 @@ def test_a_server_that_is_not_there_is_named_with_the_setting(run: Run[Any]) -> 
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("servers", ["", " ", ","])
+def test_no_server_at_all_is_refused(servers: str) -> None:
+    with pytest.raises(ConfigError, match=rf"NATS_SERVER: expected .* got '{servers}'"):
+        Transport(servers)
+
+
 def test_a_connection_outlives_a_restart_of_the_server(run: Run[Any], tmp_path: Any) -> None:
     async def body() -> bytes:
         first, url = await start_nats(tmp_path)

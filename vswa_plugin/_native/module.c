@@ -3,7 +3,7 @@
 #include "hashes.h"
 #include "score.h"
 
-/* Raised when what vswa_plugin.kernel relies on changes: an old build is then left aside. */
+/* Raised when what vswa_plugin.blocks.kernel relies on changes: an old build is then left aside. */
 #define VSWA_KERNEL_VERSION 2
 #define MAX_BIT (1 << 20)
 #define MAX_GROUPS (1 << 12)

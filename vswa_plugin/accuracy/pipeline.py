@@ -10,6 +10,7 @@ from vswa_plugin.dynamo.runtime import namespaced_block_hash
 from vswa_plugin.engine.contract import BlocksStored, EventAdapter, Node, RawEvent
 from vswa_plugin.engine.predicted import Scorer
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.publishing.history import HistoryOptions
 from vswa_plugin.publishing.ledger import Ledger, LedgerOptions
 from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.residency import Residency
@@ -20,7 +21,7 @@ class EventPipeline:
     """Adapter, ledger and wire bytes of one rank, and what predicts from them.
 
     :param new_adapter: of the rank's event format; made now, and again after a loss.
-    :ivar restarts: times that nothing was known to be resident any more, though something had been.
+    :ivar restarts: times that nothing was known to be resident any more, though something may have been.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class EventPipeline:
         self._ledger = Ledger(
             "trace",
             Residency(layout, NodeTable(namespaced_block_hash)),
-            LedgerOptions(),
+            LedgerOptions(history=HistoryOptions(ring_batches=0)),  # nobody asks for a replay
             clock_ns=lambda: next(ticks),
             clock=lambda: 0.0,
             observe_stored=self._learn,
@@ -70,6 +71,7 @@ class EventPipeline:
     def lose(self) -> None:
         """Events are missing here: nothing is known of the cache until it is stored again."""
         self._adapter = self._new_adapter()
+        self._changed = True  # what is missing may have been stored
         self._ledger.lose("events are missing in the trace")
         self._deliver()
 

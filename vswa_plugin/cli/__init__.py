@@ -91,7 +91,7 @@ def built_in(name: str) -> Command:
     """Import the module of one built-in command."""
     from vswa_plugin.hookspecs.commands import Command
 
-    module = import_module(_MODULES.get(name, f"vswa_plugin.cli.{name.replace('-', '_')}"))
+    module = import_module(_MODULES.get(name, f"vswa_plugin.cli.{name}"))
     return Command(name, BUILT_IN[name], "vswa itself", module.configure, module.run)
 
 

@@ -15,6 +15,7 @@ import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
+from vswa_plugin.program.args import nats_server
 from vswa_plugin.program.options import at_least_one
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire.events import (
@@ -30,7 +31,7 @@ from vswa_plugin.wire.events import (
     decode,
 )
 from vswa_plugin.wire.subjects import check_name, events_of, source_of
-from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
+from vswa_plugin.wire.transport import Transport
 
 _EXAMPLES = """\
 examples:
@@ -137,7 +138,7 @@ def _hashes(hashes: tuple[int, ...]) -> str:
 async def _follow(args: argparse.Namespace) -> int:
     follower = Follower(args.window)
     await _learn_from_registry(follower)
-    transport = Transport(os.environ.get("NATS_SERVER", DEFAULT_SERVER), "vswa events")
+    transport = Transport(nats_server(os.environ), "vswa events")
     await transport.connect()
     left = args.count if args.count is not None else -1
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

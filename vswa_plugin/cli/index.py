@@ -10,17 +10,17 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.program.args import nats_server
 from vswa_plugin.program.life import Life, Program
 from vswa_plugin.program.options import excludes, port, requires, seconds
 from vswa_plugin.program.status import StatusServer
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.subjects import check_name
-from vswa_plugin.wire.transport import DEFAULT_SERVER, Transport
+from vswa_plugin.wire.transport import Transport
 
 _EXAMPLES = """\
 examples:
@@ -73,7 +73,7 @@ def fleet_for(args: argparse.Namespace, tasks: Tasks | None = None) -> Fleet:
 
     :param tasks: where its long-lived tasks are watched.
     """
-    transport = Transport(os.environ.get(NATS_ENV, DEFAULT_SERVER), "vswa index")
+    transport = Transport(nats_server(os.environ), "vswa index")
     with load_host(args.plugin, args.no_plugin) as host:
         index = WindowIndex(rules=host.reuse_rules())
     return Fleet(transport, registry_from_env(), namespace=args.namespace, index=index, tasks=tasks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,9 @@ import msgspec
 from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.dynamo.bursts import joined
 from vswa_plugin.dynamo.names import EndpointName
-from vswa_plugin.dynamo.runtime import dynamo_error
+from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
-
-logger = logging.getLogger(__name__)
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -138,14 +135,8 @@ class FrontEndpoint:
 
     async def hide(self) -> None:
         """Take model and endpoint out of discovery; requests under way go on."""
-        from dynamo.llm import unregister_model
-
         self._listed = False
-        for step in (unregister_model(self._endpoint), self._endpoint.unregister_endpoint_instance()):
-            try:
-                await asyncio.wait_for(step, 5)
-            except Exception as error:  # Dynamo raises plain Exception; its lease ends what is left
-                logger.warning("%s: could not leave Dynamo's discovery: %s", self.name, error)
+        await leave_discovery(self._endpoint, self.name)
 
     async def ended(self, timeout_s: float = 10.0) -> None:
         """Wait for the serving task after the runtime's shutdown."""

@@ -103,6 +103,7 @@ class WorkerEndpoint:
 
     def __init__(self, runtime: Any, name: EndpointName) -> None:
         self._runtime = runtime
+        self._name = name
         self._endpoint = runtime.endpoint(str(name))
         self._serving: asyncio.Task[None] | None = None
 
@@ -164,19 +165,24 @@ class WorkerEndpoint:
         """Take endpoint, and model where it is shown, out of discovery; requests under way go on."""
         if self._serving is not None and self._serving.done():
             return  # the runtime has ended, and its lease with it
-        from dynamo.llm import unregister_model
-
-        for step in (unregister_model(self._endpoint), self._endpoint.unregister_endpoint_instance()):
-            try:
-                await asyncio.wait_for(step, 5)
-            except Exception as error:  # Dynamo raises plain Exception; its lease ends what is left
-                logger.warning("could not leave Dynamo's discovery, its lease will end it: %s", error)
+        await leave_discovery(self._endpoint, self._name)
 
     async def shutdown(self) -> None:
         """End the runtime and the serving task."""
         self._runtime.shutdown()
         if self._serving is not None:
             await asyncio.wait({self._serving}, timeout=10)
+
+
+async def leave_discovery(endpoint: Any, name: EndpointName) -> None:
+    """Take an endpoint, and the model on it, out of discovery. Never raises."""
+    from dynamo.llm import unregister_model
+
+    for step in (unregister_model(endpoint), endpoint.unregister_endpoint_instance()):
+        try:
+            await asyncio.wait_for(step, 5)
+        except Exception as error:  # Dynamo raises plain Exception
+            logger.warning("%s: could not leave Dynamo's discovery, its lease will end it: %s", name, error)
 
 
 class _Role(NamedTuple):

@@ -30,10 +30,10 @@ from vswa_plugin.engine.contract import (
     RawEvent,
     RequestDict,
 )
-from vswa_plugin.engine.options import Section
+from vswa_plugin.engine.options import Section, is_number
 from vswa_plugin.engine.predicted import Prompt, RankSequence, RankSetup, Scorer, SimulatedRank
 from vswa_plugin.engine.records import RequestRecord
-from vswa_plugin.engine.requests import Fields, dp_rank, is_number, outside, prefill_result, token_ids
+from vswa_plugin.engine.requests import Fields, dp_rank, outside, prefill_result, token_ids
 
 __all__ = [
     "ANY_ENGINE",

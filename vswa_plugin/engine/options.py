@@ -87,7 +87,7 @@ class Section:
         value = self.data.get(key)
         if value is None:
             return default
-        if not _is_integer(value) or value < low or (high is not None and value > high):
+        if not is_integer(value) or value < low or (high is not None and value > high):
             bounds = f"of at least {low}" if high is None else f"in [{low}, {high}]"
             raise self.error(key, f"an integer {bounds}", value)
         return int(value)
@@ -100,7 +100,7 @@ class Section:
         value = self.data.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or not value or not all(_is_integer(v) and v > 0 for v in value):
+        if not isinstance(value, list) or not value or not all(is_integer(v) and v > 0 for v in value):
             raise self.error(key, f"a list of positive integers {meaning}".rstrip(), value)
         return tuple(value)
 
@@ -139,12 +139,16 @@ class Section:
         value = self.data.get(key)
         if value is None:
             return default
-        numeric = _is_integer(value) or isinstance(value, float)
-        if not numeric or not math.isfinite(value) or value < 0 or (above_zero and not value):
+        if not is_number(value) or not math.isfinite(value) or value < 0 or (above_zero and not value):
             raise self.error(key, f"seconds {'above' if above_zero else 'of at least'} 0", value)
         return float(value)
 
 
-def _is_integer(value: object) -> bool:
-    """Whether ``value`` is a number in YAML; true is none."""
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is a whole number in JSON and YAML; true is none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a number in JSON; true is none."""
+    return is_integer(value) or isinstance(value, float)

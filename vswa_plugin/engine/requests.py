@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from vswa_plugin.engine.options import is_integer
 from vswa_plugin.errors import InvalidRequest
 
 _Integer = TypeVar("_Integer", int, None)
@@ -65,7 +66,7 @@ class Fields:
         value = self.data.get(key)
         if value is None:
             return default
-        if not _is_integer(value) or value < low:
+        if not is_integer(value) or value < low:
             raise self.error(key, f"an integer of at least {low}", repr(value))
         return int(value)
 
@@ -76,7 +77,7 @@ class Fields:
             return []
         if not isinstance(value, (list, tuple)):
             raise self.error(key, "a list of token ids", type(value).__name__)
-        if not all(map(_is_integer, value)):
+        if not all(map(is_integer, value)):
             raise self.error(key, "a list of token ids", "something else among them")
         return list(value)
 
@@ -135,7 +136,7 @@ def dp_rank(routing: Fields, ranks: int, advice: str) -> int | None:
     rank = routing.data.get("dp_rank")
     if rank is None:
         return None
-    if not _is_integer(rank) or not 0 <= rank < ranks:
+    if not is_integer(rank) or not 0 <= rank < ranks:
         raise routing.error("dp_rank", f"a rank in [0, {ranks - 1}]", f"{rank!r}; {advice}")
     return int(rank)
 
@@ -152,12 +153,3 @@ def prefill_result(request: Fields, mode: str) -> Fields:
             f"none in mode {mode}; only a worker with --mode decode goes on where a prefill worker ended",
         )
     return result
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a number in JSON; true is none."""
-    return _is_integer(value) or isinstance(value, float)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

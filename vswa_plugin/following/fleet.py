@@ -105,7 +105,6 @@ class Fleet:
 
     def statuses(self, now_ns: int) -> list[RankStatus]:
         """All ranks, sorted. ``now_ns`` is the wall clock, for the lag figure."""
-        now = asyncio.get_running_loop().time()
         statuses = []
         for view in self.subscriber.views():
             reader = view.reader
@@ -114,7 +113,7 @@ class Fleet:
                 RankStatus(
                     source=view.source,
                     model=view.layout.model if view.layout else "",
-                    state=view.state(now),
+                    state=view.state,
                     reason=view.stale_reason if view.stale_since is not None else view.broken or "",
                     registered=view.registered,
                     epoch=reader.epoch,

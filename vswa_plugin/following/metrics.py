@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -53,7 +52,7 @@ class FleetCollector(Collector):
             family = CounterMetricFamily(f"vswa_reader_{name}", text, labels=["worker", "dp_rank"])
             for view in self._fleet.subscriber.views():
                 labels = [f"{view.source.worker_id:x}", str(view.source.dp_rank)]
-                family.add_metric(labels, msgspec.structs.asdict(view.reader.stats)[name])
+                family.add_metric(labels, getattr(view.reader.stats, name))
             yield family
 
     def _ranks(self) -> Iterable[Metric]:

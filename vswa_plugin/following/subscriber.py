@@ -84,8 +84,6 @@ class SubscriberStats(msgspec.Struct):
     malformed: int = 0
     foreign_subjects: int = 0
     requests: int = 0
-    became_stale: int = 0
-    became_live: int = 0
     errors: int = 0
 
 
@@ -145,6 +143,11 @@ class Subscriber:
     def view(self, rank: Rank) -> View | None:
         return self._views.get(rank)
 
+    def live(self, rank: Rank) -> bool:
+        """Whether what is known of the rank is what it holds."""
+        view = self._views.get(rank)
+        return view is not None and view.state == "live"
+
     def silent(self, rank: Rank) -> bool:
         """Whether the heartbeats of a rank are missing, be it registered or one that has left and drains."""
         view = self._views.get(rank) or self._departed.get(rank)
@@ -169,7 +172,6 @@ class Subscriber:
         self._index.drop(rank)
         view.layout, view.departed, view.registered = None, True, False
         self._departed[rank] = view
-        self._by_subject[subject(view.source, "events")] = view
         self._due.add(view)
         self.changed.set()
 
@@ -322,13 +324,11 @@ class Subscriber:
 
     def _became_stale(self, view: View, reason: str) -> None:
         if view.stale_since is None:
-            self.stats.became_stale += 1
             view.stale_since = self._now()
             logger.info("%s: view is stale: %s", view.source, reason)
         view.stale_reason = reason
 
     def _became_live(self, view: View) -> None:
-        self.stats.became_live += 1
         self.changed.set()
         if view.stale_since is not None:
             took_ms = (self._now() - view.stale_since) * 1000

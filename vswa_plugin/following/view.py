@@ -127,7 +127,8 @@ class View:
             return False
         return self.stale_since is None or now - self.stale_since < self._options.stale_grace_s
 
-    def state(self, now: float) -> str:
+    @property
+    def state(self) -> str:
         """For people: ``live``, ``stale``, ``silent``, ``unreadable`` or ``waiting``."""
         if self.broken is not None or self.reader.unreadable:
             return "unreadable"

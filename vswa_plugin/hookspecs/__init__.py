@@ -1,4 +1,4 @@
-"""Every extension point of vswa-plugin. The docstrings are the contract; there is no logic here.
+"""Every extension point of vswa-plugin. The docstrings of the hooks are the contract.
 
 A plugin is a module or an object with functions that carry the names of hooks and the mark ``@hookimpl``::
 

@@ -8,7 +8,7 @@ and nothing more. Answers are checked where a wrong one would do harm elsewhere.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar, cast
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
@@ -52,11 +52,9 @@ class Guard:
     def failed(self, part: str, error: BaseException) -> PluginFailed:
         """Count ``error``, and the exception to raise in its place."""
         self._isolation.note(self._implementation, error)
-        failure = PluginFailed(
+        return PluginFailed(
             f"plugin {self._implementation.plugin!r} failed in {part}: {type(error).__name__}: {error}"
         )
-        failure.__cause__ = error
-        return failure
 
     def call(self, through: type[Exception], function: Callable[..., T], *arguments: object) -> T:
         """The answer of ``function``; what ``through`` names is raised unchanged.
@@ -69,7 +67,8 @@ class Guard:
             raise
         except BaseException as error:
             # These functions are synchronous, so a SystemExit or CancelledError is the plugin's own.
-            raise self.failed(function.__name__, error) from error
+            part = getattr(function, "__name__", type(function).__name__)  # a partial has no name
+            raise self.failed(part, error) from error
 
 
 class GuardedAdapter:
@@ -150,11 +149,8 @@ class GuardedEngine:
 
     def stop(self) -> None:
         """Never raises: what comes after it must happen all the same."""
-        try:
-            self._guard.call(VswaError, self._engine.stop)
-        except VswaError as error:
-            if not isinstance(error, PluginFailed):  # which is counted and logged already
-                self._guard.failed("stop", error)
+        with suppress(PluginFailed):  # counted and logged already
+            self._guard.call(PluginFailed, self._engine.stop)
 
     async def generate(self, request: RequestDict) -> AsyncIterator[ChunkDict]:
         try:
@@ -163,7 +159,7 @@ class GuardedEngine:
                     yield chunk
         except RequestError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a SystemExit would end the event loop
             raise self._guard.failed("generate", error) from error
 
     def failure(self) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,7 +59,7 @@ class PluginHost(PluginSet):
         :raises ConfigError: from a plugin, unchanged.
         """
         for each in self._calls["vswa_options"]:
-            own = options[each.plugin] if each.plugin in options else Section({}, "no file", each.plugin)
+            own = options.get(each.plugin, Section({}, "no file", each.plugin))
             self._isolation.call(each, {"options": own}, plugin_checks.check_answer, through=(ConfigError,))
 
     def engine(self, settings: EngineSettings) -> Engine:
@@ -121,17 +121,10 @@ class PluginHost(PluginSet):
         """All reuse rules by name, the built-in ones and those of plugins: ``vswa_reuse_rules``."""
         owners = dict.fromkeys(RULES, "vswa-plugin")
         rules = dict(RULES)
-        for implementation in self._calls["vswa_reuse_rules"]:
-            check = partial(plugin_checks.check_rules, owners=owners)
-            answer = self._isolation.call(implementation, {}, check)
-            if answer is None or isinstance(answer, Lost):
-                continue
+        check = partial(plugin_checks.check_rules, owners=owners)
+        for implementation, added in self._answers("vswa_reuse_rules", {}, check):
             guard = Guard(self._isolation, implementation)
-            added = {
-                name: GuardedRule(rule, guard)
-                for name, rule in cast("Mapping[str, ReuseRule]", answer).items()
-            }
-            rules.update(added)
+            rules.update({name: GuardedRule(rule, guard) for name, rule in added.items()})
             owners.update(dict.fromkeys(added, implementation.plugin))
         return rules
 
@@ -166,13 +159,13 @@ class PluginHost(PluginSet):
         :param taken: names of scorers that are there already; no plugin may use them.
         """
         scorers: list[Scorer] = []
-        for implementation in self._calls["vswa_accuracy_scorers"]:
-            names = [*taken, *(each.name for each in scorers)]
-            check = partial(plugin_checks.check_scorers, taken=names)
-            answer = self._isolation.call(implementation, {"layout": layout, "rules": rules}, check)
-            if answer is not None and not isinstance(answer, Lost):
-                guard = Guard(self._isolation, implementation)
-                scorers += [GuardedScorer(each, guard) for each in cast("Sequence[Scorer]", answer)]
+        names = set(taken)
+        check = partial(plugin_checks.check_scorers, taken=names)
+        arguments = {"layout": layout, "rules": rules}
+        for implementation, added in self._answers("vswa_accuracy_scorers", arguments, check):
+            guard = Guard(self._isolation, implementation)
+            scorers += [GuardedScorer(each, guard) for each in added]
+            names.update(each.name for each in added)
         return scorers
 
     def simulated_rank(self, setup: RankSetup) -> SimulatedRank:
@@ -302,11 +295,19 @@ class PluginHost(PluginSet):
                 return answer, implementation, lost
         return None, None, lost
 
+    def _answers(
+        self, hook: str, arguments: Mapping[str, object], check: Callable[[object], None]
+    ) -> Iterator[tuple[Implementation, Any]]:
+        """Each answer and whose it is; the next plugin is asked when the caller is done with it."""
+        for each in self._calls[hook]:
+            answer = self._isolation.call(each, arguments, check)
+            if answer is not None and not isinstance(answer, Lost):
+                yield each, answer
+
     def _ask_all(
         self, hook: str, arguments: Mapping[str, object], check: Callable[[object], None]
     ) -> list[Any]:
-        answers = [self._isolation.call(each, arguments, check) for each in self._calls[hook]]
-        return [answer for answer in answers if answer is not None and not isinstance(answer, Lost)]
+        return [answer for _, answer in self._answers(hook, arguments, check)]
 
     def _no_engine(self, engine: str, lost: Sequence[Lost]) -> ConfigError:
         known = self.engine_names()

@@ -17,14 +17,12 @@ from pathlib import Path
 
 from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 from vswa_plugin.launch.logs import TAIL_BYTES, ChildLog
-from vswa_plugin.program.run import MESSAGE_BYTES, TERMINATION_ENV
+from vswa_plugin.program.run import MESSAGE_BYTES, TERMINATION_ENV, USER_ERROR
 
 logger = logging.getLogger(__name__)
 
 #: Between two looks at whether a child is ready.
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.01, 0.25
-#: Exit code of our programs for what the user must correct: starting them again would change nothing.
-USER_ERROR = 2
 
 
 class ChildDied(VswaError):
@@ -140,7 +138,7 @@ class Child:
             if code == 0:
                 say(f"{self.name} ended on request and is not started again")
                 return
-            if code == USER_ERROR:
+            if code == USER_ERROR:  # starting it again would change nothing
                 raise ConfigError(f"{self.name}: {self.last_words()}")
             pause = back_off.pause(time.monotonic() - self._born_at)
             reason = self.last_words().splitlines()[0]

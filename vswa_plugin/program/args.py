@@ -103,6 +103,11 @@ def add_run_arguments(group: argparse._ArgumentGroup, *, drains: bool = True) ->
     add_log_level(group)
 
 
+def nats_server(environ: Mapping[str, str]) -> str:
+    """Where workers publish; an empty NATS_SERVER counts as none."""
+    return environ.get(NATS_ENV) or DEFAULT_SERVER
+
+
 def run_args(given: argparse.Namespace, environ: Mapping[str, str]) -> RunArgs:
     """Check what was given; raises ConfigError."""
     if not 0 < given.heartbeat < math.inf:
@@ -111,7 +116,7 @@ def run_args(given: argparse.Namespace, environ: Mapping[str, str]) -> RunArgs:
     if not 0 <= drain_timeout_s < math.inf:
         raise ConfigError(f"--drain-timeout: expected 0 seconds or more, got {drain_timeout_s:g}")
     return RunArgs(
-        nats_server=environ.get(NATS_ENV) or DEFAULT_SERVER,
+        nats_server=nats_server(environ),
         registry=given.registry,
         heartbeat_s=given.heartbeat,
         drain_timeout_s=drain_timeout_s,

@@ -25,7 +25,6 @@ from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.models import Models
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.router.replicas.exchange import Replicas
-from vswa_plugin.wire.events import Rank
 from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Router(Program):
         self.decider = Decider(
             self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks()
         )
-        self.forwarder = Forwarder(self.decider, self.accuracy, self._live)
+        self.forwarder = Forwarder(self.decider, self.accuracy, self.fleet.subscriber.live)
         counted = Counted(
             self.decider,
             self.accuracy,
@@ -99,20 +98,12 @@ class Router(Program):
             self.forwarder,
             only=args.served_model_name,
             book=self.replicas.load.book,
-            silent=self._silent,
+            silent=self.fleet.subscriber.silent,
             tasks=self._tasks,
         )
         self._following = self._tasks.start(self._models.follow(), "follow the workers")
         if args.http.port is not None:
             await self.server.start(args.http.host, args.http.port)
-
-    def _live(self, rank: Rank) -> bool:
-        view = self.fleet.subscriber.view(rank)
-        return view is not None and view.state(asyncio.get_running_loop().time()) == "live"
-
-    def _silent(self, rank: Rank) -> bool:
-        view = self.fleet.subscriber.view(rank)
-        return view is None or view.silent
 
     async def leave(self) -> None:
         assert self._models is not None and self._following is not None

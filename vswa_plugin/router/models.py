@@ -10,12 +10,11 @@ from typing import Any
 
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
 from vswa_plugin.dynamo.names import EndpointName
-from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.registry import Entry
 from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.forward import Forwarder
-from vswa_plugin.router.pools import Group, Model, grouped, not_used, set_ranks, slug_of
+from vswa_plugin.router.pools import Group, Groups, Model, not_used, set_ranks, slug_of
 from vswa_plugin.selection import LoadBook
 from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire.events import Rank
@@ -128,7 +127,8 @@ class Models:
         self._silent = silent
         #: Workers that left the registry with streams under way, which they finish unless they are dead.
         self._departed: dict[int, tuple[WorkerClient, tuple[Rank, ...]]] = {}
-        self._seen: dict[str, Entry] = {}
+        self._grouped = Groups(entries)
+        self._known: dict[str, Group] = {}
         self._clients: dict[EndpointName, WorkerClient] = {}
         self._endpoints: dict[EndpointName, FrontEndpoint] = {}
         self._groups: dict[str, Group] = {}
@@ -146,11 +146,10 @@ class Models:
 
     async def update(self) -> None:
         """Take in what has changed among the workers, and show what can be shown."""
-        if self._entries != self._seen:
-            self._seen = dict(self._entries)
-            groups = grouped(self._seen.values(), MODES)
+        if (groups := self._grouped.now()) is not self._known:
+            self._known = groups
             self._groups = {name: group for name, group in groups.items() if self._only in (None, name)}
-            self._refusals.report_all(not_used(self._seen.values(), self._groups.values()))
+            self._refusals.report_all(not_used(self._entries.values(), self._groups.values()))
             self._due = dict.fromkeys((*self._groups, *(self._models.keys() - self._groups.keys())), 0.0)
         for name in [name for name, due in self._due.items() if self._now() >= due]:
             del self._due[name]

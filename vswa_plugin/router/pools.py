@@ -10,6 +10,7 @@ import msgspec
 from xxhash import xxh3_64_hexdigest
 
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
+from vswa_plugin.engine.contract import MODES
 from vswa_plugin.registry import Entry, oddity
 from vswa_plugin.selection import LoadBook, NoCandidate
 from vswa_plugin.wire.events import Rank
@@ -113,6 +114,25 @@ def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict
         if entry.mode in modes and oddity(entry) is None:
             by_model.setdefault(entry.served_model_name, []).append(entry)
     return {name: _consistent(of_model) for name, of_model in sorted(by_model.items())}
+
+
+class Groups:
+    """What :func:`grouped` makes of workers of all modes, made anew only where they have changed.
+
+    :param entries: live workers by registry key, as a fleet keeps them.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = entries
+        self._seen: dict[str, Entry] = {}
+        self._groups: dict[str, Group] = {}
+
+    def now(self) -> dict[str, Group]:
+        """By model; the same object as before where nothing has changed."""
+        if self._entries != self._seen:
+            self._seen = dict(self._entries)
+            self._groups = grouped(self._seen.values(), MODES)
+        return self._groups
 
 
 def _consistent(entries: list[Entry]) -> Group:

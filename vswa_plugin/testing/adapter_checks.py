@@ -93,7 +93,7 @@ class Rank:
 
 
 def bounded(call: Callable[[], T], most_lines: int) -> T:
-    """The result of ``call``, which may run so many lines of Python. A busy machine changes no count.
+    """The result of ``call``, which may run so many lines of Python; each call and each return counts as one.
 
     :raises AssertionError: it runs more.
     """

@@ -205,7 +205,7 @@ class EventAdapterConformance:
     layout: ClassVar[CacheLayout]
     samples: ClassVar[Sequence[Any]]
     examples: ClassVar[int] = 100
-    most_lines: ClassVar[int] = 200_000
+    most_lines: ClassVar[int] = adapter_checks.MOST_LINES
 
     def new_adapter(self) -> EventAdapter:
         """A new adapter for :attr:`layout`."""

@@ -11,7 +11,7 @@ from typing import Any
 import nats
 import nats.errors
 
-from vswa_plugin.errors import ConnectError
+from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.wire.login import connect_options
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Transport:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._servers = [server.strip() for server in servers.split(",") if server.strip()]
+        if not self._servers:  # the client would try nothing, for ever
+            raise ConfigError(f"NATS_SERVER: expected servers with commas between, got {servers!r}")
         self._options: dict[str, Any] = {"name": name, "no_echo": not echo}
         self._options |= connect_options(os.environ if environ is None else environ)
         self._client: Any = None

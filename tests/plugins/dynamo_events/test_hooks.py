@@ -33,6 +33,7 @@ from vswa_plugin.publishing.healing import Claim
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.testing.host import plugin as plugin_of
+from vswa_plugin.testing.streams import DirectAdapter
 from vswa_plugin.wire.events import Batch, Layout, Source
 
 SOURCE = Source("ns", "backend", 7)
@@ -195,11 +196,6 @@ def test_other_failures_at_the_start_cost_that_plugin_alone() -> None:
 
         assert [7] == seen
         assert {("a", "vswa_worker_connected"): 1, ("a", "vswa_kv_stored"): 1} == host.failures()
-
-
-class DirectAdapter:
-    def feed(self, raw: Any) -> list[EngineEvent]:
-        return [raw["event"]]
 
 
 class Engine:

@@ -15,6 +15,7 @@ from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
 from tests.gemma3_engine_helpers import (
     CONTEXT,
     OPTIONS,
+    STUCK,
     Cold,
     collect,
     prompt_of,
@@ -31,9 +32,6 @@ from vswa_plugin import __version__
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import Engine, EngineInfo
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
-
-#: Nothing is computed while the engine runs: a step waits for a minute first, or for the engine's end.
-STUCK = {**OPTIONS, "gemma3_cpu": {"debug_step_delay_s": 60, "max_queue_size": 2}}
 
 
 def used_blocks(engine: Gemma3CpuEngine) -> dict[str, float]:

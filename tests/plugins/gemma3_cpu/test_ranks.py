@@ -18,6 +18,7 @@ from vswa_plugins.gemma3_cpu.serving.rank import PagedForward
 from tests.gemma3_disagg_helpers import handed_over, running_pair, until
 from tests.gemma3_engine_helpers import (
     OPTIONS,
+    STUCK,
     Cold,
     collect,
     prompt_of,
@@ -32,9 +33,6 @@ from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
 from vswa_plugin.engine.contract import WORKER_ONLY
 from vswa_plugin.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
-
-#: Nothing is computed: a step waits for a minute first, or for the engine's end.
-STUCK = {**OPTIONS, "gemma3_cpu": {"debug_step_delay_s": 60, "max_queue_size": 2}}
 
 
 def on_rank(rank: int | None, prompt: Sequence[int], count: int = 3) -> dict[str, Any]:

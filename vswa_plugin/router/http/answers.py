@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from vswa_plugin.blocks.hashing import sequence_hashes
-from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.index import Explanation, WindowIndex
@@ -26,7 +25,7 @@ from vswa_plugin.router.http.messages import (
     ReadyAnswer,
     WorkerAnswer,
 )
-from vswa_plugin.router.pools import grouped
+from vswa_plugin.router.pools import Groups
 from vswa_plugin.wire.events import Rank, Source
 from vswa_plugin.wire.subjects import subject
 
@@ -75,13 +74,13 @@ class Served:
         self.ranks = [Rank(entry.worker_id, dp_rank) for entry in entries for dp_rank in sorted(entry.epochs)]
 
 
-def served(fleet: Fleet, wish: ModelWish) -> Served:
+def served(groups: Groups, wish: ModelWish) -> Served:
     """The model that is wished for, else the only one.
 
     :raises UnknownModel: no worker serves it.
     :raises InvalidRequest: there are several, and no wish.
     """
-    by_model = grouped(fleet.entries.values(), MODES)
+    by_model = groups.now()
     name = wish.model_name or wish.model
     if name is None:
         if len(by_model) > 1:
@@ -97,16 +96,16 @@ def served(fleet: Fleet, wish: ModelWish) -> Served:
     return Served(name, by_model[name].used)
 
 
-def prompt_of(fleet: Fleet, hasher: Hasher, query: Query) -> ServedPrompt:
+def prompt_of(groups: Groups, hasher: Hasher, query: Query) -> ServedPrompt:
     """Raises InvalidRequest or UnknownModel."""
-    model = served(fleet, query)
+    model = served(groups, query)
     hashes = hasher(query.token_ids, model.block_size, query.cache_salt, query.lora_name)
     return ServedPrompt(model, hashes, len(query.token_ids), None)
 
 
-def prompt_of_hashes(fleet: Fleet, query: HashQuery) -> ServedPrompt:
+def prompt_of_hashes(groups: Groups, query: HashQuery) -> ServedPrompt:
     """Raises InvalidRequest or UnknownModel."""
-    model = served(fleet, query)
+    model = served(groups, query)
     values = query.sequence_hashes or query.block_hashes
     if values is None:
         raise InvalidRequest("expected block_hashes or sequence_hashes, got neither")
@@ -155,7 +154,7 @@ def rank_answers(fleet: Fleet, prompt: ServedPrompt) -> dict[Rank, RankAnswer]:
             cached_blocks=tokens // model.block_size,
             tiers=index.tiers(rank, hashes, tokens) if tokens else {},
             global_only_tokens=blind.get(rank, 0) * model.block_size,
-            state="waiting" if view is None else view.state(now),
+            state="waiting" if view is None else view.state,
             scored=view is not None and view.scored(now),
         )
     return answers
@@ -284,11 +283,9 @@ def ready_answer(fleet: Fleet, ready: bool, reason: str | None) -> ReadyAnswer:
 
     :param ready: whether the router itself is ready; ``reason``: why it is not.
     """
-    now = asyncio.get_running_loop().time()
     live: dict[str, int] = {}
     for entry in fleet.entries.values():
-        views = [fleet.subscriber.view(Rank(entry.worker_id, dp_rank)) for dp_rank in entry.epochs]
-        count = sum(view is not None and view.state(now) == "live" for view in views)
+        count = sum(fleet.subscriber.live(Rank(entry.worker_id, dp_rank)) for dp_rank in entry.epochs)
         live[entry.served_model_name] = live.get(entry.served_model_name, 0) + count
     if ready and not any(live.values()):
         ready, reason = False, "expected at least one worker whose blocks are known, got none; see /workers"

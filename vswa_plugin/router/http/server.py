@@ -41,6 +41,7 @@ from vswa_plugin.router.http.messages import (
 from vswa_plugin.router.http.metrics import RouterMetrics
 from vswa_plugin.router.http.openapi import document
 from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation
+from vswa_plugin.router.pools import Groups
 from vswa_plugin.router.reservations import Reservations, SelectionIdTaken, UnknownReservation
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class RouterServer:
         selection: Selecting | None = None,
     ) -> None:
         self._fleet = fleet
+        self._groups = Groups(fleet.entries)
         self._hasher = hasher
         self._status = status
         self._shown_metrics = metrics
@@ -120,13 +122,13 @@ class RouterServer:
     # -- operations --------------------------------------------------------------------------------
 
     async def _query(self, query: Query) -> Any:
-        return query_answer(self._fleet, prompt_of(self._fleet, self._hasher, query))
+        return query_answer(self._fleet, prompt_of(self._groups, self._hasher, query))
 
     async def _query_by_hash(self, query: HashQuery) -> Any:
-        return query_answer(self._fleet, prompt_of_hashes(self._fleet, query))
+        return query_answer(self._fleet, prompt_of_hashes(self._groups, query))
 
     async def _explain(self, query: Query) -> Any:
-        return explanations(self._fleet, prompt_of(self._fleet, self._hasher, query))
+        return explanations(self._fleet, prompt_of(self._groups, self._hasher, query))
 
     async def _select(self, query: Any) -> Any:
         return self._selecting().select(query)

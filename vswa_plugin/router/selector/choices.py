@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vswa_plugin.engine.contract import MODES
 from vswa_plugin.errors import RequestError
 from vswa_plugin.following.fleet import Fleet
-from vswa_plugin.registry import Entry
 from vswa_plugin.router.decide import Decider, Decision, Hasher, PromptHashes
 from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.http.answers import (
@@ -28,7 +25,7 @@ from vswa_plugin.router.http.messages import (
     SelectionWish,
     SelectQuery,
 )
-from vswa_plugin.router.pools import Group, Model, Pool, grouped, not_used, set_ranks
+from vswa_plugin.router.pools import Group, Groups, Model, Pool, not_used, set_ranks
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.router.reservations import Reservation, Reservations
 from vswa_plugin.selection import LoadBook, NoCandidate
@@ -78,14 +75,15 @@ class Selection:
         self._accuracy = accuracy
         self._new_book = new_book
         self._models: dict[str, Model] = {}
-        self._seen: dict[str, Entry] = {}
+        self._groups = Groups(fleet.entries)
+        self._known: dict[str, Group] = {}
         self._faults = Faults()
 
     def models(self) -> Mapping[str, Model]:
         """By name, with the workers that are in the registry now."""
-        if self._fleet.entries != self._seen:
-            self._seen = dict(self._fleet.entries)
-            self._update()
+        if (groups := self._groups.now()) is not self._known:
+            self._known = groups
+            self._update(groups)
         return self._models
 
     def pools(self) -> Iterator[Pool]:
@@ -97,7 +95,7 @@ class Selection:
 
         :raises RequestError: a wish that cannot be read or met.
         """
-        prompt = prompt_of(self._fleet, self._hasher, query)
+        prompt = prompt_of(self._groups, self._hasher, query)
         selection_id = self.reservations.check(query.selection_id)
         reservation = self._chosen(self.models()[prompt.served.name], query, prompt, selection_id)
         expires_at = None
@@ -133,7 +131,7 @@ class Selection:
 
         apart = bool(model.prefill.ranks and model.decode.ranks)
         computes = generates = one_of(model.prefill if apart else model.pool)
-        book, live = model.pool.book, self._live(computes.rank)
+        book, live = model.pool.book, self._fleet.subscriber.live(computes.rank)
         if apart:
             try:
                 generates = one_of(model.decode)
@@ -176,13 +174,8 @@ class Selection:
             expires_at=expires_at,
         )
 
-    def _live(self, rank: Rank) -> bool:
-        view = self._fleet.subscriber.view(rank)
-        return view is not None and view.state(asyncio.get_running_loop().time()) == "live"
-
-    def _update(self) -> None:
-        groups = grouped(self._seen.values(), MODES)
-        self._faults.report_all(not_used(self._seen.values(), groups.values()))
+    def _update(self, groups: Mapping[str, Group]) -> None:
+        self._faults.report_all(not_used(self._fleet.entries.values(), groups.values()))
         for name, group in groups.items():
             size = group.used[0].block_size
             model = self._models.get(name)
