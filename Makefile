@@ -59,4 +59,5 @@ $(RUN): $(BIN)/python pyproject.toml $(wildcard vswa_plugin/_native/*)
 $(DEV): $(RUN)
 	@echo "installing what the tests need into $(VENV) (once)"
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/ai-dynamo ai-dynamo==1.6.1  # its command line, which a test reads
 	@touch $@

@@ -176,10 +176,10 @@ async def router(options: dict[str, Any]) -> int:
         made = Router(args, host, registry_from_env(), life)
 
         def write() -> None:
-            stats, used = made.decider.stats, resource.getrusage(resource.RUSAGE_SELF)
+            durations, used = made.decider.durations.values(), resource.getrusage(resource.RUSAGE_SELF)
             found = {
-                "decisions": stats.decisions,
-                "decision_s": stats.seconds,
+                "decisions": sum(each.count for each in durations),
+                "decision_s": sum(each.sum for each in durations),
                 "cpu_s": used.ru_utime + used.ru_stime,
                 "main_thread_cpu_s": time.thread_time(),
                 "exact": sum(rank.exact for rank in made.accuracy.ranks.values()),

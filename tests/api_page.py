@@ -26,12 +26,13 @@ PUBLIC = {
     "vswa_plugin.wire": "The batches of events that workers publish, as values and as bytes "
     "([protocol.md](protocol.md)).",
     "vswa_plugin.errors": "What is raised on purpose.",
+    "vswa_plugin.files": "Files and JSON that others wrote, read within bounds.",
     "vswa_plugin.index": "Which rank holds which block of which cache group, and what each could reuse.",
     "vswa_plugin.selection": "What a candidate costs, and which one is chosen.",
     "vswa_plugin.following.fleet": "For programs that follow a deployment: registry, "
     "event streams and index together.",
     "vswa_plugin.following.subscriber": "The event streams alone, for any index.",
-    "vswa_plugin.registry": "Who is alive: the entries, and what a registry must do.",
+    "vswa_plugin.registry": "The entries of live workers, and what a registry must do.",
     "vswa_plugin.registry.opening": "The registry that an address or the environment names.",
     "vswa_plugin.accuracy.trace": "Engine traces ([accuracy.md](accuracy.md)).",
     "vswa_plugin.accuracy.replay": "Traces, replayed through the real event path.",
@@ -46,6 +47,7 @@ PUBLIC = {
     "vswa_plugin.testing.faults": "What a network may do to messages.",
     "vswa_plugin.testing.mutations": "Events that are almost well-formed.",
     "vswa_plugin.testing.conformance": "Suites for engines and event adapters.",
+    "vswa_plugin.testing.phases": "The suite for engines that compute prompts for one another.",
     "vswa_plugin.testing.rules": "The suite for reuse rules.",
     "vswa_plugin.testing.walks": "What the engines' own matching reuses, token by token.",
     "vswa_plugin.testing.cases": "Random caches and prompts for reuse rules.",

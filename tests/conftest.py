@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from _pytest.logging import LogCaptureHandler
 
 from tests.properties import register_profiles
 from vswa_plugin.launch.brokers import start_etcd, start_nats
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.scratch import SCRATCH_ENV, open_scratch
 from vswa_plugin.launch.topologies import WorkerGroup
 
 HERE = Path(__file__).parent
@@ -22,6 +25,8 @@ HERE = Path(__file__).parent
 NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry", "simulation", "testing"} | {
     "test_nats_auth",
     "test_worker_life",
+    "test_model_path",
+    "test_hostile_files",
     "test_termination",
     "test_disagg_soak",
     "test_recorder_traces",
@@ -50,11 +55,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("quick")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """Whatever a test starts ends with the tests, also where they are killed."""
+    with open_scratch("pytest"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brokers and plugin switches of whoever runs the tests must not decide what passes."""
     for name in list(os.environ):
-        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_")) and name != "VSWA_KERNEL":
+        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_")) and name not in ("VSWA_KERNEL", SCRATCH_ENV):
             monkeypatch.delenv(name)
 
 
@@ -124,3 +136,13 @@ def cluster(
     finally:
         codes = run(made.stop())
     assert all(code == 0 for code in codes.values()), codes
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handler_stays() -> Iterator[None]:
+    """A program that ran in a test leaves its handler, whose stream ends with the test."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in list(logging.root.handlers):
+        if handler not in before and not isinstance(handler, LogCaptureHandler):
+            logging.root.removeHandler(handler)

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Brokers
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
@@ -77,6 +78,21 @@ async def metric(worker: Child, metric_name: str, **labels: str) -> float:
         if line.startswith(metric_name) and all(f'{key}="{value}"' in line for key, value in labels.items()):
             return float(line.rsplit(" ", 1)[1])
     return 0.0
+
+
+async def engine_metric(worker: Child, name: str) -> float:
+    """What the engine of a worker states under ``name``, of all its ranks; 0 where it states nothing yet.
+
+    The name is that of the engine's ``stats``, which may end in a window.
+    """
+    _, text = await get(f"{await status_url(worker)}/metrics")
+    total = 0.0
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            window = sample.labels.get("window")
+            shown = family.name + (f"_{window}" if window else "")
+            total += sample.value if shown == f"vswa_engine_{name}" else 0.0
+    return total
 
 
 def cluster_on(brokers: Brokers | Cluster, folder: Path, settings: ClusterSettings) -> Cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def run(
     """One request from start to end; how many tokens it reused."""
     sequence = opened(manager, prompt, len(output), salt)
     compute(sequence, len(prompt))
-    compute(sequence, len(prompt) + len(output) - 1)
+    compute(sequence, len(prompt) + len(output) - 1, 1)
     sequence.close(output)
     manager.check()
     return sequence.cached_tokens
@@ -93,7 +94,7 @@ def short(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 class Mirror:
-    """What V1 events add up to, by group id.
+    """What V1 events add up to, by group id: at least what the manager holds, whose losses are partly silent.
 
     :param subtrees: take what hangs on a removed block as gone with it, as the contiguous kind demands.
     """
@@ -104,6 +105,7 @@ class Mirror:
         self._subtrees = subtrees
         self._below: dict[int, set[int]] = {}
         self._next_id = 0
+        self._ever_twice: set[int | None] = set()
 
     def read(self, event: dict[str, Any]) -> None:
         assert self._next_id == event["event_id"]
@@ -114,20 +116,31 @@ class Mirror:
             case "stored":
                 parent = data["parent_hash"]
                 for block in data["blocks"]:
-                    assert block["block_hash"] not in held, "stored twice"
+                    if block["block_hash"] in held:
+                        self._ever_twice.add(block["block_hash"])
                     held[block["block_hash"]] = block["cache_level"]
                     if parent is not None:
                         self._below.setdefault(parent, set()).add(block["block_hash"])
                     parent = block["block_hash"]
             case "removed":
                 for name in data["block_hashes"]:
-                    del held[name]
+                    held.pop(name, None)
                     if self._subtrees:
                         self._drop_below(held, name)
             case "updated":
-                change = data["cache_level"]
-                assert change["old_value"] == held[data["block_hash"]]
-                held[data["block_hash"]] = change["new_value"]
+                if data["block_hash"] in held:
+                    held[data["block_hash"]] = data["cache_level"]["new_value"]
+
+    def covers(self, manager: CacheManagerV1) -> bool:
+        """Whether all that a manager holds was announced, and nothing of it was taken back."""
+        for window in manager.windows:
+            names = Counter(page.hash for page in window.pool.pages if page.hash is not None)
+            # Two blocks behind holes may have one name, which goes with the first of them.
+            unique = {name for name, count in names.items() if count == 1} - self._ever_twice
+            self._ever_twice |= names.keys() - unique
+            if not unique <= self.held[window.spec.group_id].keys():
+                return False
+        return True
 
     def _drop_below(self, held: dict[int, int], name: int) -> None:
         for child in self._below.get(name, ()):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.engine.contract import EngineSettings
+from vswa_plugin.engine.contract import EngineInfo, EngineSettings
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.testing.host import plugin, plugin_host
 from vswa_plugin.wire.events import VERSION, Batch, Source
@@ -56,7 +56,10 @@ def settings(engine: str) -> EngineSettings:
 
 def engine(**missing: None) -> SimpleNamespace:
     parts = ("event_format", "info", "start", "stop", "generate", "stats", "failure")
-    return SimpleNamespace(**{part: part for part in parts if part not in missing})
+    shape: dict[str, object] = {part: part for part in parts if part not in missing}
+    if "info" in shape:
+        shape["info"] = EngineInfo(LAYOUT, 1024, 8, 512, 64)
+    return SimpleNamespace(**shape)
 
 
 def state(host: PluginHost) -> object:

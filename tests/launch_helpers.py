@@ -14,6 +14,7 @@ from tests.e2e_helpers import eventually
 from vswa_plugin.launch.processes import Child, python_module
 
 STANDIN = "vswa_plugin.testing.engine"
+REAPER = "vswa_plugin.launch.reaper"
 
 
 def alive(pid: int) -> bool:
@@ -25,7 +26,7 @@ def alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> dict[str, int]:
-    """Child processes by the name of their module or program."""
+    """Child processes by the name of their module or program, without that which cleans up after a kill."""
     found = {}
     for each in Path("/proc").glob("[0-9]*"):
         try:
@@ -33,7 +34,7 @@ def children_of(pid: int) -> dict[str, int]:
             command = (each / "cmdline").read_text().split("\0")
         except OSError:
             continue
-        if parent == pid:
+        if parent == pid and REAPER not in command:
             mode = command[command.index("--mode") + 1] if "--mode" in command else ""
             found[mode or (command[2] if command[1] == "-m" else Path(command[0]).name)] = int(each.name)
     return found

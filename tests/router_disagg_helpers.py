@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from tests.router.test_forward import FakeCall, Step
@@ -37,17 +37,31 @@ def computed(cached: int | None = 0, **more: Any) -> ChunkDict:
 LAST: ChunkDict = {"token_ids": [7], "finish_reason": "stop", "completion_usage": usage(160)}
 
 
+async def _freed() -> bool:
+    return True
+
+
 class Workers:
-    """All workers; each says what ``steps`` has for it, None waits. ``heard`` is called before each."""
+    """All workers; each says what ``steps`` has for it, None waits. ``heard`` is called before each.
+
+    :ivar released: worker and params of each prompt that a router has given up.
+    :ivar releasing: what a prefill worker does then; by default it frees the prompt.
+    """
 
     def __init__(self, steps: Mapping[int, list[Step]]) -> None:
         self.steps = dict(steps)
         self.ids = [11, 12, 21, 22, 31]
         self.asked: list[tuple[int, dict[str, Any]]] = []
         self.heard: Callable[[], None] = lambda: None
+        self.released: list[tuple[int, Any]] = []
+        self.releasing: Callable[[], Awaitable[bool]] = _freed
 
     def instance_ids(self) -> list[int]:
         return self.ids
+
+    async def release(self, worker_id: int, params: Any) -> bool:
+        self.released.append((worker_id, params))
+        return await self.releasing()
 
     async def generate(
         self, request: dict[str, Any], worker_id: int, call: FakeCall
@@ -106,6 +120,11 @@ class Served:
 
     async def all(self, call: Any = None, **request: Any) -> list[ChunkDict]:
         return [chunk async for chunk in self.chunks(call, **request)]
+
+    async def released(self) -> list[tuple[int, Any]]:
+        """Worker and params of each prompt that the router has given up; once that is over."""
+        await self.forwarder.drain(0)
+        return self.workers.released
 
     def asked(self) -> list[int]:
         return [worker_id for worker_id, _ in self.workers.asked]

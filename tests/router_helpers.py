@@ -355,10 +355,19 @@ class Stack:
         await eventually(shown, f"the frontend shows {models}")
 
     async def ask(
-        self, prompt: str, echo: str = "", *, url: str = "", worker_id: int | None = None, **body: Any
+        self,
+        prompt: str,
+        echo: str = "",
+        *,
+        url: str = "",
+        worker_id: int | None = None,
+        session: str = "",
+        **body: Any,
     ) -> tuple[int, Any]:
         """Status and JSON of one completion, by the router or at ``url``, where ``worker_id`` pins it."""
         headers = {ECHO: echo} if echo else {}
+        if session:
+            headers["x-dynamo-session-id"] = session
         if worker_id is not None:
             headers["x-dynamo-worker-instance-id"] = str(worker_id)
         async with (

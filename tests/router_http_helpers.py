@@ -16,12 +16,13 @@ from vswa_plugin.index import WindowIndex
 from vswa_plugin.program.status import Status
 from vswa_plugin.registry import Entry
 from vswa_plugin.registry.file import FileRegistry
+from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.router.selector.choices import Selection
-from vswa_plugin.selection import LoadBook, Weights
+from vswa_plugin.selection import LoadBook, SelectionHooks, Weights
 from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
 from vswa_plugin.wire.subjects import subject
 from vswa_plugin.wire.transport import Transport
@@ -69,25 +70,25 @@ def stored(*, sliding: Sequence[int] = (), whole: Sequence[int] = (), tier: str 
 class Api:
     """Worker 1 with two ranks and worker 2, all of model ``m``; a running server."""
 
-    def __init__(self, *, selector: bool = True) -> None:
+    def __init__(self, *, selector: bool = True, hooks: SelectionHooks | None = None) -> None:
         index = WindowIndex()
         self.fleet = Fleet(Transport(), FileRegistry("/nonexistent"), namespace="ns", index=index)
         self.accuracy = Accuracy()
-        self.decider = Decider(index, Weights(), namespaced_sequence_hashes)
+        self.decider = Decider(index, Weights(), namespaced_sequence_hashes, hooks)
         self.status = Status(ready=True)
         self.selection = Selection(self.fleet, self.decider, namespaced_sequence_hashes, self.accuracy)
         counted = Counted(
             self.decider,
             self.accuracy,
             self.selection.pools,
-            lambda: {"finished": 3},
+            RequestCounts(),
             self.selection.reservations,
         )
         self.server = RouterServer(
             self.fleet,
             namespaced_sequence_hashes,
             self.status,
-            RouterMetrics(self.fleet, counted),
+            RouterMetrics("selector", self.fleet, counted),
             self.selection if selector else None,
         )
         self.url = ""

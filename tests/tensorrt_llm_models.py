@@ -42,7 +42,7 @@ def options_of(data: dict[str, Any], mode: str = "agg") -> TrtllmOptions:
 
 def planned(data: dict[str, Any], version: Version = RC29, size: str = "1b") -> Any:
     options, shape = options_of(data), parse_shape(gemma3_config(size), "config.json")
-    return make_plan(options, shape, version, decide(options, version, shape.architecture, {}))
+    return make_plan(options, shape, decide(options, version, shape.architecture, {}))
 
 
 def windows_of(data: dict[str, Any], version: Version = RC29) -> list[int | None]:

@@ -16,6 +16,7 @@ from vswa_plugins.gemma3_cpu.cache.spec import GroupSpec
 from vswa_plugins.gemma3_cpu.cache.v1 import CacheManagerV1
 from vswa_plugins.gemma3_cpu.cache.v2 import CacheManager
 
+from tests.tensorrt_llm_options import check_options, installed
 from vswa_plugin.engine.contract import RawEvent
 
 CHUNK = 16
@@ -244,7 +245,11 @@ class LLM:
     ) -> None:
         if "refused" in kwargs.get("model_kwargs", {}):
             raise ValueError("LLM got invalid argument: refused")
+        given = {"tensor_parallel_size": tensor_parallel_size, "skip_tokenizer_init": skip_tokenizer_init}
+        config = json.loads((Path(model) / "config.json").read_text())
+        check_options(installed(), {**kwargs, **given}, config["architectures"][0])
         self.model, self.kwargs = model, kwargs
+        self.tokenizer = None if skip_tokenizer_init else object()
         ranks = tensor_parallel_size if kwargs.get("enable_attention_dp") else 1
         self.managers = [_manager(kwargs, rank if ranks > 1 else None) for rank in range(ranks)]
         self.requests: list[RequestOutput] = []
@@ -277,6 +282,8 @@ class LLM:
     ) -> RequestOutput:
         if self.refusal is not None:
             raise self.refusal
+        if self.tokenizer is None:
+            raise ValueError("tokenizer is required to reset end_id if it is None")
         arguments = {key: value for key, value in locals().items() if key != "self"}
         self.requests.append(RequestOutput(self, arguments))
         return self.requests[-1]

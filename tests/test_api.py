@@ -26,7 +26,7 @@ NEEDS_NATS = {
 #: These bring the tools of tests with them.
 NEEDS_PYTEST = {
     f"vswa_plugin.testing.{name}"
-    for name in ("conformance", "mutations", "registries", "registry_outages", "rules", "scorers")
+    for name in ("conformance", "mutations", "phases", "registries", "registry_outages", "rules", "scorers")
 }
 PACKAGES = sorted(path.parent for path in (ROOT / "vswa_plugin").rglob("__init__.py"))
 

@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -34,8 +35,12 @@ __all__ = [
     "StreamError",
     "Unavailable",
     "VswaError",
+    "shown",
     "unknown_choice",
 ]
+
+#: Of a message that a person reads, and of one value in it.
+MAX_LINE, MAX_SHOWN = 1_000, 200
 
 
 class VswaError(Exception):
@@ -96,6 +101,42 @@ def unknown_choice(what: str, given: str, known: Iterable[str]) -> str:
     "unknown mode 'aggg': did you mean 'agg'? Known: agg, prefill"
     """
     names = sorted(known)
-    near = get_close_matches(given, names, n=1)
+    near = get_close_matches(given[:MAX_SHOWN], names, n=1)
     hint = f": did you mean {near[0]!r}?" if near else "."
-    return f"unknown {what} {given!r}{hint} Known: {', '.join(names) or 'none'}"
+    return f"unknown {what} {shown(given)}{hint} Known: {', '.join(names) or 'none'}"
+
+
+class _Shown(reprlib.Repr):
+    """Looks at the first few values of each level only, however many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother = 3, MAX_SHOWN
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 8
+        self.maxstring = self.maxlong = MAX_SHOWN
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a message, shortened where it is long: a value may be a whole file.
+
+    >>> shown([512, 8192])
+    '[512, 8192]'
+    >>> len(shown("x" * 1_000_000))
+    200
+    """
+    try:
+        return _shortened(_Shown().repr(value), MAX_SHOWN)
+    except Exception:  # a whole number of thousands of digits, or an object whose repr fails
+        return f"a value of type {type(value).__name__}"
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line of at most :data:`MAX_LINE` characters, which keeps its begin and its end."""
+    return _shortened(" ".join(text.split()), MAX_LINE)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 5]} ... {text[-tail:]}"

@@ -75,7 +75,7 @@ class Tasks:
         hint = self._running.pop(task, None)
         if hint is None:  # stopped, and whoever stopped it has seen its error
             return
-        ended = TaskEnded(f"{task.get_name()} ended unasked ({_why(task)}){hint and '; ' + hint}")
+        ended = TaskEnded(f"{task.get_name()} ended unexpectedly ({_why(task)}){hint and '; ' + hint}")
         if not task.cancelled():
             ended.__cause__ = task.exception()
         if self._ended is None:

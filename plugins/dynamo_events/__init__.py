@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from vswa_plugin.engine import ROUTER_ENV, ROUTERS
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import hookimpl
 
@@ -21,20 +22,24 @@ if TYPE_CHECKING:
 
     from .scorer import BoundaryProjection
 
+#: What is called only to feed Dynamo's events.
+FEEDING = ("vswa_worker_connected", "vswa_kv_stored", "vswa_kv_batch", "vswa_metrics", "vswa_stopping")
+
 
 class DynamoEvents:
     """The hooks of one worker, and its feed unless that is off."""
 
     #: The launcher says in VSWA_ROUTER which router a worker works behind; ``stock`` is Dynamo's own.
-    option_variables: ClassVar[Mapping[str, str]] = {"VSWA_DYNAMO_EVENTS": "mode", "VSWA_ROUTER": "router"}
+    option_variables: ClassVar[Mapping[str, str]] = {"VSWA_DYNAMO_EVENTS": "mode", ROUTER_ENV: "router"}
 
     def __init__(self) -> None:
         self._mode = "off"
         self._feed: Feed | None = None
 
     @hookimpl
-    def vswa_options(self, options: Section) -> None:
+    def vswa_options(self, options: Section) -> Sequence[str] | None:
         self._mode = mode_from(options)
+        return FEEDING if self._mode == "off" else None
 
     @hookimpl
     def vswa_worker_connected(self, worker: WorkerContext) -> None:
@@ -79,7 +84,7 @@ def mode_from(options: Section) -> str:
     :raises ConfigError: there is no such projection, router or option.
     """
     options.check({"mode", "router"})
-    router = options.choice("router", ("exact", "stock"), "exact")
+    router = options.choice("router", ROUTERS, ROUTERS[0])
     if options.data.get("mode") is False:  # what YAML reads where somebody writes off
         return "off"
     return options.choice("mode", ("off", *MODES), "boundary" if router == "stock" else "off")

@@ -124,19 +124,19 @@ class Feed(Collector):
 
         ranks, labels, prefix = self._ranks.values(), ["dp_rank"], "vswa_dynamo_events"
         yield of_all(
-            GaugeMetricFamily(f"{prefix}_nodes", "blocks remembered", labels=labels),
+            GaugeMetricFamily(f"{prefix}_nodes", "Blocks remembered.", labels=labels),
             (rank.projection.blocks for rank in ranks),
         )
         yield of_all(
-            GaugeMetricFamily(f"{prefix}_published_blocks", "blocks that Dynamo was told of", labels=labels),
+            GaugeMetricFamily(f"{prefix}_published_blocks", "Blocks published to Dynamo.", labels=labels),
             (rank.projection.published for rank in ranks),
         )
         yield of_all(
-            CounterMetricFamily(f"{prefix}_batches", "batches given to Dynamo's publisher", labels=labels),
+            CounterMetricFamily(f"{prefix}_batches", "Batches given to Dynamo's publisher.", labels=labels),
             (rank.batches for rank in ranks),
         )
         yield of_all(
-            CounterMetricFamily(f"{prefix}_refused", "batches that it refused", labels=labels),
+            CounterMetricFamily(f"{prefix}_refused_batches", "Batches that it refused.", labels=labels),
             (rank.refused for rank in ranks),
         )
 

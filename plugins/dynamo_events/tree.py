@@ -1,5 +1,8 @@
 """The prefixes that one rank has been told of, as a tree of blocks. No rule, no I/O.
 
+Every block hangs below one whose position is one less. So there is no ring, whatever events say, and walks
+up end at the root.
+
 A block is kept while it is resident, while others hang below it, and for a while longer: what comes back
 without its tokens, as after a loss of events, can then still be published.
 """
@@ -105,7 +108,8 @@ class Tree:
             parent = self.blocks.get(parent_hash)
             if parent is None:  # its own parent comes to light when it is announced itself
                 parent = self.add(parent_hash, position - 1, None, state)
-            self._hang(block, parent)
+            if parent.position == block.position - 1:  # else no prefix can be both
+                self._hang(block, parent)
         return block
 
     def now_resident(self, block: Block) -> None:

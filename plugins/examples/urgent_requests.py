@@ -24,4 +24,4 @@ def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[
 @hookimpl
 def vswa_select_worker(request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
     wanted = request.metadata.get("worker")
-    return next((each.rank for each in candidates if f"{each.rank.worker_id:x}" == wanted), None)
+    return next((each.rank for each in candidates if str(each.rank.worker_id) == wanted), None)

@@ -10,6 +10,7 @@ from .collector import Collector
 
 if TYPE_CHECKING:
     from vswa_plugin.engine import RequestRecord
+    from vswa_plugin.hookspecs import WorkerContext
     from vswa_plugin.wire import Batch, Source
 
 
@@ -18,6 +19,10 @@ class Prometheus:
 
     def __init__(self) -> None:
         self._collector = Collector()
+
+    @hookimpl
+    def vswa_worker_connected(self, worker: WorkerContext) -> None:
+        self._collector.mode = worker.settings.mode
 
     @hookimpl
     def vswa_kv_batch(self, source: Source, batch: Batch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import Metric
 
 from vswa_plugin.engine import RequestRecord
 from vswa_plugin.wire import Batch, Cleared, Event, Layout, Moved, Removed, Source, Stored, Unknown
@@ -14,8 +17,19 @@ ALL_WINDOWS = "all"
 
 #: Seconds; from a prompt reused as a whole on a GPU to a long cold prompt on a CPU.
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+#: Seconds; from one token to a long answer.
+DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
-FINISH_REASONS = ("stop", "eos", "length", "cancelled", "error", "content_filter")
+_OF_REQUESTS = ("model", "mode")
+
+
+class _Registry(CollectorRegistry):
+    """Without the times at which each counter was created, which would be families of their own."""
+
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            family.samples = [each for each in family.samples if not each.name.endswith("_created")]
+            yield family
 
 
 class Collector:
@@ -23,16 +37,16 @@ class Collector:
 
     :ivar used: anything was counted. A worker's layout is, at its start; a router counts nothing here, and
         counters that stay at 0 would read there as requests that do not come.
+    :ivar mode: of the worker; one that prefills or decodes serves half of each request.
     """
 
     def __init__(self) -> None:
         self.used = False
-        self._registry = registry = CollectorRegistry()
+        self.mode = ""
+        self._registry = registry = _Registry()
         #: (source, group id) -> window label, from the last Layout of each source.
         self._windows: dict[tuple[Source, int], str] = {}
         # prometheus_client appends _total to the names of counters.
-        self._batches = Counter("vswa_kv_batches", "Batches of KV events published.", registry=registry)
-        self._events = Counter("vswa_kv_events", "KV events published.", registry=registry)
         self._stored = Counter("vswa_kv_blocks_stored", "Blocks stored.", ["window"], registry=registry)
         self._removed = Counter(
             "vswa_kv_blocks_removed", "Blocks removed from every tier.", ["window"], registry=registry
@@ -43,36 +57,44 @@ class Collector:
         self._cleared = Counter(
             "vswa_kv_clears", "Times that all blocks of a window were cleared.", ["window"], registry=registry
         )
-        self._requests = Counter("vswa_requests", "Requests ended.", ["finish_reason"], registry=registry)
-        self._prompt = Counter("vswa_prompt_tokens", "Prompt tokens of ended requests.", registry=registry)
-        self._cached = Counter("vswa_cached_tokens", "Prompt tokens whose KV was reused.", registry=registry)
-        self._output = Counter("vswa_output_tokens", "Tokens generated.", registry=registry)
+        self._prompt = Counter(
+            "vswa_prompt_tokens", "Prompt tokens of ended requests.", _OF_REQUESTS, registry=registry
+        )
+        self._cached = Counter(
+            "vswa_cached_tokens", "Prompt tokens whose KV was reused.", _OF_REQUESTS, registry=registry
+        )
+        self._output = Counter("vswa_output_tokens", "Tokens generated.", _OF_REQUESTS, registry=registry)
         self._first_token = Histogram(
             "vswa_time_to_first_token_seconds",
             "Time from arrival at the worker to the first token.",
+            _OF_REQUESTS,
             buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "vswa_request_duration_seconds",
+            "Time from arrival at the worker to the end of the request.",
+            _OF_REQUESTS,
+            buckets=DURATION_BUCKETS,
             registry=registry,
         )
 
     def count_batch(self, source: Source, batch: Batch) -> None:
         """Count the events of one batch; a heartbeat counts as nothing."""
-        if not batch.events:
-            return
-        self.used = True
-        self._batches.inc()
-        self._events.inc(len(batch.events))
+        self.used = self.used or bool(batch.events)
         for event in batch.events:
             self._count_event(source, event)
 
     def count_request(self, record: RequestRecord) -> None:
         """Count one request that ended."""
         self.used = True
-        self._requests.labels(_finish_label(record.finish_reason)).inc()
-        self._prompt.inc(record.prompt_tokens)
-        self._cached.inc(record.cached_tokens)
-        self._output.inc(record.output_tokens)
+        labels = (record.model, self.mode)
+        self._prompt.labels(*labels).inc(record.prompt_tokens)
+        self._cached.labels(*labels).inc(record.cached_tokens)
+        self._output.labels(*labels).inc(record.output_tokens)
+        self._duration.labels(*labels).observe(record.total_s)
         if record.first_token_s is not None:
-            self._first_token.observe(record.first_token_s)
+            self._first_token.labels(*labels).observe(record.first_token_s)
 
     def text(self) -> str:
         """All metrics in Prometheus text format."""
@@ -102,9 +124,3 @@ class Collector:
 
     def _window(self, source: Source, group_id: int) -> str:
         return self._windows.get((source, group_id), UNKNOWN_WINDOW)
-
-
-def _finish_label(finish_reason: str) -> str:
-    # An engine may put its message after the kind; a label must have few values.
-    kind = finish_reason.partition(":")[0].strip()
-    return kind if kind in FINISH_REASONS else "other"

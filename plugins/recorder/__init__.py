@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
     from .recorder import Recorder
 
+#: What is called only to record.
+RECORDING = (
+    "vswa_worker_connected",
+    "vswa_engine_events",
+    "vswa_request_arrived",
+    "vswa_request_finished",
+    "vswa_stopping",
+)
 #: What may become of token ids; the first where nobody says.
 TOKENS = ("hidden", "plain")
 
@@ -32,10 +40,11 @@ class RecorderPlugin:
         self._tokens = TOKENS[0]
 
     @hookimpl
-    def vswa_options(self, options: Section) -> None:
+    def vswa_options(self, options: Section) -> Sequence[str] | None:
         options.check({"directory", "tokens"})
         self._directory = options.text("directory", None)
         self._tokens = options.choice("tokens", TOKENS, TOKENS[0])
+        return RECORDING if self._directory is None else None
 
     @hookimpl
     def vswa_worker_connected(self, worker: WorkerContext) -> None:

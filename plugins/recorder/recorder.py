@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vswa_plugin.accuracy.trace import TraceGroup, TraceHeader
 from vswa_plugin.blocks import CacheLayout
-from vswa_plugin.engine import RawEvent, RequestDict, RequestRecord
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.engine import Fields, RawEvent, RequestDict, RequestRecord, unchecked_token_ids
+from vswa_plugin.errors import ConfigError, InvalidRequest
 
 from .hiding import Hiding
 from .recording import Recording
@@ -35,20 +34,21 @@ class Recorder:
 
     def arrived(self, request_id: str, request: RequestDict) -> None:
         """Only what its tokens tell whole, and of which the rank is known."""
-        routing = request.get("routing") or {}
-        rank = routing.get("dp_rank")
+        if request.get("multi_modal_data") or request.get("mm_routing_info"):
+            return
+        fields = Fields(request)
+        try:
+            routing = fields.object("routing")
+            rank = routing.integer("dp_rank", None, low=0)
+            token_ids = unchecked_token_ids(fields)
+            salt, lora = routing.text("cache_salt"), routing.text("lora_name")
+        except InvalidRequest:  # the engine refuses it too: nothing will be reused
+            return
         if rank is None and len(self.ranks) == 1:
             rank = 0
-        if rank is None or request.get("multi_modal_data") or request.get("mm_routing_info"):
-            return
-        token_ids = request.get("token_ids") or ()
-        if isinstance(token_ids, bytes):
-            token_ids = array("I", token_ids)
-        if token_ids and 0 <= rank < len(self.ranks):
+        if token_ids and rank is not None and rank < len(self.ranks):
             self._rank_of[request_id] = rank
-            self.ranks[rank].arrived(
-                request_id, token_ids, routing.get("cache_salt"), routing.get("lora_name")
-            )
+            self.ranks[rank].arrived(request_id, token_ids, salt, lora, _prompt_logprobs(request))
 
     def finished(self, record: RequestRecord) -> None:
         rank = self._rank_of.pop(record.request_id, None)
@@ -67,6 +67,12 @@ class Recorder:
         if open_still:
             paths = ", ".join(str(rank.path) for rank in open_still)
             raise TimeoutError(f"expected these traces to be closed within {timeout_s:g} s: {paths}")
+
+
+def _prompt_logprobs(request: RequestDict) -> int | None:
+    """What makes an engine compute the whole prompt, whatever its cache holds; None: nothing does."""
+    asked = (request.get("output_options") or {}).get("prompt_logprobs")
+    return asked if isinstance(asked, int) and not isinstance(asked, bool) else None
 
 
 def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:
@@ -89,7 +95,7 @@ def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:
     header = header_of(worker.event_format, layout, settings.engine, settings.served_model_name)
     began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     ranks = [
-        Recording(where / f"{began}-{worker.worker_id:x}-{rank}.jsonl.gz", header, hiding)
+        Recording(where / f"{began}-{worker.worker_id}-{rank}.jsonl.gz", header, hiding)
         for rank in range(worker.info.data_parallel_size)
     ]
     logger.warning("recording %s, token ids %s: %s", settings.engine, tokens, where)

@@ -96,7 +96,12 @@ class Recording:
                 self._put(events, size)
 
     def arrived(
-        self, request_id: str, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        cache_salt: str | None,
+        lora_name: str | None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         """A request, before the engine sees it."""
         size = _Size(tokens=len(token_ids))
@@ -106,8 +111,14 @@ class Recording:
             elif request_id not in self._open and not self._closing.is_set():
                 self._requests += 1
                 self._open[request_id] = _Open(self._requests, time.monotonic())
-                tokens, number = tuple(token_ids), self._requests
-                self._put(TraceRequest(tokens, cache_salt=cache_salt, lora_name=lora_name, id=number), size)
+                request = TraceRequest(
+                    tuple(token_ids),
+                    cache_salt=cache_salt,
+                    lora_name=lora_name,
+                    id=self._requests,
+                    prompt_logprobs=prompt_logprobs,
+                )
+                self._put(request, size)
 
     def finished(self, record: RequestRecord, *, elsewhere: bool = False) -> None:
         """The same request at its end. Without a first token it says nothing of the cache.

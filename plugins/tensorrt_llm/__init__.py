@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from vswa_plugin.hookspecs import hookimpl
@@ -9,17 +10,20 @@ from vswa_plugin.hookspecs import hookimpl
 if TYPE_CHECKING:
     from vswa_plugin.engine import Engine, EngineSettings
 
-NAME = "tensorrt_llm"
-
 
 @hookimpl
 def vswa_engine_names() -> list[str]:
-    return [NAME]
+    from .package import ENGINE
+
+    return [ENGINE]
 
 
-@hookimpl
+# First, so that it goes before the embedded engine where none is named.
+@hookimpl(tryfirst=True)
 def vswa_engine(settings: EngineSettings) -> Engine | None:
-    if settings.engine != NAME:
+    from .package import ENGINE, default_reason
+
+    if settings.engine not in (ENGINE, "") or (not settings.engine and default_reason(os.environ) is None):
         return None
     from .engine import TensorRtLlmEngine
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
@@ -25,10 +27,10 @@ from vswa_plugin.engine import (
     EventSink,
     RequestDict,
 )
-from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable, unknown_choice
+from vswa_plugin.errors import ConfigError, InvalidRequest, RequestError, Unavailable, unknown_choice
 
 from . import handover, package
-from .answer import Answer
+from .answer import Answer, faulty
 from .health import HealthWatch, problem
 from .lora import Adapter, Attribution
 from .model_shape import load_shape
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: How long TensorRT-LLM may take to end.
 STOP_TIMEOUT_S = 60.0
+#: What code raises that meets a value it was not written for: the fault of one result, not of the engine.
+_CODE_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class _Running(NamedTuple):
@@ -72,7 +76,7 @@ class TensorRtLlmEngine:
         has_weights = str(options.llm_args.get("load_format", "auto")).lower() != "dummy"
         shape = load_shape(settings.model_path, weights=has_weights)
         decision = decide(options, version, shape.architecture)
-        plan = make_plan(options, shape, version, decision)
+        plan = make_plan(options, shape, decision)
         layout = CacheLayout(plan.groups, decision.rule, settings.served_model_name).check()
         self._mode = settings.mode
         self._model_path = settings.model_path
@@ -86,6 +90,9 @@ class TensorRtLlmEngine:
             total_kv_blocks=-(-(options.max_tokens or 4 * plan.context_length) // layout.block_size),
             data_parallel_size=options.attention_dp_ranks,
             engine_version="" if version is None else str(version),
+            engine=package.ENGINE,
+            reason="" if settings.engine else package.default_reason(os.environ) or "",
+            totals=frozenset({"requests", "prompt_tokens", "cached_tokens", "kv_events"}),
         )
         self._limits = Limits(
             plan.context_length,
@@ -152,8 +159,9 @@ class TensorRtLlmEngine:
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
         """Run one request; see ``vswa_plugin.engine.Engine.generate``.
 
-        :raises InvalidRequest: it can never be served: the message says what was expected.
+        :raises InvalidRequest: it can never be served; the message states what was expected.
         :raises Unavailable: the engine has not started, stops, has failed, or has given up this request.
+        :raises RequestError: the engine's result of this request cannot be read.
         """
         running = self._running
         if self._failure is not None or running is None:
@@ -169,13 +177,11 @@ class TensorRtLlmEngine:
         first = {"dp_rank": rank, "transferred_tokens": len(parsed.prompt) if parsed.handover else 0}
         began = False
         try:
-            async with contextlib.aclosing(self._states(running.api, result)) as states:
+            async with contextlib.aclosing(self._states(running, result)) as states:
                 async for state in states:
-                    chunk = answer.chunk(state)
+                    chunk = self._read(answer, state, parsed)
                     if chunk is None:
                         continue
-                    if answer.finished:
-                        self._finish(chunk, answer, state, parsed)
                     yield chunk if began else {**chunk, WORKER_ONLY: first}
                     began = True
                     if answer.finished:
@@ -234,7 +240,7 @@ class TensorRtLlmEngine:
             return api.DisaggregatedParams(request_type="context_only", **numbered), None
         if request.handover is not None:
             params, cached = handover.unpack(api, request.handover)
-            # The engine counts the whole transferred prompt as cached, which says nothing.
+            # The engine counts the whole transferred prompt as cached, which carries no information.
             return params, cached if cached is not None else request.prefill_cached_tokens or 0
         if self._mode == "decode":
             # Short prompts that Dynamo does not send to a prefill worker.
@@ -256,32 +262,62 @@ class TensorRtLlmEngine:
             wrong = problem(running.llm)
             if isinstance(error, refused) and wrong is None:
                 raise InvalidRequest(f"TensorRT-LLM refuses the request: {error}") from error
+            if isinstance(error, _CODE_FAULTS) and wrong is None:
+                logger.exception("TensorRT-LLM has met a fault in one request; the engine goes on")
+                what = f"{type(error).__name__}: {error}"
+                raise RequestError(f"TensorRT-LLM could not take this request: {what}") from error
             self._fail(wrong or f"{type(error).__name__}: {error}")
             raise Unavailable(f"TensorRT-LLM takes no requests any more: {error}") from error
 
-    async def _states(self, api: Api, result: Any) -> AsyncGenerator[Any, None]:
+    async def _states(self, running: _Running, result: Any) -> AsyncGenerator[Any, None]:
         """The request's states; errors as those of a worker's engine."""
         try:
             async for state in result:
                 yield state
-        except api.RequestError as error:
+        except running.api.RequestError as error:
             # It passed all checks: the engine is in trouble with it, and another worker may not be.
             raise Unavailable(f"TensorRT-LLM gave the request up: {error}") from error
         except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
-            raise Unavailable(f"the engine has failed: {type(error).__name__}: {error}") from error
+            what = f"{type(error).__name__}: {error}"
+            wrong = problem(running.llm)
+            if isinstance(error, _CODE_FAULTS) and wrong is None:
+                logger.exception("TensorRT-LLM has met a fault in one result; the engine goes on")
+                raise RequestError(f"TensorRT-LLM could not make a result of this request: {what}") from error
+            self._fail(wrong or what)
+            raise Unavailable(f"the engine has failed: {what}") from error
+
+    def _read(self, answer: Answer, state: Any, request: TrtllmRequest) -> ChunkDict | None:
+        """The chunk for one state.
+
+        :raises RequestError: the state is not what a result is: it ends this request alone.
+        """
+        try:
+            chunk = answer.chunk(state)
+            if chunk is not None and answer.finished:
+                self._finish(chunk, answer, state, request)
+        except RequestError as error:
+            if not isinstance(error, Unavailable):
+                logger.error("%s", error)
+            raise
+        except Exception as error:  # a value whose own code fails
+            logger.exception("a result of TensorRT-LLM cannot be read; the engine goes on")
+            raise faulty(
+                "a field", "a plain value", f"one that raises {type(error).__name__}: {error}"
+            ) from error
+        return chunk
 
     def _finish(self, chunk: ChunkDict, answer: Answer, state: Any, request: TrtllmRequest) -> None:
         cached = answer.cached_tokens(state)
+        if self._mode == "prefill" and chunk["finish_reason"] == "length":
+            params = getattr(state.outputs[0], "disaggregated_params", None)
+            if params is None:
+                raise Unavailable("expected disaggregated_params of a finished prefill, got none")
+            if not dataclasses.is_dataclass(params):
+                raise faulty("outputs[0].disaggregated_params", "DisaggregatedParams", params)
+            chunk["disaggregated_params"] = handover.pack(params, cached)
         self._totals["requests"] += 1
         self._totals["prompt_tokens"] += len(request.prompt)
         self._totals["cached_tokens"] += cached
-        if self._mode != "prefill" or chunk["finish_reason"] != "length":
-            return
-        params = state.outputs[0].disaggregated_params
-        if params is None:
-            raise Unavailable("expected disaggregated_params of a finished prefill, got none")
-        chunk["disaggregated_params"] = handover.pack(params, cached)
 
     def _abort(self, result: Any, *, arrives: bool) -> None:
         """Take the request back; while its blocks arrive from a prefill worker, once they are there."""

@@ -52,7 +52,15 @@ class HealthWatch:
 
 
 def problem(llm: Any) -> str | None:
-    """What is wrong with the executor of ``llm``; None where nothing is known to be.
+    """What is wrong with the executor of ``llm``; None where nothing is known to be. Never raises."""
+    try:
+        return _problem(llm)
+    except Exception as error:
+        return f"TensorRT-LLM's health cannot be checked: {type(error).__name__}: {error}"
+
+
+def _problem(llm: Any) -> str | None:
+    """The same, by the release's own check.
 
     Releases before 1.3 have no call for it; for them the state that their own calls check is read.
     """

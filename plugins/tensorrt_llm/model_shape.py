@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
+from vswa_plugin.files import read_json_object
 
 _SLIDING = "sliding_attention"
 #: Where config.json leaves it out, as it does for the Gemma 3 models with 4B parameters and more.
 _GEMMA3 = {"sliding_window_pattern": 6, "max_position_embeddings": 131_072, "sliding_window": 4096}
+#: More is a mistake in the file: windows are listed layer by layer.
+_MOST = {"num_hidden_layers": 4_096, "sliding_window_pattern": 4_096}
+_MOST_TOKENS = 1 << 30
 
 
 class ModelShape(NamedTuple):
     """:param windows: attention window of each layer in tokens; None: global.
-    :param context_length: in tokens; None where config.json does not say.
-    :param vocab_size: None where config.json does not say.
-    :param architecture: e.g. ``Gemma3ForCausalLM``; empty where config.json does not say.
+    :param context_length: in tokens; None where config.json lacks it.
+    :param vocab_size: None where config.json lacks it.
+    :param architecture: e.g. ``Gemma3ForCausalLM``; empty where config.json lacks it.
     """
 
     windows: tuple[int | None, ...]
@@ -36,14 +39,12 @@ def load_shape(model_path: str, *, weights: bool) -> ModelShape:
     directory = Path(model_path)
     path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = read_json_object(path)
+    except FileNotFoundError as error:
         raise ConfigError(
             f"--model-path {model_path}: expected the directory of a Hugging Face checkpoint with a "
             f"config.json, got {error}"
         ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     if not (directory / "tokenizer.json").is_file() and not (directory / "tokenizer.model").is_file():
         raise ConfigError(f"{directory}: expected a tokenizer.json or tokenizer.model, found neither")
     if weights and not {".safetensors", ".bin"} & {file.suffix for file in directory.iterdir()}:
@@ -95,6 +96,9 @@ def _positive(text: Mapping[str, Any], key: str, where: str) -> int | None:
     value = text.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{where}: {key}: expected a positive integer, got {value!r}")
+    most = _MOST.get(key, _MOST_TOKENS)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise ConfigError(
+            f"{where}: {key}: expected a positive integer of at most {most}, got {shown(value)}"
+        )
     return value

@@ -13,7 +13,9 @@ from typing import Any
 import msgspec
 
 from vswa_plugin.engine import Section
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
+
+from ..trtllm_events import indented, misplaced, option_names
 
 SECTION = "vswa"
 #: The embedded engine's section of a file that serves both.
@@ -21,50 +23,9 @@ _OTHER_SECTION = "gemma3_cpu"
 
 EVENT_BUFFER = 100_000
 
-#: Options that TensorRT-LLM has.
-_TOP_NAMES = """
-    allreduce_strategy attention_dp_config attn_backend autotuner_enabled backend batch_wait_max_tokens_ratio
-    batch_wait_timeout_iters batch_wait_timeout_ms batched_logits_processor cache_transceiver_config
-    checkpoint_format checkpoint_loader context_parallel_size cp_config cuda_graph_config decoding_config
-    disable_flashinfer_sampling disable_mm_encoder disable_overlap_scheduler dtype dwdp_config
-    enable_attention_dp enable_autotuner enable_chunked_prefill enable_early_first_token_response
-    enable_energy_metrics enable_iter_perf_stats enable_iter_req_stats enable_layerwise_nvtx_marker
-    enable_lm_head_tp_in_adp enable_lora enable_low_latency_host_dispatch enable_min_latency
-    enable_resource_governor enable_speculative_beam_history_d2h enable_trtllm_sampler encode_only
-    encoder_max_batch_size encoder_max_num_items encoder_max_num_tokens env_overrides
-    extended_runtime_perf_knob_config fail_fast_on_attention_window_too_large force_dynamic_quantization
-    garbage_collection_gen0_threshold gather_generation_logits gms_config gpus_per_node
-    guided_decoding_backend iter_stats_max_iterations kv_cache_config kv_connector_config
-    layer_wise_benchmarks_config load_format lora_config max_batch_size max_beam_width max_input_len
-    max_num_tokens max_seq_len max_stats_len mm_encoder_only model_kwargs moe_backend
-    moe_cluster_parallel_size moe_config moe_expert_parallel_size moe_tensor_parallel_size multimodal_config
-    mx_config num_postprocess_workers num_serve_frontends nvfp4_gemm_config orchestrator_type
-    otlp_traces_endpoint peft_cache_config perf_metrics_max_requests pipeline_parallel_size
-    post_processor_hook postprocess_tokenizer_dir pp_partition print_iter_log prometheus_metrics_config
-    quant_config ray_placement_config ray_worker_extension_cls reasoning_parser reorder_policy_config
-    request_stats_max_iterations return_perf_metrics revision sampler_force_async_worker sampler_type
-    scheduler_config skip_tokenizer_init sparse_attention_config speculative_config stream_interval
-    telemetry_config tensor_parallel_size tokenizer tokenizer_mode tokenizer_revision torch_compile_config
-    trust_remote_code use_cuda_graph use_cute_dsl_bf16_bmm use_cute_dsl_bf16_gemm
-    use_cute_dsl_blockscaling_bmm use_cute_dsl_blockscaling_mm video_pruning_rate
-"""
-_KV_NAMES = """
-    attention_dp_events_gather_period_ms avg_seq_len block_reuse_config block_reuse_policy
-    copy_on_partial_reuse cross_kv_cache_fraction disk_cache_path disk_cache_size disk_prefetch_num_reqs dtype
-    enable_block_reuse enable_kv_pool_rebalance enable_partial_reuse enable_swa_scratch_reuse
-    event_buffer_max_size free_gpu_memory_fraction host_cache_size iteration_stats_interval
-    kv_cache_event_hash_algo kv_events_config mamba_ssm_cache_dtype mamba_ssm_philox_rounds
-    mamba_ssm_stochastic_rounding mamba_state_cache_interval max_attention_window max_gpu_total_bytes
-    max_tokens max_util_for_resume onboard_blocks pool_ratio secondary_offload_min_priority sink_token_length
-    tokens_per_block use_kv_cache_manager_v2 use_uvm
-"""
-_TRANSCEIVER_NAMES = """
-    backend kv_cache_bounce_size_mb kv_transfer_poll_interval_ms kv_transfer_sender_future_timeout_ms
-    kv_transfer_timeout_ms max_tokens_in_buffer transceiver_runtime
-"""
-_TOP = frozenset(_TOP_NAMES.split())
-_KV = frozenset(_KV_NAMES.split())
-_TRANSCEIVER = frozenset(_TRANSCEIVER_NAMES.split())
+_TOP = option_names()
+_KV = option_names("kv_cache_config")
+_TRANSCEIVER = option_names("cache_transceiver_config")
 _NEWER = "For an option of a newer TensorRT-LLM set vswa.allow_unknown to true"
 _OWN = frozenset({"allow_unknown", "lora_adapters", "reuse_rule"})
 _BACKENDS = ("DEFAULT", "MOONCAKE", "MPI", "NIXL", "UCX")
@@ -72,17 +33,18 @@ RUNTIMES = ("auto", "CPP", "PYTHON")
 
 
 class TrtllmOptions(msgspec.Struct, frozen=True):
-    """What was asked for.
+    """The options of one worker.
 
     :param llm_args: keyword arguments for ``LLM``, but for the model.
     :param max_attention_window: cache windows in tokens, repeating over the layers; None: not given.
     :param max_seq_len: prompt and answer together, in tokens; None: not given.
-    :param manager_v2: whether KV cache manager V2 is asked for; None: the engine decides.
+    :param manager_v2: whether KV cache manager V2 is requested; None: the engine decides.
+    :param manager_given: whether the file has ``use_kv_cache_manager_v2``, whatever its value.
     :param transceiver_backend: what moves blocks between phases, upper case; None: nothing.
     :param transceiver_runtime: ``CPP``, ``PYTHON`` or ``auto``; None: not given.
     :param reuse_rule: the rule that the user gives; None: decided from version and options.
     :param lora_adapters: name that requests give -> directory of the adapter.
-    :param changes: what was set in ``llm_args`` that the file does not say, each with its reason.
+    :param changes: what was set in ``llm_args`` that the file does not have, each with its reason.
     """
 
     llm_args: dict[str, Any]
@@ -96,6 +58,7 @@ class TrtllmOptions(msgspec.Struct, frozen=True):
     chunked_prefill: bool = False
     attention_dp_ranks: int = 1
     manager_v2: bool | None = None
+    manager_given: bool = False
     transceiver_backend: str | None = None
     transceiver_runtime: str | None = None
     reuse_rule: str | None = None
@@ -113,8 +76,9 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
     kv, own = top.section("kv_cache_config"), top.section(SECTION)
     transceiver = top.section("cache_transceiver_config")
     if not own.boolean("allow_unknown", False):
-        top.check(_TOP | {SECTION, _OTHER_SECTION}, advice=_NEWER)
-        kv.check(_KV, advice=_NEWER)
+        known = _TOP | {SECTION, _OTHER_SECTION}
+        top.check(known, advice=_NEWER, elsewhere=misplaced("kv_cache_config", _KV - _TOP))
+        kv.check(_KV, advice=_NEWER, elsewhere=indented(_TOP - _KV))
         transceiver.check(_TRANSCEIVER, advice=_NEWER)
     own.check(_OWN)
     _refuse(top, kv)
@@ -142,8 +106,9 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
         chunked_prefill=top.boolean("enable_chunked_prefill", False),
         attention_dp_ranks=ranks,
         manager_v2=_manager(kv),
+        manager_given="use_kv_cache_manager_v2" in kv.data,
         transceiver_backend=backend,
-        transceiver_runtime=transceiver.choice("transceiver_runtime", RUNTIMES, None, any_case=True),
+        transceiver_runtime=_runtime(transceiver),
         reuse_rule=own.text("reuse_rule", None),
         lora_adapters=_lora_adapters(top, kv, own),
         changes=tuple(changes),
@@ -163,9 +128,9 @@ def _refuse(top: Section, kv: Section) -> None:
     streaming = kv.section("kv_events_config").data
     if streaming.get("enable_kv_cache_events"):
         raise ConfigError(
-            f"kv_cache_config.kv_events_config: expected no streaming of KV events, got {streaming!r} (in "
-            f"{kv.source}): the stream holds the largest window only, which does not show what the "
-            "sliding layers can resume; leave it out, events are polled"
+            "kv_cache_config.kv_events_config: expected no streaming of KV events, got "
+            f"{shown(streaming)} (in {kv.source}): the stream holds the largest window only, which does not "
+            "show what the sliding layers can resume; leave it out, events are polled"
         )
 
 
@@ -180,6 +145,9 @@ def _turn_on(args: dict[str, Any], top: Section, kv: Section, mode: str) -> list
     if not kv.boolean("enable_block_reuse", True):
         kv_args["enable_block_reuse"] = True
         changes.append("kv_cache_config.enable_block_reuse = true: there is nothing to route by without it")
+    if top.boolean("skip_tokenizer_init", False):
+        args["skip_tokenizer_init"] = False
+        changes.append("skip_tokenizer_init = false: every request would fail without the tokenizer")
     if mode == "prefill" and top.data.get("disable_overlap_scheduler") is None:
         args["disable_overlap_scheduler"] = True
         changes.append("disable_overlap_scheduler = true: a prefill worker has no next step to overlap with")
@@ -189,6 +157,13 @@ def _turn_on(args: dict[str, Any], top: Section, kv: Section, mode: str) -> list
 def _manager(kv: Section) -> bool | None:
     value = kv.data.get("use_kv_cache_manager_v2")
     return None if value == "auto" or value is None else kv.boolean("use_kv_cache_manager_v2", False)
+
+
+def _runtime(transceiver: Section) -> str | None:
+    """To TensorRT-LLM, ``null`` is CPP, and no entry at all its default."""
+    if "transceiver_runtime" not in transceiver.data:
+        return None
+    return transceiver.choice("transceiver_runtime", RUNTIMES, None, any_case=True) or "CPP"
 
 
 def _lora_adapters(top: Section, kv: Section, own: Section) -> dict[str, str]:

@@ -15,13 +15,17 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from vswa_plugin.engine import visible_gpus
 from vswa_plugin.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+#: What ``--engine`` takes.
+ENGINE = "tensorrt_llm"
 MODULE = "tensorrt_llm"
 DISTRIBUTION = "tensorrt-llm"
 INSTALL = "pip install 'vswa-plugin[trtllm]' --extra-index-url https://pypi.nvidia.com"
@@ -74,7 +78,7 @@ class Api(NamedTuple):
 def require_installed() -> Version | None:
     """The installed version, None where it is unknown. Imports nothing.
 
-    :raises ConfigError: the package is not there; says how to install it.
+    :raises ConfigError: the package is not installed; the message gives the command.
     """
     if importlib.util.find_spec(MODULE) is None:
         raise ConfigError(
@@ -86,6 +90,20 @@ def require_installed() -> Version | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     return Version.parse(text)
+
+
+def default_reason(environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
+    """Why this engine is to serve where none was named; None: the package or a GPU is not there."""
+    if importlib.util.find_spec(MODULE) is None:
+        return None
+    gpus = visible_gpus(environ, root)
+    if not gpus:
+        logger.info(
+            "no engine was named, and %s is installed, but no GPU is visible: it does not serve", MODULE
+        )
+        return None
+    count = "one GPU is" if len(gpus) == 1 else f"{len(gpus)} GPUs are"
+    return f"no engine was named, {MODULE} is installed and {count} visible; --engine names another"
 
 
 def load() -> Api:

@@ -10,8 +10,7 @@ from vswa_plugin.errors import ConfigError
 
 from .model_shape import ModelShape
 from .options import TrtllmOptions
-from .package import Version
-from .rules import DERIVES_WINDOWS, Decision
+from .rules import Decision
 
 
 class EnginePlan(NamedTuple):
@@ -25,9 +24,7 @@ class EnginePlan(NamedTuple):
     changes: tuple[str, ...]
 
 
-def make_plan(
-    options: TrtllmOptions, shape: ModelShape, version: Version | None, decision: Decision
-) -> EnginePlan:
+def make_plan(options: TrtllmOptions, shape: ModelShape, decision: Decision) -> EnginePlan:
     """What the engine will keep and how it is to be started.
 
     :raises ConfigError: the context is unknown or too long, or a window is smaller than the model's.
@@ -40,8 +37,7 @@ def make_plan(
         changes.append(f"max_seq_len = {context}: the model's context, by which windows are clamped")
     pattern = options.max_attention_window
     sliding = any(window is not None for window in shape.windows)
-    derives = decision.manager == "V2" and (version is None or version >= DERIVES_WINDOWS)
-    if pattern is None and sliding and derives:
+    if pattern is None and sliding and decision.derives_windows:
         pattern = tuple(window or context for window in shape.windows)
         args["kv_cache_config"]["max_attention_window"] = list(pattern)
         changes.append(
@@ -52,9 +48,26 @@ def make_plan(
             "nothing for kv_cache_config.max_attention_window: this release keeps all layers in one global "
             "pool; give the model's windows, see engine_configs/gemma3"
         )
+    changes += _fitted_to_release(args, decision)
     windows = _windows(options, shape, pattern, context)
     groups = tuple(CacheGroup(i, w, options.tokens_per_block) for i, w in enumerate(windows))
     return EnginePlan(groups, context, args, tuple(changes))
+
+
+def _fitted_to_release(args: dict[str, Any], decision: Decision) -> list[str]:
+    """Take out what the release does not know, and set what it would not start without."""
+    changes = []
+    for option in decision.unknown_options:
+        section, name = option.split(".")
+        del args[section][name]
+        changes.append(f"{option} left out: this release does not know it")
+    if decision.runtime is not None:
+        args["cache_transceiver_config"]["transceiver_runtime"] = decision.runtime
+        changes.append(
+            f"cache_transceiver_config.transceiver_runtime = {decision.runtime}: this release would take "
+            "PYTHON, which supports NIXL alone, and not start"
+        )
+    return changes
 
 
 def _context(options: TrtllmOptions, shape: ModelShape) -> int:

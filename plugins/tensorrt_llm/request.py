@@ -1,39 +1,30 @@
 """A request as TensorRT-LLM runs it, read from Dynamo's ``PreprocessedRequest``. Pure.
 
-No part of a request is ignored: what is not passed on to the engine is refused.
+fields.py names what becomes of each field; no part of a request is ignored without a reason.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine import Fields, RequestDict, dp_rank, is_number, outside, prefill_result, token_ids
+from vswa_plugin.engine import (
+    Fields,
+    RequestDict,
+    dp_rank,
+    is_number,
+    outside,
+    prefill_result,
+    temperature,
+    token_ids,
+)
 from vswa_plugin.errors import InvalidRequest
 
-#: Dynamo's sampling option -> TensorRT-LLM's; both mean the same.
-SAMPLING = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "seed": "seed",
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "include_stop_str_in_output": "include_stop_str_in_output",
-}
-#: Options with the only values that are served: one answer per request, no beams.
-ONLY = {"n": (1,), "best_of": (1,), "use_beam_search": (False,), "length_penalty": (1, 1.0)}
-
-_NOT_SERVED = {
-    "multi_modal_data": "no images or audio: this worker serves text",
-    "prompt_embeds": "no prompt embeddings: send token ids",
-}
-_GUIDED = ("json", "regex", "grammar", "json_object", "structural_tag")
+from .fields import FIELDS, GUIDED, SAMPLING
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -74,10 +65,10 @@ class TrtllmRequest(msgspec.Struct, frozen=True):
 def parse_request(request: RequestDict, limits: Limits) -> TrtllmRequest:
     """Check and read one request; None anywhere means the default.
 
-    :raises InvalidRequest: says what was expected and what came.
+    :raises InvalidRequest: states what was expected and what came.
     """
+    FIELDS.check(request)
     fields = Fields(request)
-    fields.refuse(_NOT_SERVED)
     handover, prefill_cached = _handover(fields, limits)
     prompt = _prompt(fields, limits, computed_here=handover is None)
     routing, options = fields.object("routing"), fields.object("sampling_options")
@@ -132,13 +123,11 @@ def _stopping(request: Fields, room: int, mode: str) -> dict[str, Any]:
 
 
 def _sampling(options: Fields) -> dict[str, Any]:
-    for name, allowed in ONLY.items():
-        value = options.data.get(name)
-        if value is not None and value not in allowed:
-            raise options.error(name, repr(allowed[0]), repr(value))
     params: dict[str, Any] = {}
+    # The engine is greedy where it gets neither temperature, top_p nor top_k.
+    given = {**options.data, "temperature": temperature(options.data)}
     for name, theirs in SAMPLING.items():
-        value = options.data.get(name)
+        value = given.get(name)
         if value is None:
             continue
         if not is_number(value) and not isinstance(value, bool):
@@ -149,18 +138,21 @@ def _sampling(options: Fields) -> dict[str, Any]:
 
 
 def _logprobs(output: Fields) -> dict[str, Any]:
-    if output.data.get("prompt_logprobs") is not None:
-        raise output.error("prompt_logprobs", "none; not served by this worker")
     count = output.integer("logprobs", None, low=0)
     # 0 asks for the drawn token's own, which is one.
     return {} if count is None else {"logprobs": max(1, count)}
 
 
 def _guided(given: Fields) -> dict[str, Any] | None:
-    guide = {key: given.data[key] for key in _GUIDED if given.data.get(key) not in (None, False)}
+    guide = {key: given.data[key] for key in GUIDED if given.data.get(key) not in (None, False)}
     choice = [text for text in given.data.get("choice") or () if text is not None]
-    if choice and "regex" not in guide:
+    if len(guide) + bool(choice) > 1:
+        kinds = [given.shown(key) for key in (*guide, *(["choice"] if choice else []))]
+        raise InvalidRequest(f"{' and '.join(kinds)}: expected one way to guide the answer, got {len(kinds)}")
+    if choice:
         guide["regex"] = f"({'|'.join(re.escape(str(text)) for text in choice)})"
+    if isinstance(tag := guide.get("structural_tag"), Mapping):
+        guide["structural_tag"] = json.dumps(tag)
     return guide or None
 
 

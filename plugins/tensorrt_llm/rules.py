@@ -1,7 +1,6 @@
 """Which cache manager the engine will use, hence which reuse rule its prompts are resumed by. Pure.
 
-TensorRT-LLM decides while it starts and does not report its choice. This follows its sources; which release
-has which change is known by date only, and where that is open the rule that promises less is taken.
+:mod:`.releases` holds the facts, release by release; here they meet the options of one worker.
 """
 
 from __future__ import annotations
@@ -14,31 +13,33 @@ from vswa_plugin.errors import ConfigError, unknown_choice
 
 from .options import TrtllmOptions
 from .package import Version
+from .releases import PREFER_V2, RUNTIME_DEFAULTS_TO_PYTHON, Handover, Manager, Release, release_of
 
 V2, V1, V1_CONTIGUOUS = RULES = ("trtllm_v2", "trtllm_v1", "trtllm_v1_contiguous")
 
-#: The first release candidate that is surely younger than the change to V1 (spring 2026).
-V1_LOOKS_PAST_HOLES = Version(1, 3, 0, 20)
-#: The first release candidate that is surely younger than V2 becoming Gemma's default (August 2026).
-GEMMA_DEFAULTS_TO_V2 = Version(1, 3, 0, 29)
-#: From here on V2 takes the windows from the model where no max_attention_window is given.
-DERIVES_WINDOWS = Version(1, 4, 0, 0)
-#: Before this line V2 surely refuses to start with an event buffer (it can give events since spring 2026).
-V2_GIVES_EVENTS = Version(1, 3, 0, 0)
-
-_PREFER_V2 = ("Gemma3ForCausalLM", "Gemma4", "GptOss")
-#: Environment variables that make of the transceiver DEFAULT another one than NIXL.
+#: Environment variables that make of the transceiver DEFAULT another one than NIXL; before them goes
+_NIXL = "TRTLLM_USE_NIXL_KVCACHE"
 _NOT_NIXL = ("TRTLLM_USE_UCX_KVCACHE", "TRTLLM_USE_MOONCAKE_KVCACHE", "TRTLLM_USE_MPI_KVCACHE")
+_MANAGER_OPTION = "kv_cache_config.use_kv_cache_manager_v2"
+_RUNTIME_OPTION = "cache_transceiver_config.transceiver_runtime"
 
 
 class Decision(NamedTuple):
-    """:param manager: ``V1`` or ``V2``.
+    """What follows from release, model and options.
+
+    :param manager: ``V1`` or ``V2``.
     :param reasons: for the log, first to last.
+    :param derives_windows: whether the engine takes the windows from the model where none are given.
+    :param runtime: what to set ``transceiver_runtime`` to, because the engine would not start; None: nothing.
+    :param unknown_options: options that this release does not know, and that must not be passed to it.
     """
 
     rule: str
     manager: str
     reasons: tuple[str, ...]
+    derives_windows: bool = False
+    runtime: str | None = None
+    unknown_options: tuple[str, ...] = ()
 
 
 def decide(
@@ -47,70 +48,105 @@ def decide(
     architecture: str,
     env: Mapping[str, str] = os.environ,
 ) -> Decision:
-    """The rule for these options.
+    """The manager and the rule for these options.
 
     :param version: None: unknown, taken as the newest.
     :raises ConfigError: an unknown rule, or a manager that cannot hand over blocks as configured.
     """
-    v2, reasons = _manager(options, version, architecture)
-    if options.manager_v2 and version is not None and version < V2_GIVES_EVENTS:
+    release = release_of(version)
+    shown = (
+        "TensorRT-LLM of unknown version, taken as the newest"
+        if version is None
+        else f"TensorRT-LLM {version}"
+    )
+    handover, why_not_nixl = _handover(options, env)
+    reasons: list[str] = []
+    unknown = _unknown_options(options, release)
+    if unknown:
+        reasons.append(f"{shown} does not know {' and '.join(unknown)}")
+    runtime = None
+    if _needs_runtime(handover, release, version, architecture):
+        runtime, handover = "CPP", Handover.CPP
+    manager = release.manager(Handover.NIXL if _RUNTIME_OPTION in unknown else handover)
+    if manager is Manager.NO_START and handover is Handover.OTHER_PYTHON:
         raise ConfigError(
-            f"kv_cache_config.use_kv_cache_manager_v2: expected false or 'auto' with TensorRT-LLM {version}, "
-            f"whose manager V2 gives no KV events, got true (in {options.source})"
+            f"{_RUNTIME_OPTION}: expected CPP, or backend: NIXL, because PYTHON supports NIXL alone; got "
+            f"{options.transceiver_runtime} with {why_not_nixl or options.transceiver_backend} "
+            f"(in {options.source})"
         )
-    blocked = _transceiver_needs_v1(options, version, env)
-    if v2 and blocked:
-        if options.manager_v2:
-            raise ConfigError(
-                f"kv_cache_config.use_kv_cache_manager_v2: expected false or 'auto', got true: {blocked} (in "
-                f"{options.source}); set backend: NIXL and transceiver_runtime: PYTHON"
-            )
-        v2 = False
-        reasons.append(blocked)
-    manager = "V2" if v2 else "V1"
-    if v2:
-        rule = V2
-    elif version is not None and version < V1_LOOKS_PAST_HOLES:
-        rule = V1_CONTIGUOUS
-        reasons.append(f"before {V1_LOOKS_PAST_HOLES} V1 may need every window from block 0")
-    else:
-        rule = V1
+    asked = None if _MANAGER_OPTION in unknown else options.manager_v2
+    if asked:
+        _check_asked(options, release, handover, shown, why_not_nixl)
+    prefers = architecture.startswith(PREFER_V2)
+    is_v2 = asked if asked is not None else prefers and manager is Manager.V2
+    reasons.append(_reason(asked, prefers, manager, shown, architecture, handover))
+    rule = V2 if is_v2 else release.v1_rule
     if options.reuse_rule is not None:
         if options.reuse_rule not in RULES:
             raise ConfigError(
                 f"vswa.reuse_rule: {unknown_choice('rule', options.reuse_rule, RULES)} (in {options.source})"
             )
-        reasons.append(f"{rule} would follow from this; vswa.reuse_rule says {options.reuse_rule}")
+        reasons.append(f"{rule} would follow from this, and vswa.reuse_rule is {options.reuse_rule}")
         rule = options.reuse_rule
-    return Decision(rule, manager, tuple(reasons))
+    return Decision(
+        rule, "V2" if is_v2 else "V1", tuple(reasons), release.derives_windows and is_v2, runtime, unknown
+    )
 
 
-def _manager(options: TrtllmOptions, version: Version | None, architecture: str) -> tuple[bool, list[str]]:
-    if options.manager_v2 is not None:
-        return options.manager_v2, [f"use_kv_cache_manager_v2 is {str(options.manager_v2).lower()}"]
-    shown = "of unknown version, taken as the newest" if version is None else str(version)
-    if not architecture.startswith(_PREFER_V2):
-        return False, [f"{architecture or 'this model'} does not ask for V2, as far as is known"]
-    if version is not None and version < GEMMA_DEFAULTS_TO_V2:
-        return False, [
-            f"TensorRT-LLM {shown}: V2 is surely the default of {architecture} from {GEMMA_DEFAULTS_TO_V2}"
-        ]
-    return True, [f"TensorRT-LLM {shown}: V2 is the default of {architecture}"]
-
-
-def _transceiver_needs_v1(
-    options: TrtllmOptions, version: Version | None, env: Mapping[str, str]
-) -> str | None:
-    """Why blocks can be handed over by V1 only; None if V2 can, or if no blocks are handed over."""
+def _handover(options: TrtllmOptions, env: Mapping[str, str]) -> tuple[Handover, str | None]:
+    """How blocks are handed over, and what makes of DEFAULT another transceiver than NIXL."""
     backend, runtime = options.transceiver_backend, options.transceiver_runtime
     if backend is None:
-        return None
-    other = next((name for name in _NOT_NIXL if env.get(name) == "1"), None)
-    if backend == "DEFAULT" and other:
-        return f"{other}=1 makes the cache transceiver another one than NIXL"
-    if backend not in ("NIXL", "DEFAULT"):
-        return f"the cache transceiver {backend} cannot hand over V2's blocks: that takes NIXL"
-    # Not given means 'auto' today, which follows the model, and meant CPP before.
-    if runtime == "CPP" or (runtime is None and version is not None and version < GEMMA_DEFAULTS_TO_V2):
-        return f"the cache transceiver's runtime is {runtime or 'CPP'}: V2 needs PYTHON"
-    return None
+        return Handover.NONE, None
+    if runtime == "CPP":
+        return Handover.CPP, None
+    variable = next((name for name in (_NIXL, *_NOT_NIXL) if env.get(name) == "1"), _NIXL)
+    is_nixl = backend == "NIXL" or (backend == "DEFAULT" and variable == _NIXL)
+    python = runtime == "PYTHON"
+    if is_nixl:
+        return (Handover.NIXL_PYTHON if python else Handover.NIXL), None
+    why = f"{variable}=1" if backend == "DEFAULT" else None
+    return (Handover.OTHER_PYTHON if python else Handover.OTHER), why
+
+
+def _unknown_options(options: TrtllmOptions, release: Release) -> tuple[str, ...]:
+    if release.manager(Handover.CPP) is not Manager.NOT_AN_OPTION:
+        return ()
+    given = {_MANAGER_OPTION: options.manager_given, _RUNTIME_OPTION: options.transceiver_runtime is not None}
+    return tuple(name for name, is_given in given.items() if is_given)
+
+
+def _needs_runtime(handover: Handover, release: Release, version: Version | None, architecture: str) -> bool:
+    """Whether the engine would take the runtime PYTHON, which the transceiver does not support."""
+    for_all = version is None or version >= RUNTIME_DEFAULTS_TO_PYTHON
+    follows = for_all or architecture.startswith(PREFER_V2)
+    return handover is Handover.OTHER and follows and release.manager(handover) is Manager.NO_START
+
+
+def _check_asked(
+    options: TrtllmOptions, release: Release, handover: Handover, shown: str, why_not_nixl: str | None
+) -> None:
+    """Manager V2 was asked for: it must give events, and hand over its blocks."""
+    if not release.v2_events:
+        raise ConfigError(
+            f"{_MANAGER_OPTION}: expected false or 'auto' with {shown}, whose manager V2 gives no KV events, "
+            f"got true (in {options.source})"
+        )
+    if release.manager(handover) in (Manager.V1, Manager.NO_START):
+        blocked = why_not_nixl or f"the cache transceiver {options.transceiver_backend}"
+        if handover is Handover.CPP:
+            blocked = "the cache transceiver's runtime CPP"
+        raise ConfigError(
+            f"{_MANAGER_OPTION}: expected false or 'auto', got true: {blocked} cannot hand over V2's blocks "
+            f"(in {options.source}); set backend: NIXL and transceiver_runtime: PYTHON"
+        )
+
+
+def _reason(
+    asked: bool | None, prefers: bool, manager: Manager, shown: str, architecture: str, handover: Handover
+) -> str:
+    if asked is not None:
+        return f"use_kv_cache_manager_v2 is {str(asked).lower()}"
+    if not prefers:
+        return f"{architecture or 'this model'} does not prefer V2, as far as is known"
+    return f"{shown}: {architecture}, {handover}: {manager}"

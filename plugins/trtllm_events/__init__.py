@@ -7,9 +7,21 @@ from vswa_plugin.engine import EventAdapter
 from vswa_plugin.hookspecs import hookimpl
 
 from .adapter import LORA_SERVED, TrtllmEventAdapter
+from .elsewhere import indented, misplaced
 from .hashing import HASH_ALGO, block_key, chain_keys, salt_id
+from .names import option_names
 
-__all__ = ["HASH_ALGO", "LORA_SERVED", "TrtllmEventAdapter", "block_key", "chain_keys", "salt_id"]
+__all__ = [
+    "HASH_ALGO",
+    "LORA_SERVED",
+    "TrtllmEventAdapter",
+    "block_key",
+    "chain_keys",
+    "indented",
+    "misplaced",
+    "option_names",
+    "salt_id",
+]
 
 
 @hookimpl

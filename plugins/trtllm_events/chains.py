@@ -10,13 +10,11 @@ from __future__ import annotations
 from itertools import islice
 from typing import NamedTuple
 
-from vswa_plugin.engine import EngineHash
+from vswa_plugin.engine import EngineHash, ParentLinks
 
 from .fields import Stored, StoredBlock
 from .hashing import block_key
-
-#: Blocks looked at for a parent. Beyond that the block is left out: an under-estimate.
-MAX_SEARCHED = 256
+from .searches import MAX_SEARCHED, Searches
 
 
 class Run(NamedTuple):
@@ -27,37 +25,55 @@ class Run(NamedTuple):
 
 
 class Chains:
-    """What each window of one rank holds, and what hangs on what. As large as what is held."""
+    """What each window of one rank holds, and what hangs on what. As large as what is held.
+
+    No ring is ever stored (:class:`~vswa_plugin.engine.ParentLinks`), so the walks here end.
+    """
 
     def __init__(self) -> None:
-        self._parents: dict[int, dict[EngineHash, EngineHash | None]] = {}
-        self._children: dict[EngineHash | None, set[EngineHash]] = {}
+        self._held: dict[int, ParentLinks] = {}
         #: Whether a hash was ever what we make of its tokens; before, one that is not says nothing.
         self._proven = False
+        self._searches = Searches()
 
     def clear(self) -> None:
         """What is held is not known any more."""
-        self._parents.clear()
-        self._children.clear()
+        self._held.clear()
 
-    def store(self, group_id: int, run: Run) -> None:
-        parent = run.parent_hash
-        held = self._parents.setdefault(group_id, {})
-        for block in run.blocks:
-            held[block.hash] = parent
-            self._children.setdefault(parent, set()).add(block.hash)
-            parent = block.hash
+    def holds(self, group_id: int, block_hash: EngineHash) -> bool:
+        held = self._held.get(group_id)
+        return held is not None and block_hash in held.parents
+
+    def store(self, group_id: int, run: Run, where: str) -> None:
+        """:raises ProtocolError: a block would hang on itself."""
+        names = [block.hash for block in run.blocks]
+        self._held.setdefault(group_id, ParentLinks()).add(run.parent_hash, names, where)
 
     def remove(self, group_id: int, block_hash: EngineHash, *, with_descendants: bool) -> list[EngineHash]:
         """What a window has lost with that block, itself first; it may be unknown."""
-        lost = [block_hash]
-        if with_descendants:
-            held = self._parents.get(group_id, {})
-            for block in lost:  # grows while it is walked
-                lost += [child for child in self._children.get(block, ()) if child in held]
+        held = self._held.get(group_id)
+        if held is None:
+            return [block_hash]
+        lost = held.with_descendants(block_hash) if with_descendants else [block_hash]
         for block in lost:
-            self._forget(group_id, block)
+            held.discard(block)
         return lost
+
+    def anchored(self, group_id: int, runs: list[Run]) -> list[Run]:
+        """Those of an event's runs that begin a prompt or hang on what the window is known to hold.
+
+        In the 1.2 line a window holds all blocks before one that it stores. Where those are not known, as
+        after a loss, it is not known either which removal takes the new ones along: they are left out.
+        """
+        held = self._held.get(group_id)
+        before = {} if held is None else held.parents
+        anchored: list[Run] = []
+        new: set[EngineHash] = set()
+        for run in runs:
+            if run.parent_hash is None or run.parent_hash in before or run.parent_hash in new:
+                anchored.append(run)
+                new.update(block.hash for block in run.blocks)
+        return anchored
 
     def verified(self, group_id: int, stored: Stored, *, strict: bool) -> tuple[list[Run], int]:
         """The blocks of an event as runs, and how many of them could be named.
@@ -65,6 +81,7 @@ class Chains:
         :param strict: take a hash that is not that of its tokens as unnamed even if none ever was: LoRA and
             plain requests cannot be told apart otherwise.
         """
+        self._searches.begin()
         runs: list[Run] = []
         parent = stored.parent_hash
         for index, block in enumerate(stored.blocks):
@@ -84,29 +101,19 @@ class Chains:
         """Whether the block's parent is known, and that parent: ``supposed`` or a block below it."""
         if supposed is None and stored.cache_salt is not None:
             return True, supposed  # the salt's number is not known here
-        held = self._parents.get(group_id, {})
+        held = self._held.get(group_id)
+        below = {} if held is None else held.children
         candidates: list[EngineHash | None] = [supposed]
-        for candidate in candidates:  # grows while it is walked
+        for number, candidate in enumerate(candidates):  # grows while it is walked, up to MAX_SEARCHED
+            if number and not self._searches.one_more():
+                break
             if not isinstance(candidate, str) and _is_named(block, candidate, stored.lora_id):
                 self._proven = True
                 return True, candidate
             room = MAX_SEARCHED - len(candidates)
             if room > 0:
-                below = (child for child in self._children.get(candidate, ()) if child in held)
-                candidates += islice(below, room)
+                candidates += islice(below.get(candidate, ()), room)
         return False, supposed
-
-    def _forget(self, group_id: int, block_hash: EngineHash) -> None:
-        held = self._parents.get(group_id, {})
-        if block_hash not in held:
-            return
-        parent = held.pop(block_hash)
-        if any(block_hash in other for other in self._parents.values()):
-            return
-        siblings = self._children.get(parent, set())
-        siblings.discard(block_hash)
-        if not siblings:
-            self._children.pop(parent, None)
 
 
 def _is_named(block: StoredBlock, parent: int | None, lora_id: int | None) -> bool:

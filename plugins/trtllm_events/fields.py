@@ -91,6 +91,18 @@ def stored(data: Mapping[str, Any], block_size: int, where: str) -> Stored:
     )
 
 
+def created(data: Mapping[str, Any], where: str) -> int | None:
+    """Blocks of a ``created`` event, over all tiers; None where it does not give them."""
+    if data.get("num_blocks_per_cache_level") is None:
+        return None
+    total = 0
+    for blocks in _list(data, "num_blocks_per_cache_level", f"{where}, data"):
+        if type(blocks) is not int or blocks < 0:
+            raise _unexpected(where, "num_blocks_per_cache_level", "whole numbers, 0 or more", blocks)
+        total += blocks
+    return total
+
+
 def removed(data: Mapping[str, Any], where: str) -> list[EngineHash]:
     """Block hashes of a ``removed`` event."""
     return [_hash(value, "block_hashes", where) for value in _list(data, "block_hashes", f"{where}, data")]
@@ -112,7 +124,9 @@ def _block(raw: object, block_size: int, where: str) -> StoredBlock:
     assert isinstance(raw, Mapping), "it has a field"
     tokens = _list(raw, "tokens", where)
     if not 1 <= len(tokens) <= block_size:
-        raise _unexpected(where, "tokens", f"1 to {block_size} of them", f"{len(tokens)} of them")
+        error = f"{where}, tokens: expected 1 to {block_size} of them, got {len(tokens)} of them"
+        mixed = "; block sizes are mixed, or are not the tokens_per_block of the layout"
+        raise ProtocolError(error + (mixed if tokens else ""))
     tier = _tier(raw.get("cache_level", 0), where)
     # Without tokens: the ids of a multimodal block stand for nothing.
     token_ids = None if raw.get("mm_keys") else _token_ids(tokens, where)

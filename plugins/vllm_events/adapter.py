@@ -28,6 +28,8 @@ from vswa_plugin.engine import (
     EngineHash,
     EventsLost,
     GroupCreated,
+    check_chain,
+    ring_closed,
 )
 from vswa_plugin.errors import ProtocolError
 
@@ -66,6 +68,8 @@ class VllmEventAdapter:
         self._copies: dict[int, Counter[EngineHash]] = {group_id: Counter() for group_id in self._windows}
         #: Only blocks of which some group has a copy.
         self._named: dict[EngineHash, _Named] = {}
+        #: How many of these hang on a block, named or not.
+        self._below: dict[EngineHash | None, int] = {}
         #: An event with blocks that no event has named yet.
         self._open: Stored | None = None
         self._digests: OrderedDict[EngineHash, bytes] = OrderedDict()
@@ -73,9 +77,16 @@ class VllmEventAdapter:
     def feed(self, raw: RawVllmEvent) -> list[EngineEvent]:
         """Events that ``raw``, of either encoding, means, in order.
 
-        :raises ProtocolError: a field is not as vLLM writes it. What the event said is lost.
+        :raises ProtocolError: a field is not as vLLM writes it, or a block is its own ancestor. What the
+            event said is lost, and it may have been a removal: no copy is counted on.
         """
-        event = fields.parse(raw)
+        try:
+            return self._read(fields.parse(raw))
+        except ProtocolError:
+            self._forget_all()
+            raise
+
+    def _read(self, event: Stored | Removed | Cleared) -> list[EngineEvent]:
         events = self._settle(event)
         if isinstance(event, Cleared):
             return self._clear()
@@ -96,7 +107,7 @@ class VllmEventAdapter:
         :param expected_id: number of the first missing batch.
         :param got_id: number of the next one.
         """
-        self._clear()
+        self._forget_all()
         return [EventsLost(expected_id, got_id)]
 
     def _group_id(self, event: Stored | Removed) -> int:
@@ -111,10 +122,17 @@ class VllmEventAdapter:
 
     def _listed(self, group_id: int, event: Stored) -> list[EngineHash]:
         """The listed blocks, once the event's parts are seen to fit together."""
-        listed = fields.hashes(event)
-        fields.parent(event)  # refused before anything is counted, not in between
+        listed, parent = fields.hashes(event), fields.parent(event)
+        if event.block_size != self._block_size:
+            raise ProtocolError(
+                f"BlockStored, group {group_id}: expected blocks of {self._block_size} tokens, as the layout "
+                f"states, got blocks of {event.block_size}: two block sizes are mixed, which is not supported"
+            )
+        # Refused before anything is counted, not in between.
+        if len(listed) > 1 or parent in listed:
+            check_chain(parent, listed, f"BlockStored, group {group_id}")
         covered, rest = divmod(len(event.token_ids), event.block_size)
-        if event.block_size != self._block_size or rest or len(listed) > covered:
+        if rest or len(listed) > covered:
             raise ProtocolError(
                 f"BlockStored, group {group_id}: expected at most a hash for each {self._block_size} tokens, "
                 f"got {len(listed)} for {len(event.token_ids)} tokens, block_size {event.block_size}"
@@ -131,7 +149,7 @@ class VllmEventAdapter:
         self._copies[group_id].update(listed)
         new = self._name(event, listed) if len(listed) == covered else []
         events = list(self._stored(group_id, listed))
-        for other in self._copies:
+        for other in self._copies if new else ():
             if other != group_id:
                 events += self._stored(other, new)
         if len(listed) < covered and self._unnamed(listed):
@@ -143,15 +161,57 @@ class VllmEventAdapter:
         new: list[EngineHash] = []
         extra_keys = event.extra_keys or [None] * len(listed)
         parent = fields.parent(event)
+        self._check_rings(parent, listed)
         for name, token_ids, keys in zip(listed, self._blocks(event), extra_keys, strict=True):
             namespace = self._namespace(event, parent, keys or [])
             if namespace is None:
                 break
-            if name not in self._named:
+            if name in self._named:
+                self._move(name, parent)
+            else:
                 self._named[name] = _Named(parent, EngineBlock(name, token_ids), namespace)
+                self._below[parent] = self._below.get(parent, 0) + 1
                 new.append(name)
             parent = name
         return new
+
+    def _move(self, name: EngineHash, parent: EngineHash | None) -> None:
+        """A block that is named keeps what it is; its parent is the one that came last."""
+        known = self._named[name]
+        if known.parent_hash != parent:
+            self._unhang(known)
+            self._named[name] = known._replace(parent_hash=parent)
+            self._below[parent] = self._below.get(parent, 0) + 1
+
+    def _unhang(self, named: _Named) -> None:
+        parent = named.parent_hash
+        left = self._below[parent] - 1
+        if left:
+            self._below[parent] = left
+        else:
+            del self._below[parent]
+
+    def _check_rings(self, parent: EngineHash | None, names: list[EngineHash]) -> None:
+        """Refuse a chain below ``parent`` that has a block of it among its own parents.
+
+        So no ring is ever stored, and every walk up from a block ends. Only a block that something hangs on
+        already can close one, as where a child came before its parent; then the walk is made once for all.
+        """
+        known, before = self._named, parent
+        if self._below.keys().isdisjoint(names):
+            return
+        for name in names:
+            if name not in known or known[name].parent_hash != before:
+                break
+            before = name
+        else:
+            return
+        inside, above = set(names), parent
+        while above is not None:
+            if above in inside:
+                raise ring_closed("BlockStored", above, parent)
+            named = known.get(above)
+            above = None if named is None else named.parent_hash
 
     def _namespace(self, event: Stored, parent: EngineHash | None, keys: list[object]) -> _Namespace | None:
         """Of one block; None where more than its tokens went into its hash."""
@@ -199,16 +259,23 @@ class VllmEventAdapter:
 
     def _forget(self, name: EngineHash) -> None:
         if not any(name in copies for copies in self._copies.values()):
-            self._named.pop(name, None)
+            named = self._named.pop(name, None)
+            if named is not None:
+                self._unhang(named)
 
     def _clear(self) -> list[EngineEvent]:
         events: list[EngineEvent] = [
             BlocksRemoved(group_id, tuple(copies)) for group_id, copies in self._copies.items() if copies
         ]
+        self._forget_all()
+        return events
+
+    def _forget_all(self) -> None:
         for copies in self._copies.values():
             copies.clear()
         self._named.clear()
-        return events
+        self._below.clear()
+        self._open = None
 
     def _corrected(self, group_id: int, event: Stored) -> list[EngineEvent]:
         """Where the event gives its group another window: that, and once more all that is resident."""
@@ -247,9 +314,15 @@ class VllmEventAdapter:
     ) -> list[EngineEvent]:
         """A prefix is named through all of its blocks, so those that no group holds come and go at once."""
         plain = _Namespace(None, None)
-        new = [name for name in names if name not in self._named]
+        new: list[EngineHash] = []
+        self._check_rings(parent, names)
         for name, token_ids in zip(names, blocks, strict=False):
-            self._named.setdefault(name, _Named(parent, EngineBlock(name, token_ids), plain))
+            if name in self._named:
+                self._move(name, parent)
+            else:
+                self._named[name] = _Named(parent, EngineBlock(name, token_ids), plain)
+                self._below[parent] = self._below.get(parent, 0) + 1
+                new.append(name)
             parent = name
         group_id = next(iter(self._copies))
         absent = tuple(name for name in names if name not in self._copies[group_id])
@@ -268,7 +341,10 @@ class VllmEventAdapter:
         return [name for name in names if name not in self._named and any(name in each for each in held)]
 
     def _digest(self, name: EngineHash | None) -> bytes | None:
-        """Digest of the prefix that ends with ``name``, if it is known or all of its blocks are."""
+        """Digest of the prefix that ends with ``name``, if it is known or all of its blocks are.
+
+        The walk up ends at the root or at a block that is not named: no ring is stored, see ``_check_rings``.
+        """
         above: list[EngineHash] = []
         while name is not None and name not in self._digests:
             named = self._named.get(name)

@@ -83,7 +83,7 @@ def test_another_rule_shows_on_the_same_trace() -> None:
     trace = DATA / "trtllm-v2-gemma3-1b.jsonl.gz"
     contiguous = replayed(trace, rule="trtllm_v1_contiguous")
 
-    assert ("trtllm_v1_contiguous", "read") == (contiguous.rule, contiguous.provenance)
+    assert ("trtllm_v1_contiguous", "transcribed") == (contiguous.rule, contiguous.provenance)
     assert 0 < contiguous.score().under and contiguous.exact_share < 1
 
 

@@ -25,7 +25,7 @@ def run(*said: str) -> int:
     parser = argparse.ArgumentParser()
     accuracy.configure(parser)
     args = parser.parse_args(said)
-    args.plugin, args.no_plugin = [], []
+    args.plugin, args.no_plugin, args.plugin_options = [], [], None
     return accuracy.run(args)
 
 

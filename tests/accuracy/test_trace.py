@@ -193,3 +193,26 @@ def test_a_file_that_is_cut_off_is_told_from_one_that_ends(tmp_path: Path) -> No
 
     with pytest.raises(ConfigError, match=r"after line \d+: the file is cut off or damaged"):
         list(open_trace(path).records())
+
+
+@pytest.mark.parametrize("count", [4_097, 2**31, 2**62, 2**64])
+def test_more_cache_groups_than_any_model_has_are_refused_before_they_are_listed(
+    tmp_path: Path, count: int
+) -> None:
+    groups = f'[{{"kind":"full","count":{count}}}]'
+    path = lines(
+        tmp_path / "t.jsonl", f'{{"type":"header","format":"vllm","block_size":16,"groups":{groups}}}'
+    )
+
+    with pytest.raises(ConfigError, match="line 1"):
+        open_trace(path)
+
+
+def test_many_groups_of_a_permitted_number_each_are_refused_too(tmp_path: Path) -> None:
+    groups = ",".join(['{"kind":"full","count":4096}'] * 100)
+    path = lines(
+        tmp_path / "t.jsonl", f'{{"type":"header","format":"vllm","block_size":16,"groups":[{groups}]}}'
+    )
+
+    with pytest.raises(ConfigError, match="line 1, groups: expected at most 4096 groups"):
+        open_trace(path).layout()

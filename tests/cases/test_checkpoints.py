@@ -19,7 +19,6 @@ from vswa_plugins.gemma3_cpu.model.config import Gemma3Config, load_config
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 from vswa_plugins.gemma3_cpu.weights.source import load_model
 
-from tests.cases import mended_by
 from vswa_plugin.errors import ConfigError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8, "vocab_size": 300, "num_hidden_layers": 2}
@@ -142,8 +141,6 @@ ROPES = {
         {"rope_parameters": {"full_attention": FULL_ROPE, "sliding_attention": SLIDING_ROPE}},
     ),
     "by layer type, one of them": ("rope_parameters", {"rope_parameters": {"full_attention": FULL_ROPE}}),
-}
-SILENT_ROPES = {
     "rope_scaling by layer type": (
         "rope_scaling",
         {"rope_scaling": {"full_attention": FULL_ROPE, "sliding_attention": SLIDING_ROPE}},
@@ -152,18 +149,9 @@ SILENT_ROPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *ROPES,
-        *(
-            pytest.param(case, marks=mended_by(3, "the scaling is dropped without a word"))
-            for case in SILENT_ROPES
-        ),
-    ],
-)
+@pytest.mark.parametrize("case", ROPES)
 def test_a_scaling_of_positions_is_obeyed_or_named(checkpoint: Checkpoint, loaded: Load, case: str) -> None:
-    key, changes = {**ROPES, **SILENT_ROPES}[case]
+    key, changes = ROPES[case]
     checkpoint.configure("rope_scaling", **changes)
     found = loaded()
     factor = None if found.config is None else found.config.rope_full.factor
@@ -228,7 +216,6 @@ def test_a_head_that_is_not_there_is_named(checkpoint: Checkpoint, loaded: Load)
     assert HEAD in found.said
 
 
-@mended_by(3, "the embedding is used, and nobody is told of the head")
 def test_a_head_that_the_config_denies_is_used_or_named(checkpoint: Checkpoint, loaded: Load) -> None:
     checkpoint.change_weights(with_head())
     found = loaded()
@@ -237,7 +224,6 @@ def test_a_head_that_the_config_denies_is_used_or_named(checkpoint: Checkpoint, 
     assert used or "lm_head" in found.said or "tie_word_embeddings" in found.said
 
 
-@mended_by(3, "the embedding is used, and nobody is told of the head or that the two disagree")
 def test_a_head_that_only_the_text_part_of_the_config_knows_is_used_or_named(
     checkpoint: Checkpoint, loaded: Load
 ) -> None:
@@ -249,7 +235,6 @@ def test_a_head_that_only_the_text_part_of_the_config_knows_is_used_or_named(
     assert used or "lm_head" in found.said or "tie_word_embeddings" in found.said
 
 
-@mended_by(3, "a tensor is called missing that the text part of the config says is not there")
 def test_where_the_two_configs_disagree_on_a_head_that_is_not_there_it_is_not_used_or_they_are_named(
     checkpoint: Checkpoint, loaded: Load
 ) -> None:
@@ -295,7 +280,6 @@ def test_quantised_weights_are_refused(checkpoint: Checkpoint, loaded: Load, met
 
 
 @pytest.mark.parametrize("method", QUANTISED)
-@mended_by(3, "the refusal is about the number type of one tensor")
 def test_quantised_weights_are_called_quantised(checkpoint: Checkpoint, loaded: Load, method: str) -> None:
     checkpoint.configure(quantization_config={"quant_method": method})
     checkpoint.change_weights(quantised(*QUANTISED[method]))
@@ -303,7 +287,6 @@ def test_quantised_weights_are_called_quantised(checkpoint: Checkpoint, loaded: 
     assert "quanti" in loaded().said
 
 
-@mended_by(3, "a tensor that is not read is refused for its number type")
 def test_tensors_of_the_vision_part_may_be_of_any_type(checkpoint: Checkpoint, loaded: Load) -> None:
     checkpoint.multimodal({})
     name = "vision_tower.vision_model.embeddings.position_ids"
@@ -384,7 +367,6 @@ def said_at_start(directory: Path) -> str:
 
 
 @pytest.mark.parametrize("lacks", ["tokenizer_config.json", "chat_template"])
-@mended_by(3, "the worker starts as if it could serve chat, and each request is 404")
 def test_a_worker_without_a_chat_template_says_at_its_start_what_lacks(
     checkpoint: Checkpoint, lacks: str
 ) -> None:

@@ -34,7 +34,8 @@ from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, own_namespace
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.following.fleet import Fleet, RankStatus
-from vswa_plugin.following.metrics import render
+from vswa_plugin.following.metrics import fleet_families
+from vswa_plugin.program.metrics import About, Page
 from vswa_plugin.registry import Connected, Entry, Joined, Left, Updated, encode_entry
 from vswa_plugin.registry.entry_files import file_name
 from vswa_plugin.registry.file import FOLDER, FileRegistry
@@ -70,12 +71,12 @@ async def fleet_of_two() -> AsyncIterator[tuple[Fleet, HandedIn, Told]]:
 def test_metrics_are_shown_of_every_rank_though_the_index_refuses_the_layout_of_one() -> None:
     async def body() -> str:
         async with fleet_of_two() as (fleet, _, _):
-            return outcome(render, fleet)
+            return await Page(lambda: About("index"), lambda: fleet_families(fleet)).render()
 
     page = run_in_jumps(body())
     shown = [f'vswa_reader_batches_total{{dp_rank="0",worker="{number}"}} 1.0' in page for number in (1, 2)]
 
-    assert ([True, True], True) == (shown, "vswa_index_ranks 1.0" in page), page
+    assert ([True, True], True) == (shown, 'vswa_index_ranks{model="m"} 1.0' in page), page
 
 
 def test_a_status_is_given_of_every_rank_and_says_why_one_is_not_scored() -> None:
@@ -226,4 +227,4 @@ def test_vswa_index_shows_every_worker_though_it_does_not_know_the_rule_of_one(
 
     assert "Traceback" not in errors, errors[-2000:]
     shown = {each["source"]["worker_id"]: each["state"] for each in json.loads(out)["ranks"]}
-    assert {1: "live", 2: "unreadable"} == shown
+    assert {"1": "live", "2": "unreadable"} == shown

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.cases import mended_by
 from tests.e2e_helpers import eventually
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineBlock, EngineEvent, EventsLost
@@ -120,7 +119,6 @@ def resident_after(
     return asyncio.run(body())
 
 
-@mended_by(3, "a request that came before the loss re-admits blocks whose removal was among what was lost")
 @pytest.mark.parametrize("lose", LOSSES)
 def test_a_request_that_came_before_events_were_lost_brings_no_evicted_block_back(
     lose: Callable[[Worker], None],

@@ -11,7 +11,6 @@ import vswa_plugins.tensorrt_llm.request
 from vswa_plugins.gemma3_cpu.model.sampling import SamplingParams, parse_sampling
 from vswa_plugins.gemma3_cpu.serving.request import Limits, parse_request
 
-from tests.cases import mended_by
 from tests.gemma3_engine_helpers import prompt_of, request_for, running_engine, tokens_of
 from tests.gemma3_engine_helpers import small as small
 from vswa_plugin.errors import InvalidRequest
@@ -48,14 +47,12 @@ async def answered(directory: Path, *requests: dict[str, Any]) -> list[list[int]
 
 
 @pytest.mark.parametrize("asked", [0, 1, 5])
-@mended_by(3, "the field is ignored, and an evaluation takes the score of the answer for the prompt's")
 def test_log_probabilities_of_the_prompt_are_refused_by_an_engine_that_has_none(asked: int) -> None:
     request = request_for([300, 301, 302], output_options={"logprobs": 1, "prompt_logprobs": asked})
 
     assert "prompt_logprobs" in refusal_of(request)
 
 
-@mended_by(3, "the field is ignored, and an evaluation takes the score of the answer for the prompt's")
 def test_a_worker_refuses_log_probabilities_of_the_prompt_and_serves_the_next_request(small: Path) -> None:
     prompt = prompt_of(20)
     refused, served = asyncio.run(
@@ -105,7 +102,6 @@ def sampling_of(**options: Any) -> SamplingParams:
 
 
 @pytest.mark.parametrize("options", ASKS_TO_SAMPLE, ids=str)
-@mended_by(3, "without a temperature the likeliest token is taken, and the option means nothing")
 def test_an_option_of_sampling_without_a_temperature_means_a_temperature_of_one(
     options: dict[str, Any],
 ) -> None:
@@ -128,7 +124,6 @@ def test_a_request_that_asks_for_nothing_takes_the_likeliest_token() -> None:
     assert 0.0 == sampling_of().temperature
 
 
-@mended_by(3, "without a temperature the likeliest token is taken, whatever the seed")
 def test_seeds_without_a_temperature_give_answers_that_repeat_and_differ(small: Path) -> None:
     seeds = [1, 1, 2, 3, 4]
     answers = asyncio.run(

@@ -135,7 +135,6 @@ def test_a_block_of_another_size_than_the_groups_is_refused_with_its_line_and_bo
     assert "64" in refusal
 
 
-@mended_by(3, "a second block size reads as a count of hashes that is wrong")
 def test_a_group_with_blocks_of_two_sizes_is_called_that(tmp_path: Path) -> None:
     refusal = predicted(mixed_blocks(tmp_path))
 
@@ -152,6 +151,13 @@ def test_an_event_without_a_group_is_refused_where_there_are_several_groups(tmp_
     assert isinstance(refusal, str)
     assert "line 3" in refusal
     assert "group_idx" in refusal
+
+
+def test_a_header_with_a_layout_that_is_not_supported_is_refused_with_its_line(tmp_path: Path) -> None:
+    refusal = predicted(written(tmp_path, request(64, 0), groups=[{"kind": "swa", "window": 40}, FULL]))
+
+    assert isinstance(refusal, str)
+    assert refusal.startswith("the trace, line 1: cache group 0: expected a window")
 
 
 @mended_by(5, "a window that is no multiple of the block size is refused")
@@ -181,7 +187,6 @@ SLIDING_AND_FULL = [{"kind": "swa", "window": 128}, FULL]
 @pytest.mark.parametrize(
     "field", [{"prompt_logprobs": 1}, {"prompt_logprobs": 0}, {"skip_reading_prefix_cache": True}], ids=str
 )
-@mended_by(6, "what a request says of reading the cache is not looked at")
 def test_nothing_is_promised_to_a_request_for_which_the_engine_does_not_read_its_cache(
     tmp_path: Path, field: dict[str, Any]
 ) -> None:
@@ -198,6 +203,17 @@ def test_nothing_is_promised_to_a_request_for_which_the_engine_does_not_read_its
     )
 
     assert [0, 992, 0, 992] == predicted(path)
+
+
+def test_a_request_for_which_the_engine_announces_what_it_does_not_hold_is_refused_with_its_line(
+    tmp_path: Path,
+) -> None:
+    path = written(tmp_path, request(1000, 0), request(1000, 0, kv_cache_report_mode="full"))
+    refusal = predicted(path)
+
+    assert isinstance(refusal, str)
+    assert "line 3" in refusal
+    assert "expected a request without kv_cache_report_mode, got 'full'" in refusal
 
 
 def test_without_such_a_field_the_promise_that_is_not_kept_is_reported_with_its_line(tmp_path: Path) -> None:

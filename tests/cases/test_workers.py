@@ -277,7 +277,7 @@ def test_what_the_reuse_rule_of_a_plugin_raises_is_counted_under_its_name(
 @pytest.mark.parametrize(
     "text",
     [
-        '# TYPE vswa_engine gauge\nvswa_engine{name="mine"} 1\n',
+        '# TYPE vswa_engine_running gauge\nvswa_engine_running{name="mine"} 1\n',
         '# TYPE vswa_publisher_batches counter\nvswa_publisher_batches_total{dp_rank="mine"} 1\n',
         '# TYPE vswa_resident_blocks gauge\nvswa_resident_blocks{window="mine"} 1\n',
     ],
@@ -289,7 +289,8 @@ def test_a_plugin_metric_with_the_name_of_one_of_the_workers_own_is_left_out_and
     host.register(plugin(vswa_metrics=lambda: text), PLUGIN)
     host.register(plugin(vswa_metrics=lambda: "fine 1\n"), "z_other")
     args = parse(["--model-path", str(tmp_path), "--engine", "standin"])
-    page = Worker(args, host, StandinEngine(args.settings), FileRegistry(tmp_path), Life("test"))._metrics()
+    worker = Worker(args, host, StandinEngine(args.settings), FileRegistry(tmp_path), Life("test"))
+    page = asyncio.run(worker.page.render())
     families = [family.name for family in text_string_to_metric_families(page)]
 
     assert (1, 1) == (families.count(text.split()[2]), families.count("fine"))
@@ -316,7 +317,7 @@ def test_a_router_shows_the_failures_and_the_metrics_of_its_plugins(host: Plugin
 
     assert (200, {(PLUGIN, "vswa_score"): 1}) == (status, host.failures())
     assert [7] == [each.value for each in samples if each.name == "mine"]
-    assert [({"plugin": PLUGIN, "hook": "vswa_score"}, 1)] == [(each.labels, each.value) for each in failures]
+    assert {"vswa_metrics": 0, "vswa_score": 1} == {each.labels["hook"]: each.value for each in failures}
 
 
 # -- the log of a child process ----------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_commands_of_vswa_and_of_plugins_are_completed(complete: Complete) -> No
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (("worker", "--mod"), {"--mode", "--model-path"}),
+        (("worker", "--mod"), {"--mode", "--model", "--model-path"}),
         (("worker", "--mode", ""), {"agg", "prefill", "decode"}),
         (("router", "--log-level", ""), {"debug", "info", "warning", "error"}),
         (("selector", "--http"), {"--http-port", "--http-host"}),

@@ -40,6 +40,7 @@ def commands() -> dict[str, tuple[str, set[str]]]:
             for action in below._actions
             for option in action.option_strings
             if option.startswith("--")
+            and action.help is not argparse.SUPPRESS  # of Dynamo, on a page of their own
             and not (isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-"))
         }
         found[name] = text, options - {"--help", "--version"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -13,13 +14,14 @@ import pytest
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, long_prompt, post
 from vswa_plugin.blocks.layout import CacheGroup
-from vswa_plugin.cli.events import Follower
+from vswa_plugin.cli.events import Follower, _print
 from vswa_plugin.cli.main import main
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.wire.events import Batch, Cleared, Layout, Moved, Removed, Source, Stored, encode
 from vswa_plugin.wire.subjects import subject
 from vswa_plugin.wire.transport import Transport
 
+Output = pytest.CaptureFixture[str]
 SOURCE = Source("ns", "backend", 7)
 LAYOUT = Layout((CacheGroup(0, 512, 32), CacheGroup(1, None, 32)), "trtllm_v2", "h", "gemma")
 
@@ -28,11 +30,15 @@ def batch(first: int, *events: Any, epoch: int = 1) -> Batch:
     return Batch(1, epoch, first, 0, events)
 
 
+def shown(follower: Follower, each: Batch) -> list[str]:
+    return follower.lines(SOURCE, follower.read(SOURCE, each))
+
+
 def test_each_event_is_one_line_with_its_id_and_window() -> None:
     follower = Follower()
     lines = list(
-        follower.lines(
-            SOURCE,
+        shown(
+            follower,
             batch(
                 0,
                 LAYOUT,
@@ -59,24 +65,44 @@ def test_each_event_is_one_line_with_its_id_and_window() -> None:
 
 def test_a_window_can_be_followed_alone() -> None:
     follower = Follower(window="512")
-    shown = follower.lines(SOURCE, batch(0, LAYOUT, Stored(0, 0, None, (1,)), Stored(1, 0, None, (1,))))
+    lines = shown(follower, batch(0, LAYOUT, Stored(0, 0, None, (1,)), Stored(1, 0, None, (1,))))
 
-    assert [line.split()[1] for line in shown] == ["layout", "stored"]
-    assert "window 512" in shown[1]
+    assert [line.split()[1] for line in lines] == ["layout", "stored"]
+    assert "window 512" in lines[1]
+
+
+def test_json_has_the_events_of_the_window_that_is_followed_and_ids_as_text(capsys: Output) -> None:
+    far = Source("ns", "backend", 2**64 - 1)
+    events = (LAYOUT, Stored(0, 0, None, (1,)), Stored(1, 1, 2**64 - 1, (2**63,)), Cleared(None))
+    args = argparse.Namespace(json=True, heartbeats=False)
+
+    assert _print(Follower(window="global"), far, batch(7, *events), args)
+    assert not _print(Follower(window="512"), far, batch(7, Stored(1, 0, None, (1,))), args)
+    (line,) = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert {"namespace": "ns", "component": "backend", "worker_id": f"{2**64 - 1}", "dp_rank": 0} == told[
+        "source"
+    ]
+    assert [(7, "layout"), (9, "stored"), (10, "cleared")] == [
+        (event["event_id"], event["type"]) for event in told["batch"]["events"]
+    ]
+    stored = told["batch"]["events"][1]
+    assert ("ffffffffffffffff", ["8000000000000000"]) == (stored["parent_hash"], stored["sequence_hashes"])
+    assert str(far.worker_id) in str(far), "the text has the same spelling"
 
 
 def test_what_was_missed_is_said_once_and_a_new_epoch_is_no_gap() -> None:
     follower = Follower()
-    follower.lines(SOURCE, batch(0, LAYOUT))
+    follower.read(SOURCE, batch(0, LAYOUT))
 
-    assert "gap: 3 events were missed" in follower.lines(SOURCE, batch(4, Removed(0, (1,))))[0]
-    assert "gap" not in "".join(follower.lines(SOURCE, batch(5, Removed(0, (2,)))))
-    assert "gap" in "".join(follower.lines(SOURCE, batch(8)))
-    assert "gap" not in "".join(follower.lines(SOURCE, batch(0, LAYOUT, epoch=2)))
+    assert "gap: 3 events were missed" in shown(follower, batch(4, Removed(0, (1,))))[0]
+    assert "gap" not in "".join(shown(follower, batch(5, Removed(0, (2,)))))
+    assert "gap" in "".join(shown(follower, batch(8)))
+    assert "gap" not in "".join(shown(follower, batch(0, LAYOUT, epoch=2)))
 
 
 def test_a_group_of_unknown_window_is_shown_by_its_number() -> None:
-    assert "group 0" in Follower().lines(SOURCE, batch(9, Removed(0, (1,))))[0]
+    assert "group 0" in shown(Follower(), batch(9, Removed(0, (1,))))[0]
 
 
 def test_a_window_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

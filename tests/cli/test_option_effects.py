@@ -41,6 +41,10 @@ NO_EFFECT = {
     "explain --file x --token-ids 1": "argument --token-ids: not allowed with argument --file",
     "events --plugin x.py": "--plugin: expected no plugin, got ['x.py']: `vswa events` loads none",
     "events --no-plugin x": "--no-plugin: expected no plugin, got ['x']: `vswa events` loads none",
+    "events --plugin-options x.yaml": "--plugin-options: expected no options of plugins, got x.yaml",
+    "--plugin-options x.yaml brokers": "no plugin acts in `vswa brokers`",
+    "completion bash --plugin-options x.yaml": "no plugin acts in `vswa completion`",
+    "--plugin-options x.yaml frontend": "unrecognized arguments: --plugin-options",
     "--plugin x.py brokers": "`vswa brokers` loads none",
     "--plugin x.py demo": "`vswa demo` loads none",
     "--plugin x.py serve": "`vswa serve` loads none",
@@ -55,7 +59,7 @@ OUT_OF_RANGE = {
     "worker --model-path {model} --stall-timeout -1": "--stall-timeout: expected 0 seconds or more, got -1",
     "worker --model-path {model} --heartbeat 0": "--heartbeat: expected more than 0 seconds, got 0",
     "worker --model-path {model} --drain-timeout nan": "--drain-timeout: expected 0 seconds or more, got nan",
-    "worker --model-path {model} --data-parallel-size 0": "--data-parallel-size: expected at least 1, got 0",
+    "worker --model-path {model} --data-parallel-size 0": "--data-parallel-size: expected at least 1,",
     "worker --model-path {model} --taint=": "--taint: expected a name, got nothing",
     "router --http-port -1": "--http-port: expected a port from 0 to 65535, got -1",
     "router --stale-grace -1": "--stale-grace: expected 0 seconds or more, got -1",
@@ -65,9 +69,9 @@ OUT_OF_RANGE = {
     "frontend --http-port 65536": "--http-port: expected a port from 0 to 65535, got '65536'",
     "frontend --migration-limit -1": "--migration-limit: expected a whole number, 0 or more, got '-1'",
     "launch agg --http-port -1": "--http-port: expected a port from 0 to 65535, got '-1'",
-    "launch agg --model-path {model} --workers 0": "--workers: expected at least 1, got 0",
-    "launch agg --model-path {model} --log-size 0": "--log-size: expected at least 1 MiB, got 0",
-    "launch agg_router --model-path {model} --routers 0": "--routers: expected at least 1, got 0",
+    "launch agg --model-path {model} --workers 0": "--workers: expected a whole number of at least 1",
+    "launch agg --model-path {model} --log-size 0": "--log-size: expected a whole number of at least 1",
+    "launch agg_router --model-path {model} --routers 0": "--routers: expected a whole number of at least 1",
     "brokers --nats-port -1": "--nats-port: expected a port from 0 to 65535, got '-1'",
     "brokers --etcd-port 65536": "--etcd-port: expected a port from 0 to 65535, got '65536'",
     "events --count 0": "--count: expected a whole number of at least 1, got '0'",
@@ -86,14 +90,14 @@ OUT_OF_RANGE = {
     "explain --token-ids 4294967296": "--token-ids: expected numbers from 0 to 2**32 - 1",
     "demo --max-tokens 0": "--max-tokens: expected a whole number of at least 1, got '0'",
     "demo --http-port 65536": "--http-port: expected a port from 0 to 65535, got '65536'",
-    "serve --log-size 0": "--log-size: expected at least 1 MiB, got 0",
+    "serve --log-size 0": "--log-size: expected a whole number of at least 1",
     "serve --http-port -1": "--http-port: expected a port from 0 to 65535, got '-1'",
     "accuracy replay {trace} --ttl 0": "--ttl: expected a whole number of at least 1, got '0'",
     "accuracy replay {trace} --min-exact 2": "--min-exact: expected a share from 0 to 1, got 2",
     "accuracy replay {trace} --min-exact nan": "--min-exact: expected a share from 0 to 1, got nan",
     "accuracy replay {trace} --plot x.txt": "--plot: ",
     "accuracy route forks --requests 0": "--requests: expected a whole number of at least 1, got '0'",
-    "accuracy route forks --workers 0": "--workers: expected a whole number of at least 1, got '0'",
+    "accuracy route forks --workers 0": "--workers: expected a whole number of at least 1",
     "accuracy route forks --block-size 0": "--block-size: expected a whole number of at least 1, got '0'",
     "accuracy route forks --seeds 0": "--seeds: expected a whole number of at least 1, got '0'",
     "accuracy route forks --jobs 0": "--jobs: expected a whole number of at least 1, got '0'",
@@ -105,6 +109,9 @@ OUT_OF_RANGE = {
     "accuracy route forks --model ,": "--model: expected at least one word, got ','",
     "accuracy route forks --policies ,": "--policies: expected at least one word, got ','",
     "accuracy route forks --cost-fixed -1": "fixed_s: expected a finite number, 0 or more, got -1",
+    "plugins --plugin-options /nowhere.yaml": "--plugin-options: expected a YAML or JSON file at /nowhere",
+    "accuracy replay {trace} --plugin-options /nowhere.yaml": "--plugin-options: expected a YAML or JSON",
+    "simulate --plugin-options /nowhere.yaml": "--plugin-options: expected a YAML or JSON file at /nowhere",
     "simulate --workers 0": "--workers: expected a number of at least 1, got 0",
     "simulate --requests -1": "--requests: expected a number of at least 1, got -1",
     "simulate --chunk 0": "--chunk: expected a number of at least 1, got 0",
@@ -161,7 +168,7 @@ def test_every_command_is_in_the_tables() -> None:
     with load_host(environ=dict(os.environ)) as host:
         added = {command.name for command in host.commands({})}
 
-    nothing_to_refuse = {"plugins", "completion", "get-model", "import-gguf"}
+    nothing_to_refuse = {"get-model", "import-gguf"}
     assert nothing_to_refuse == ({*BUILT_IN, *PROGRAMS} | added) - covered
 
 

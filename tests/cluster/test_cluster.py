@@ -76,7 +76,7 @@ def used(*workers: int, model: str = "gemma") -> str:
     """A router's page of metrics that sends requests of ``model`` to those workers."""
     lines = ["# TYPE vswa_router_load_requests gauge"]
     lines += [
-        f'vswa_router_load_requests{{model="{model}",worker="{each:x}",dp_rank="0"}} 0' for each in workers
+        f'vswa_router_load_requests{{model="{model}",worker="{each}",dp_rank="0"}} 0' for each in workers
     ]
     return "\n".join(lines) + "\n"
 
@@ -210,11 +210,15 @@ def test_logs_are_bounded_from_the_start_on_by_a_task_that_is_watched(run: Run[A
 
     async def body() -> None:
         life = Life("vswa launch")
-        serving = Serving(cast("Cluster", Starting()), lambda _: None, life)
+
+        async def make() -> Cluster:
+            return cast("Cluster", Starting())
+
+        serving = Serving(make, lambda _: None, life)
         starting = asyncio.create_task(serving.start())
         ended = await asyncio.wait_for(life.tasks.failed(), 5)
         starting.cancel()
-        assert str(ended).startswith("bound logs ended unasked (OSError: the log directory has gone)")
+        assert str(ended).startswith("bound logs ended unexpectedly (OSError: the log directory has gone)")
 
     run(body())
 

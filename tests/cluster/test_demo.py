@@ -179,7 +179,12 @@ def metrics(gauges: dict[str, float]) -> Iterator[str]:
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            text = "".join(f'vswa_engine{{name="{name}"}} {value}\n' for name, value in gauges.items())
+            lines = []
+            for name, value in gauges.items():
+                base, _, window = name.rpartition("_")
+                lines += [f"# TYPE vswa_engine_{base}_total counter"] if window == "512" else []
+                lines.append(f'vswa_engine_{base}_total{{dp_rank="0",window="{window}"}} {value}')
+            text = "\n".join([*lines, ""])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(text.encode())
@@ -250,18 +255,17 @@ def metrics_of(page: Page) -> str:
     """A router's page of metrics; what was reported differs from what was promised."""
     lines = ["# TYPE vswa_router_predictions counter"]
     for worker, (finished, _) in page.items():
-        rank = f'worker="{worker:x}",dp_rank="0"'
+        rank = f'worker="{worker}",dp_rank="0"'
         lines += [
             f'vswa_router_predictions_total{{{rank},result="exact"}} {finished - 1}',
             f'vswa_router_predictions_total{{{rank},result="over"}} 1',
         ]
-    lines += ["# TYPE vswa_router_cached_tokens counter"]
-    for worker, (_, tokens) in page.items():
-        rank = f'worker="{worker:x}",dp_rank="0"'
-        lines += [
-            f'vswa_router_cached_tokens_total{{{rank},which="predicted"}} {tokens}',
-            f'vswa_router_cached_tokens_total{{{rank},which="reported"}} {tokens + 1000}',
-        ]
+    lines += ['vswa_router_predictions_total{worker="other",dp_rank="",result="exact"} 5']
+    for which, more in (("predicted", 0), ("reported", 1000)):
+        name = f"vswa_router_{which}_cached_tokens"
+        lines += [f"# TYPE {name} counter", f'{name}_total{{worker="other",dp_rank=""}} 160']
+        for worker, (_, tokens) in page.items():
+            lines.append(f'{name}_total{{worker="{worker}",dp_rank="0"}} {tokens + more}')
     return "\n".join(lines) + "\n"
 
 
@@ -308,7 +312,7 @@ def test_of_equal_promises_the_chosen_workers_is_shown_and_blocks_beyond_the_pro
     assert answer.choice == Choice(7, 99, {7: 32, 9: 32})
     assert answer.choice.best_alone() == (7, 32)
     assert not checks_of_choices([answer], choices)[
-        "the global layers alone would have promised what nobody could resume"
+        "the global layers alone would have promised what no worker could resume"
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Run
-from tests.e2e_helpers import beside, eventually, long_prompt, metric, post, recording, stream
+from tests.e2e_helpers import beside, engine_metric, eventually, long_prompt, post, recording, stream
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.processes import Child
 from vswa_plugin.launch.topologies import WorkerGroup
@@ -40,7 +40,7 @@ def workers(cluster: Cluster, mode: str) -> list[Child]:
 
 async def gauge(cluster: Cluster, mode: str, name: str) -> float:
     """One gauge of the engines, summed over the workers of ``mode``."""
-    return sum([await metric(each, "vswa_engine", name=name) for each in workers(cluster, mode)])
+    return sum([await engine_metric(each, name) for each in workers(cluster, mode)])
 
 
 async def until(cluster: Cluster, mode: str, name: str, value: float) -> None:
@@ -198,14 +198,14 @@ def test_a_prefill_worker_that_is_killed_while_it_hands_over_costs_a_computation
             (decode,) = workers(made, "decode")
 
             async def under_way() -> bool:
-                return await metric(decode, "vswa_engine", name="transfers_held") == 1
+                return await engine_metric(decode, "transfers_held") == 1
 
             try:
                 await eventually(under_way, "the transfer under way")
             finally:
                 prefill.kill()
             text = (await asked)[0]
-            failures = await metric(decode, "vswa_engine", name="transfer_failures")
+            failures = await engine_metric(decode, "transfer_failures")
             statuses = [(await post(made, "/v1/completions", {**GREEDY, "prompt": "x"}))[0]]
             made.workers.remove(prefill)
             await made.add_worker(made.settings.groups[0])
@@ -240,7 +240,7 @@ def test_two_of_each_serve_a_crowd_and_outlive_a_decode_worker(run: Run[Any], cl
                 await until(made, mode, "running", 0)
                 await until(made, mode, "transfers_held", 0)
                 for worker in workers(made, mode):
-                    assert await metric(worker, "vswa_engine", name="requests") > 0, worker.name
+                    assert await engine_metric(worker, "requests") > 0, worker.name
             assert await gauge(made, "decode", "transfer_failures") == 0
             text, codes = await _kill_decode_half_way(made, victim)
             await made.add_worker(made.settings.groups[1])
@@ -280,7 +280,7 @@ async def _kill_decode_half_way(cluster: Cluster, prompt: str) -> tuple[str, int
         tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
         if len(parts) == 10:
             for worker in workers(cluster, "decode"):
-                if await metric(worker, "vswa_engine", name="running"):
+                if await engine_metric(worker, "running"):
                     worker.kill()
                     cluster.workers.remove(worker)
     return "".join(parts), tokens

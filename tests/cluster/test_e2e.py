@@ -16,6 +16,7 @@ from tests.e2e_helpers import (
     TextModel,
     apart,
     beside,
+    engine_metric,
     eventually,
     get,
     long_prompt,
@@ -153,13 +154,15 @@ def test_requests_at_the_same_time_get_what_they_get_alone(run: Run[Any], cluste
 def test_a_client_that_goes_frees_what_its_request_held(run: Run[Any], cluster: Cluster) -> None:
     async def body() -> None:
         request = {**GREEDY, "prompt": long_prompt("leaver"), "max_tokens": 3_000}
-        before = [await metric(w, "vswa_requests_total", finish_reason="cancelled") for w in cluster.workers]
+        before = [await metric(w, "vswa_worker_requests_total", outcome="cancelled") for w in cluster.workers]
         async with aclosing(stream(cluster, "/v1/completions", request)) as chunks:
             await anext(chunks)
 
         async def cancelled_and_idle() -> bool:
-            now = [await metric(w, "vswa_requests_total", finish_reason="cancelled") for w in cluster.workers]
-            running = [await metric(w, "vswa_engine", name="running") for w in cluster.workers]
+            now = [
+                await metric(w, "vswa_worker_requests_total", outcome="cancelled") for w in cluster.workers
+            ]
+            running = [await engine_metric(w, "running") for w in cluster.workers]
             return sum(now) == sum(before) + 1 and sum(running) == 0
 
         await eventually(cancelled_and_idle, "the request counted as cancelled and nothing running")
@@ -172,6 +175,9 @@ def test_a_client_that_goes_frees_what_its_request_held(run: Run[Any], cluster: 
     [
         ({"prompt": "word " * 9_000}, 400, "8192"),
         ({"prompt": "hi", "n": 2}, 400, "n"),
+        ({"prompt": "hi", "echo": True, "logprobs": 1}, 400, "prompt_logprobs (or echo): expected none"),
+        ({"prompt": "hi", "prompt_logprobs": 0}, 400, "prompt_logprobs (or echo): expected none"),
+        ({"prompt": "hi", "guided_regex": "a+"}, 400, "guided_regex: expected none"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_with_the_reason(
@@ -181,6 +187,28 @@ def test_a_request_that_can_never_be_served_is_refused_with_the_reason(
 
     assert got == status, answer
     assert message in str(answer)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    ],
+    ids=["json", "required", "named"],
+)
+def test_a_format_that_cannot_be_kept_is_refused_as_the_client_calls_it(
+    run: Run[Any], cluster: Cluster, change: dict[str, Any]
+) -> None:
+    body = {**GREEDY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **change}
+    status, answer = run(post(cluster, "/v1/chat/completions", body))
+
+    assert 400 == status
+    assert "response_format, tool_choice or guided_json: expected none" in answer["message"]
 
 
 def test_stop_strings_end_the_answer_early(run: Run[Any], cluster: Cluster) -> None:
@@ -226,7 +254,7 @@ def test_a_worker_tells_its_health_and_counts_per_window(run: Run[Any], cluster:
         'vswa_resident_blocks{dp_rank="0",window="512"}',
         'vswa_resident_blocks{dp_rank="0",window="global"}',
         'vswa_publisher_batches_total{dp_rank="0"}',
-        'vswa_engine{name="running"}',
+        'vswa_engine_running{dp_rank="0"}',
         'vswa_publisher_snapshots_total{dp_rank="0"}',
         'vswa_publisher_unattributed_blocks_total{dp_rank="0"}',
     ):
@@ -286,6 +314,32 @@ def test_sigterm_drains_leaves_and_exits_0(run: Run[Any], cluster: Cluster) -> N
 
     assert (code, generated) == (0, 150), log
     assert "stopping: no new requests, waiting for 1 under way" in log
+
+
+def test_an_answer_that_a_stopping_worker_does_not_finish_is_no_success(
+    run: Run[Any], cluster: Cluster
+) -> None:
+    """A second signal ends the draining; there is no other worker that could go on."""
+
+    async def body() -> tuple[list[int], list[str], int]:
+        alone = apart(cluster, "hurried", WorkerGroup(override={"gemma3_cpu": {"debug_step_delay_s": 0.02}}))
+        await alone.start()
+        worker, codes, reasons, pieces = alone.workers[0], [], [], 0
+        request = {**GREEDY, "prompt": long_prompt("hurried"), "max_tokens": 1_000, "ignore_eos": True}
+        async for chunk in stream(alone, "/v1/completions", request):
+            codes += [chunk["error"]["code"]] if "error" in chunk else []
+            for choice in chunk.get("choices", ()):
+                pieces += 1
+                reasons += [choice["finish_reason"]] if choice.get("finish_reason") else []
+            if pieces == 5 and "choices" in chunk:  # and not at the error, which comes as a piece too
+                worker.terminate()
+                await eventually(lambda: _left(alone), "the worker out of the registry")
+                worker.terminate()
+        code = await asyncio.wait_for(worker.wait(), 20)
+        await alone.stop()
+        return codes, reasons, code
+
+    assert ([503], [], 0) == run(body())
 
 
 async def _left(cluster: Cluster) -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually
+from tests.launch_helpers import children_of
 from vswa_plugin.cli import PROGRAMS
 from vswa_plugin.cli.main import main
 from vswa_plugin.launch.brokers import start_nats
@@ -44,7 +45,11 @@ def test_help_is_that_of_the_module_with_the_commands_name(name: str) -> None:
     ("arguments", "code", "message"),
     [
         (["worker", "--model-path", "/nowhere"], 2, "vswa worker: error: --model-path: expected a model at"),
-        (["worker"], 2, "vswa worker: error: the following arguments are required: --model-path"),
+        (
+            ["worker"],
+            2,
+            "vswa worker: error: --model-path: expected the directory or name of a model, got none",
+        ),
         (["router", "--no-plugin", "x"], 2, "vswa router: error: --no-plugin: unknown plugin 'x'"),
         (["--no-plugin", "x", "router"], 2, "vswa router: error: --no-plugin: unknown plugin 'x'"),
         (["selector", "--no-plugin", "x"], 2, "vswa selector: error: --no-plugin: unknown plugin 'x'"),
@@ -123,12 +128,6 @@ async def started(*options: str, json_too: bool = True) -> tuple[asyncio.subproc
     assert process.stdout is not None
     lines = 1 if json_too else 2
     return process, "".join([(await process.stdout.readline()).decode() for _ in range(lines)])
-
-
-def children_of(pid: int) -> dict[str, int]:
-    """Name -> pid."""
-    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {Path(f"/proc/{child}/comm").read_text().strip(): int(child) for child in pids}
 
 
 def test_brokers_are_kept_until_a_signal_and_their_exports_can_be_pasted(run: Run[Any]) -> None:

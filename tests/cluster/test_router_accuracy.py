@@ -29,20 +29,24 @@ def test_counts_are_in_whole_blocks_and_tokens_are_kept_beside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "bound"), [(0, 0), (1, 1), (2, 4), (-1, -1), (-2, -2), (-3, -2), (-70, -65)]
+    ("error", "direction", "bound"),
+    [(1, "over", 1), (2, "over", 2), (3, "over", 4), (-1, "under", 1), (-5, "under", 8), (-70, "under", 128)],
 )
-def test_each_error_falls_into_the_bucket_of_the_next_bound(error: int, bound: int) -> None:
+def test_each_error_falls_into_the_bucket_of_the_next_bound(error: int, direction: str, bound: int) -> None:
     accuracy = Accuracy()
     accuracy.record(outcome(100 + error, 100))
 
-    assert accuracy.ranks[A].errors[BOUNDS.index(bound)] == 1
+    assert [("", direction)] == list(accuracy.errors)
+    assert accuracy.errors["", direction].counts[BOUNDS.index(bound)] == 1
 
 
-def test_errors_above_all_bounds_are_counted_too() -> None:
+def test_errors_above_all_bounds_are_counted_too_and_right_ones_are_none() -> None:
     accuracy = Accuracy()
-    accuracy.record(outcome(200, 100))
+    accuracy.record(outcome(300, 100))
+    accuracy.record(outcome(100, 100))
 
-    assert accuracy.ranks[A].errors[-1] == 1
+    assert (1, 200) == (accuracy.errors["", "over"].counts[-1], accuracy.errors["", "over"].sum)
+    assert accuracy.errors["", "over"].count == 1
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ def test_a_systematic_error_is_said_once_with_its_likely_cause(
             accuracy.record(wrong if number % 3 == 0 else outcome(5, 5))
 
     (line,) = (record.getMessage() for record in caplog.records)
-    assert line.startswith("worker a: 8 of its last 22 predictions were wrong")
+    assert line.startswith("worker 10: 8 of its last 22 predictions were wrong")
     assert cause in line
     assert accuracy.systematic(0xA)
 
@@ -106,8 +110,10 @@ def test_a_worker_that_has_gone_is_forgotten() -> None:
     for _ in range(30):
         accuracy.record(outcome(9, 3))
         accuracy.record(outcome(9, 3, Rank(0xB)))
+    accuracy.record(Outcome(A, 32, 64, 32, model="m"))
     accuracy.drop(0xA)
 
     assert list(accuracy.ranks) == [Rank(0xB)]
+    assert (31, 30) == (accuracy.gone[""].over, accuracy.ranks[Rank(0xB)].over), "no count goes down"
     assert not accuracy.systematic(0xA)
     assert accuracy.systematic(0xB)

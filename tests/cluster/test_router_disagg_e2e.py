@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import eventually, long_prompt, metric, post
+from tests.e2e_helpers import engine_metric, eventually, long_prompt, post
 from tests.router_helpers import Echo, Stack, logged, prompt_of
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.processes import Child
@@ -126,27 +126,37 @@ def test_a_worker_of_either_kind_that_dies_is_not_noticed_by_the_client(
     assert len(text) > 40
 
 
-def test_a_model_is_shown_only_while_there_is_one_of_each_kind(run: Run[Any], stack: Stack) -> None:
+def test_a_model_that_lacks_one_kind_of_worker_is_shown_and_answers_503(run: Run[Any], stack: Stack) -> None:
     log = stack.routers[0].log
 
-    async def body() -> tuple[int, Any]:
+    async def answers(status: int) -> Any:
+        """What its requests get from now on."""
+
+        async def answered() -> bool:
+            nonlocal answer
+            got, answer = await stack.ask(prompt_of("half", 20), model="half")
+            return bool(got == status)
+
+        answer: Any = None
+        await eventually(answered, f"status {status}")
+        return answer
+
+    async def body() -> Any:
         one = {"model": "half", "component": "half"}
         decode = await stack.echo(mode="decode", **one)
         await eventually(lambda: "model 'half' cannot be served: no prefill worker" in log(), "it is said")
-        assert await stack.models() == ["gemma"]
+        await stack.shows("gemma", "half")
+        assert (await answers(503))["message"]
         await stack.echo(mode="prefill", **one)
-        await stack.shows("gemma", "half")
-        answer = await stack.ask(prompt_of("half", 20), model="half")
+        answer = await answers(200)
         await decode.child.stop()
-        await stack.shows("gemma")
+        assert (await answers(503))["message"]
+        assert await stack.models() == ["gemma", "half"]
         await stack.echo(mode="agg", **one)
-        await stack.shows("gemma", "half")
-        assert (await stack.ask(prompt_of("half", 20), model="half"))[0] == 200
+        await answers(200)
         return answer
 
-    status, answer = run(body())
-
-    assert (status, answer["model"]) == (200, "half")
+    assert run(body())["model"] == "half"
 
 
 # -- real engines --------------------------------------------------------------------------------------
@@ -164,7 +174,7 @@ class Engines:
 
     async def computed(self) -> float:
         """Prompt tokens that the prefill engines have computed."""
-        return sum([await metric(each, "vswa_engine", name="prefill_tokens") for each in self._prefills])
+        return sum([await engine_metric(each, "prefill_tokens") for each in self._prefills])
 
 
 @asynccontextmanager

@@ -57,7 +57,7 @@ def test_what_is_promised_is_what_the_engines_reuse_under_eviction(run: Run[Any]
     run(body())
     log = stack.routers[0].log()
     promised = [int(tokens) for tokens in re.findall(r"promises (\d+) of", log)]
-    workers = Counter(re.findall(r"rank (\w+)\.0 at cost", log))
+    workers = Counter(re.findall(r"rank (\w+)/0 at cost", log))
 
     assert [tokens // 32 for tokens in promised] == [tokens // 32 for tokens in reused]
     assert sum(tokens > 0 for tokens in reused) > 8

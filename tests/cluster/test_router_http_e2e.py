@@ -100,7 +100,7 @@ def test_the_worker_that_was_selected_serves_and_reuses_what_was_predicted(
     (first, _, _), (second, _, again), (third, _, _), (fourth, _, last) = found
 
     assert [served["decode_worker_id"] for _, served, _ in found] == [
-        chosen["worker_id"] for chosen, _, _ in found
+        int(chosen["worker_id"]) for chosen, _, _ in found
     ]
     assert first["worker_id"] == second["worker_id"] != third["worker_id"] == fourth["worker_id"]
     assert [chosen["cached_tokens"] // 32 for chosen, _, _ in found] == [
@@ -141,9 +141,9 @@ def test_prefill_and_decode_ranks_that_were_selected_serve_and_reuse_what_was_pr
     for chosen, served, cached in found:
         prefill = chosen["prefill"]
         assert served == {
-            "decode_worker_id": chosen["worker_id"],
+            "decode_worker_id": int(chosen["worker_id"]),
             "decode_dp_rank": 1,
-            "prefill_worker_id": prefill["worker_id"],
+            "prefill_worker_id": int(prefill["worker_id"]),
             "prefill_dp_rank": prefill["dp_rank"],
         }
         assert cached // 32 == chosen["cached_tokens"] // 32

@@ -14,7 +14,16 @@ import aiohttp
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import cluster_on, eventually, long_prompt, metric, post, recording, running, stream
+from tests.e2e_helpers import (
+    cluster_on,
+    engine_metric,
+    eventually,
+    long_prompt,
+    post,
+    recording,
+    running,
+    stream,
+)
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
 from vswa_plugin.launch.processes import Child, free_port, python_module
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
@@ -96,7 +105,7 @@ def test_a_second_turn_lands_where_the_first_was_computed(run: Run[Any], deploym
             for prompt in prompts:
                 second.append(await complete(deployment, f"{prompt} And then?"))
                 await recorded.settled()  # by then no router counts it as load any more
-        requests = [await metric(each, "vswa_engine", name="requests") for each in workers]
+        requests = [await engine_metric(each, "requests") for each in workers]
         return [tokens for _, tokens in first], [tokens for _, tokens in second], requests
 
     first, second, requests = run(body())
@@ -168,7 +177,7 @@ async def broken_stream(cluster: Cluster, prompt: str, candidates: list[Child]) 
 async def serving(child: Child, request_id: str) -> bool:
     if child.name.startswith("router"):
         return request_id in child.log()
-    return await metric(child, "vswa_engine", name="running") > 0
+    return await engine_metric(child, "running") > 0
 
 
 @pytest.mark.parametrize("kind", ["workers", "routers"])
@@ -220,7 +229,7 @@ def test_a_new_worker_is_used_within_a_second_of_joining(run: Run[Any], kept: Cl
 
         async def used() -> bool:
             asking.append(asyncio.create_task(complete(kept, long_prompt(f"new {len(asking)}", 10), 8)))
-            return await metric(added, "vswa_engine", name="requests") > 0
+            return await engine_metric(added, "requests") > 0
 
         await eventually(used, "the worker is used")
         took = time.monotonic() - began

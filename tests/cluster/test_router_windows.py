@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import eventually, long_prompt, metric
+from tests.e2e_helpers import engine_metric, eventually, long_prompt, metric
 from tests.router_helpers import Stack
 from vswa_plugin.launch.processes import Child
 from vswa_plugin.registry.opening import registry_from_env
@@ -67,7 +67,7 @@ class Two:
         assert status == 200, answer
 
     async def _computed(self, worker: Child) -> float:
-        return await metric(worker, "vswa_engine", name="prefill_tokens")
+        return await engine_metric(worker, "prefill_tokens")
 
     async def _heartbeats(self, worker: Child) -> float:
         return await metric(worker, "vswa_publisher_heartbeats_total")

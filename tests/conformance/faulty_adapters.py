@@ -121,6 +121,20 @@ class TakesFieldsForGranted(Plain):
         return super().feed(raw)
 
 
+class TakesBlocksThatAreTooLarge(Plain):
+    caught_by = (
+        "a_list_with_one_element_more_is_read_or_refused_as_a_fault_of_the_protocol",
+        "at most 4 tokens, got one of 5",
+    )
+
+    def feed(self, raw: Any) -> list[EngineEvent]:
+        if not isinstance(raw, dict) or not isinstance(tokens := raw.get("tokens"), list):
+            return super().feed(raw)
+        events = super().feed({**raw, "tokens": tokens[:4]})
+        block = EngineBlock(raw["name"], tuple(tokens))
+        return [BlocksStored(raw["group"], raw["parent"], (block,))] if len(tokens) > 4 else events
+
+
 class TakesAnythingForAMapping(Plain):
     caught_by = ("any_json_is_read_or_refused_as_a_fault_of_the_protocol", "expected ProtocolError, got")
 
@@ -150,6 +164,21 @@ class KeepsWhatItRefused(Plain):
         events = super().feed(raw)
         kept, self._kept = self._kept if isinstance(raw, dict) and raw.get("name") != "b" else [], []
         return events + kept
+
+
+class WalksUpToTheRoot(Plain):
+    caught_by = ("any_sequence_of_events_ends_and_is_read_or_refused", "it hangs")
+
+    def __init__(self) -> None:
+        self._parents: dict[str, str | None] = {}
+
+    def meant(self, event: Stored | Removed) -> list[EngineEvent]:
+        if isinstance(event, Stored):
+            self._parents[event.name] = event.parent
+            above = event.parent
+            while above is not None:
+                above = self._parents.get(above)
+        return super().meant(event)
 
 
 class NamesACopyAnew(Plain):

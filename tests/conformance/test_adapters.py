@@ -72,6 +72,17 @@ class TestVllmEventsBefore024(TestVllmEvents):
     samples = [vllm.as_array(each) for each in TestVllmEvents.samples]  # noqa: RUF012
 
 
+def test_a_vllm_event_with_a_parent_that_is_none_costs_no_other_event() -> None:
+    """An event that lists fewer blocks than its tokens cover waits for the next one, which is a good one."""
+    suite = TestVllmEvents()
+    rank = suite.rank()
+    rank.takes({**vllm.stored("abc", group=1, listed=(1, 2)), "parent_block_hash": []})
+
+    assert 1 == len(rank.refused)
+    assert {(0, vllm.name_of(chain)) for chain in ("a", "ab", "abc")} == rank.announced([vllm.stored("abc")])
+    assert 1 == len(rank.refused)
+
+
 def test_a_vllm_event_with_a_parent_that_is_none_counts_no_copies() -> None:
     """Found by the suite: the copies were counted before the parent was looked at."""
     suite = TestVllmEvents()

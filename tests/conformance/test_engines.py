@@ -51,14 +51,18 @@ class TestGemma3CpuByManagerV1(TestGemma3Cpu):
 
 class TestTensorRtLlm(EngineConformance):
     kind = "v2"
+    blocks = LLM.blocks
     options: dict[str, Any] = tensorrt_llm.OPTIONS
 
     @pytest.fixture
     def engine(self, standin: None, model: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
         monkeypatch.setattr(LLM, "kind", self.kind)
+        monkeypatch.setattr(LLM, "blocks", self.blocks)
         return TensorRtLlmEngine(tensorrt_llm.settings_for(model, self.options))
 
 
 class TestTensorRtLlmByManagerV1(TestTensorRtLlm):
     kind = "v1"
+    #: It takes all blocks of a prompt when it is admitted, in each window.
+    blocks = (80, 120)
     options = by_manager_v1(tensorrt_llm.OPTIONS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import faulty_adapters, faulty_engines
+from tests.conformance import faulty_adapters, faulty_engines, faulty_phases
 from tests.conformance.faulty_adapters import TestPlain as TestPlain
 
 pytest_plugins = ["pytester"]
@@ -15,10 +15,11 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
 ENGINES = faulty_engines.all_faulty()
 ADAPTERS = faulty_adapters.all_faulty()
+PHASES = faulty_phases.all_faulty()
 
 
-@pytest.mark.parametrize("fault", [*ENGINES, *ADAPTERS], ids=lambda each: each.__name__)
-def test_a_faulty_engine_or_adapter_fails_the_test_that_is_there_for_its_fault(
+@pytest.mark.parametrize("fault", [*ENGINES, *ADAPTERS, *PHASES], ids=lambda each: each.__name__)
+def test_a_faulty_engine_adapter_or_pair_fails_the_test_that_is_there_for_its_fault(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fault: type[Any]
 ) -> None:
     test, reason = fault.caught_by
@@ -33,12 +34,16 @@ def test_a_faulty_engine_or_adapter_fails_the_test_that_is_there_for_its_fault(
 
 
 def test_every_test_of_the_suites_has_a_fault_that_it_catches() -> None:
-    suites = (faulty_engines.EngineConformance, faulty_adapters.EventAdapterConformance)
+    suites = (
+        faulty_engines.EngineConformance,
+        faulty_adapters.EventAdapterConformance,
+        faulty_phases.PhasesConformance,
+    )
     tests = {
         name.removeprefix("test_") for suite in suites for name in vars(suite) if name.startswith("test_")
     }
 
-    assert tests == {fault.caught_by[0] for fault in (*ENGINES, *ADAPTERS)}
+    assert tests == {fault.caught_by[0] for fault in (*ENGINES, *ADAPTERS, *PHASES)}
 
 
 def test_a_suite_without_its_fixture_says_what_is_missing(

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.router.test_decide import Setting
+from tests.router.test_decide import A, Setting
 from vswa_plugin.engine.requests import (
     Fields,
     dp_rank,
     outside,
     prefill_result,
+    reads_cache,
+    temperature,
     token_ids,
     unchecked_token_ids,
 )
@@ -51,7 +53,6 @@ def test_missing_and_null_mean_the_default_which_is_not_checked(data: dict[str, 
     assert {} == fields.object("in").data
     assert dp_rank(fields, 1, "") is None
     assert {} == prefill_result(fields, "agg").data
-    fields.refuse({"n": "none"})
 
 
 def test_an_empty_text_is_none() -> None:
@@ -67,7 +68,6 @@ WRONG: list[tuple[Any, Callable[[Fields], object], str]] = [
     ("12", lambda f: f.ids("v"), "in.v: expected a list of token ids, got str"),
     ([1, "2"], lambda f: f.ids("v"), "in.v: expected a list of token ids, got something else among them"),
     ([1, True], lambda f: f.ids("v"), "in.v: expected a list of token ids, got something else among them"),
-    ({"url": 1}, lambda f: f.refuse({"v": "no images"}), "in.v: expected no images"),
 ]
 
 
@@ -159,7 +159,7 @@ def test_each_rank_can_be_asked_for() -> None:
 def test_what_is_no_rank_of_this_worker_is_refused_with_the_reason(rank: Any) -> None:
     routing = Fields({"routing": {"dp_rank": rank}}).object("routing")
 
-    assert f"routing.dp_rank: expected a rank in [0, 1], got {rank!r}; it has 2" == refusal(
+    assert f"nvext.dp_rank: expected a rank in [0, 1], got {rank!r}; it has 2" == refusal(
         lambda: dp_rank(routing, 2, "it has 2")
     )
 
@@ -178,7 +178,7 @@ def test_only_a_decode_worker_goes_on_from_a_prefill_worker() -> None:
     ("changed", "message"),
     [
         ({"routing": [1]}, "routing: expected an object, got list"),
-        ({"routing": {"cache_salt": 5}}, "routing.cache_salt: expected a string, got int"),
+        ({"routing": {"cache_salt": 5}}, "cache_salt: expected a string, got int"),
         ({"routing": {"lora_name": 5}}, "routing.lora_name: expected a string, got int"),
         ({"tokens": b"abc"}, "token_ids: expected 4 bytes per token, got 3 bytes"),
         ({"tokens": 7}, "token_ids: expected a list of integers, got int"),
@@ -186,3 +186,34 @@ def test_only_a_decode_worker_goes_on_from_a_prefill_worker() -> None:
 )
 def test_the_router_refuses_in_the_same_words(changed: dict[str, Any], message: str) -> None:
     assert message == refusal(lambda: Setting().decide(**changed))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reads"),
+    [
+        ({}, True),
+        ({"output_options": {"prompt_logprobs": None, "logprobs": 3}, "extra_args": None}, True),
+        ({"output_options": {"prompt_logprobs": 0}}, False),
+        ({"output_options": {"prompt_logprobs": 1}}, False),
+        ({"extra_args": {"sampling_options": {"skip_reading_prefix_cache": True}}}, False),
+        ({"extra_args": {"skip_reading_prefix_cache": True}}, False),
+        ({"sampling_options": {"skip_reading_prefix_cache": True}}, False),
+        ({"sampling_options": {"skip_reading_prefix_cache": False}}, True),
+    ],
+)
+def test_a_request_that_switches_the_cache_off_is_promised_nothing(
+    request_: dict[str, Any], reads: bool
+) -> None:
+    setting = Setting()
+    setting.holds(A, sliding=range(8), whole=range(8))
+
+    assert reads == reads_cache(Fields(request_))
+    assert reads == (setting.decide(request=request_).cached_tokens > 0)
+
+
+def test_a_temperature_is_meant_where_another_option_of_sampling_is_given() -> None:
+    assert [1.0] * 4 == [temperature({name: 1}) for name in ("top_p", "top_k", "min_p", "seed")]
+    assert [None, 0, 0.5] == [
+        temperature(options)
+        for options in ({"top_p": None}, {"temperature": 0, "seed": 1}, {"temperature": 0.5})
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 from tests.conftest import Run
 from tests.e2e_helpers import apart, eventually, get, long_prompt, metric, post
 from vswa_plugin.following.fleet import Fleet
-from vswa_plugin.following.metrics import render
+from vswa_plugin.following.metrics import fleet_families
 from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.program.metrics import About, Page
 from vswa_plugin.registry.etcd import EtcdRegistry
 from vswa_plugin.wire.events import Rank
 from vswa_plugin.wire.transport import Transport
@@ -35,6 +37,10 @@ def vswa(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **cluster.env},
         check=False,
     )
+
+
+def page_of(fleet: Fleet) -> Page:
+    return Page(lambda: About("index"), lambda: fleet_families(fleet))
 
 
 def fleet_of(cluster: Cluster) -> Fleet:
@@ -79,6 +85,9 @@ def test_the_table_names_worker_window_blocks_and_state(run: Run[Any], cluster: 
     assert shown.returncode == 0, shown.stderr
     for word in ("worker", "window", "512", "global", "live", "gemma", "2 ranks"):
         assert word in shown.stdout
+    listed = vswa(cluster, "index", "--once", "--json", "--namespace", "e2e")
+    for rank in json.loads(listed.stdout)["ranks"]:
+        assert rank["source"]["worker_id"] in shown.stdout, "ids are whole: they differ in their last digits"
 
 
 def test_explain_predicts_what_the_engine_then_reuses(run: Run[Any], cluster: Cluster) -> None:
@@ -137,7 +146,7 @@ def test_a_killed_worker_scores_0_within_three_heartbeats_and_leaves_with_its_re
             await eventually(lambda: fleet.index.blocks(rank)[1]["device"] > 20, "its blocks are known")
             hashes = list(fleet.index.contents(rank)[1])
             scores = fleet.index.score(hashes, 32 * len(hashes) + 1)
-            text = render(fleet)
+            text = await page_of(fleet).render()
 
             loop = asyncio.get_running_loop()
             alone.workers[0]._process.send_signal(signal.SIGKILL)
@@ -168,7 +177,9 @@ def test_a_fleet_serves_its_metrics_over_http(run: Run[Any], cluster: Cluster) -
     async def body() -> str:
         fleet = fleet_of(cluster)
         await fleet.start()
-        server = StatusServer(Status(ready=True), lambda: render(fleet))
+        server = StatusServer(
+            Status(ready=True), Page(lambda: About("index"), lambda: fleet_families(fleet)).render
+        )
         port = await server.start("127.0.0.1", 0)
         try:
             await fleet.settled(10)
@@ -179,7 +190,7 @@ def test_a_fleet_serves_its_metrics_over_http(run: Run[Any], cluster: Cluster) -
 
     text = run(body())
 
-    assert "vswa_index_scored_ranks 2.0" in text
+    assert re.search(r'^vswa_index_scored_ranks\{model=".*"\} 2.0$', text, re.MULTILINE)
     assert 'window="global"' in text
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,13 +15,14 @@ from tests.host_helpers import host as host
 from tests.host_helpers import settings
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import Needs, TrtllmV2
-from vswa_plugin.engine.contract import BlocksStored, Engine, EngineBlock
+from vswa_plugin.engine.contract import BlocksStored, Engine, EngineBlock, EngineInfo, PromptHolder
 from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.errors import ConfigError, InvalidRequest, PluginFailed, ProtocolError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.testing.host import plugin
 
 LAYOUT = CacheLayout((CacheGroup(0, 64, 32), CacheGroup(1, None, 32)), "mine", "m")
+INFO = EngineInfo(LAYOUT, 1024, 8, 512, 64)
 STORED = BlocksStored(1, None, (EngineBlock(1, tuple(range(32))),))
 BUG = KeyError("a bug of the plugin")
 
@@ -173,7 +174,7 @@ async def a_refusal(_: object) -> AsyncIterator[dict[str, Any]]:
 def engine_of(host: PluginHost, **parts: Any) -> Engine:
     shape = {
         "event_format": "x",
-        "info": "info",
+        "info": INFO,
         "start": lambda on_events: None,
         "stop": lambda: None,
         "generate": one_chunk,
@@ -193,7 +194,7 @@ def test_an_engine_answers_as_it_does(host: PluginHost) -> None:
     engine.start(lambda rank, events: None)
     engine.stop()
 
-    assert ("x", "info") == (engine.event_format, engine.info)
+    assert ("x", INFO) == (engine.event_format, engine.info)
     assert (None, {"running": 1.0}) == (engine.failure(), engine.stats())
     assert [{"token_ids": [1]}] == asyncio.run(chunks_of(engine))
     assert {} == host.failures()
@@ -226,9 +227,45 @@ def test_an_engine_that_fails_as_it_stops_keeps_nothing_from_being_stopped(
     assert {("theirs", "vswa_engine"): 1} == host.failures()
 
 
-@pytest.mark.parametrize("stats", [raising(BUG), lambda: None, lambda: {"running": "one"}])
+@pytest.mark.parametrize(
+    "stats",
+    [
+        raising(BUG),
+        lambda: None,
+        lambda: {"running": "one"},
+        lambda: {'running{a="b"} 1 #': 1.0},
+        lambda: {f"request_{number}": 1.0 for number in range(1_001)},
+    ],
+    ids=["bug", "none", "text", "odd name", "many"],
+)
 def test_an_engine_whose_gauges_fail_has_none(host: PluginHost, stats: Callable[[], Any]) -> None:
     assert {} == engine_of(host, stats=stats).stats()
+    assert {("theirs", "vswa_engine"): 1} == host.failures()
+
+
+@pytest.mark.parametrize("info", [raising(BUG), raising(SystemExit(3)), lambda _: {"layout": LAYOUT}])
+def test_an_engine_that_cannot_state_what_it_is_is_counted_and_named(
+    host: PluginHost, info: Callable[[Any], Any]
+) -> None:
+    class Engine:
+        """Well at first, when the host looks whether it has all parts."""
+
+        event_format = "x"
+        started = False
+        start = stop = generate = failure = stats = raising(BUG)
+
+        @property
+        def info(self) -> Any:
+            return info(self) if self.started else INFO
+
+    theirs = Engine()
+    host.register(plugin(vswa_engine=lambda: theirs), "theirs")
+    engine = host.engine(settings("mine"))
+    assert INFO == engine.info
+    theirs.started = True
+
+    with pytest.raises(PluginFailed, match="plugin 'theirs' failed in info: "):
+        _ = engine.info
     assert {("theirs", "vswa_engine"): 1} == host.failures()
 
 
@@ -254,6 +291,32 @@ def test_a_refused_request_is_no_failure_of_the_engine(host: PluginHost) -> None
         asyncio.run(chunks_of(engine_of(host, generate=a_refusal)))
 
     assert {} == host.failures()
+
+
+def released(engine: Engine) -> bool:
+    return cast(PromptHolder, engine).release({"ticket": 1})
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"), [({"release": lambda params: bool(params)}, True), ({}, False)]
+)
+def test_an_engine_lets_go_of_a_prompt_where_it_can(
+    host: PluginHost, parts: dict[str, Any], expected: bool
+) -> None:
+    assert expected is released(engine_of(host, **parts))
+    assert {} == host.failures()
+
+
+def test_params_that_an_engine_refuses_are_no_failure_of_it(host: PluginHost) -> None:
+    with pytest.raises(InvalidRequest):
+        released(engine_of(host, release=raising(InvalidRequest("of another engine"))))
+
+    assert {} == host.failures()
+
+
+def test_an_engine_that_fails_to_let_go_is_counted_and_named(host: PluginHost) -> None:
+    assert not released(engine_of(host, release=raising(BUG)))
+    assert {("theirs", "vswa_engine"): 1} == host.failures()
 
 
 def test_closing_the_answer_closes_the_engines_own(host: PluginHost) -> None:

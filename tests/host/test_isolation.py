@@ -78,7 +78,7 @@ def test_failures_are_all_counted_and_logged_once_per_minute(
     assert {("bad", "vswa_kv_batch"): 5} == host.failures()
     assert 2 == len(lines)
     assert "plugin 'bad' failed in hook 'vswa_kv_batch'" in lines[0]
-    assert "failures since this was last said: 3, in all: 4" in lines[1]
+    assert "failures since the last such line: 3, in all: 4" in lines[1]
     assert caplog.records[0].exc_info is not None
 
 
@@ -147,14 +147,13 @@ def test_either_hook_gives_a_say_in_the_choice_of_workers(host: PluginHost, hook
     assert host.selection_hooks() is host
 
 
-@pytest.mark.parametrize(
-    ("plugins", "told"), [("trtllm_events", False), ("trtllm_events,dynamo_events", True)]
-)
-def test_a_publisher_names_no_blocks_for_observers_that_are_not_there(
-    tmp_path: Path, plugins: str, told: bool
+@pytest.mark.parametrize(("mode", "told"), [("", False), ("off", False), ("boundary", True)])
+def test_a_publisher_names_no_blocks_for_observers_that_are_not_there_or_off(
+    tmp_path: Path, mode: str, told: bool
 ) -> None:
     args = parse(["--model-path", str(tmp_path), "--engine", "standin"])
-    with load_host(environ={"VSWA_PLUGINS": plugins}) as host:
+    plugins = "trtllm_events,dynamo_events" if mode else "trtllm_events"
+    with load_host(environ={"VSWA_PLUGINS": plugins, "VSWA_DYNAMO_EVENTS": mode}) as host:
         worker = Worker(args, host, StandinEngine(args.settings), FileRegistry(tmp_path), Life("test"))
         publisher = worker._publisher(1, 0, PublisherOptions(), 0)
 
@@ -173,6 +172,46 @@ def test_metrics_that_would_spoil_the_page_are_left_out(host: PluginHost, text: 
 
     assert page.startswith("a_metric 1\nc_metric 1\n# HELP vswa_plugin_failures_total")
     assert 'vswa_plugin_failures_total{plugin="b",hook="vswa_metrics"} 1\n' in page
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# TYPE x gauge\nx 1\n# TYPE y gauge\ny 1\n# TYPE x gauge\nx 2\n", "on the page already: x"),
+        ('x{a="1"} 1\nx{a="1"} 2\n', "expected each series once"),
+        ("own_requests_total 1\n", "own_requests_total"),
+        ("# TYPE own_seconds summary\nown_seconds_count 1\n", "own_seconds"),
+        ("own_seconds_bucket 1\n", "own_seconds_bucket"),
+        ("vswa_plugin_failures_total 1\n", "vswa_plugin_failures_total"),
+        ("x" * (1 << 20) + " 1\n", "expected at most 1048576 characters"),
+    ],
+    ids=["family again", "series again", "untyped", "type", "part", "failures", "long"],
+)
+def test_a_text_that_repeats_a_name_of_the_page_or_its_own_is_left_out(
+    host: PluginHost, text: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.register(plugin(vswa_metrics=lambda: text), "b")
+    host.register(plugin(vswa_metrics=lambda: "c_metric 1\n"), "c")
+    page = host.metrics("# TYPE own_requests_total counter\n# TYPE own_seconds histogram\n")
+
+    assert page.startswith("c_metric 1\n# HELP vswa_plugin_failures_total")
+    assert {("b", "vswa_metrics"): 1} == host.failures()
+    assert said in caplog.text
+
+
+def test_samples_of_one_name_need_no_type_line(host: PluginHost) -> None:
+    host.register(plugin(vswa_metrics=lambda: 'x{a="1"} 1\nx{a="2"} 2\n'), "b")
+
+    assert 'x{a="1"} 1\nx{a="2"} 2\n' == host.metrics()
+
+
+def test_on_a_page_failures_are_shown_from_0_on(host: PluginHost) -> None:
+    host.register(plugin(vswa_metrics=lambda: None, vswa_kv_batch=lambda: None), "b")
+    page = host.metrics("# TYPE own gauge\n")
+
+    for hook in ("vswa_metrics", "vswa_kv_batch"):
+        assert f'vswa_plugin_failures_total{{plugin="b",hook="{hook}"}} 0\n' in page
+    assert "" == host.metrics()
 
 
 def test_without_plugins_there_are_no_metrics(host: PluginHost) -> None:

@@ -157,7 +157,7 @@ def test_an_unknown_name_lists_the_known_ones(where: str, arguments: dict[str, A
         load_host(**({"environ": {}} | arguments))
 
     assert (
-        f"{where}: unknown plugin 'prometheos': did you mean 'prometheus'? Known: dynamo_events, gemma3_cpu, "
+        f"{where}: unknown plugin 'prometheos': did you mean 'prometheus'? Known: affinity, dynamo_events, "
         in str(caught.value)
     )
 

@@ -15,6 +15,7 @@ import pytest
 from tests.host_helpers import failing, plugin
 from vswa_plugin.engine.options import Section
 from vswa_plugin.errors import ConfigError, PluginError
+from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.host.plugin_options import given_options, sections
@@ -178,8 +179,8 @@ def test_a_variable_that_nobody_takes_is_a_warning_that_names_it(
         ("acme: 7", {}, r"acme: expected a mapping, got 7 \(in \S+options.yaml\)"),
         ("acme: {7: 1}", {}, r"acme: expected names of options, got 7 \(in \S+options.yaml\)"),
         ("- acme", {}, "--plugin-options .*options.yaml: expected a mapping from plugin names .*, got list"),
-        ("acme: [", {}, "--plugin-options: .*options.yaml is neither YAML nor JSON"),
-        ("[" * 5_000, {}, "--plugin-options: .*options.yaml is neither YAML nor JSON"),
+        ("acme: [", {}, "--plugin-options: .*options.yaml: expected a YAML file, got "),
+        ("[" * 5_000, {}, "--plugin-options: .*options.yaml: expected a YAML file, got "),
         (
             None,
             {"VSWA_PLUGIN_OPTIONS": "/nowhere.yaml"},
@@ -233,3 +234,93 @@ def test_a_name_that_no_variable_can_have_is_written_with_underscores() -> None:
     given = given_options(None, {"VSWA_PLUGIN_ACME_METRICS_V2_LIMIT": "1"}, ["acme.metrics-v2"], {})
 
     assert {"limit": 1} == sections(given, {"acme.metrics-v2": ""})["acme.metrics-v2"].data
+
+
+# -- what a plugin does without ------------------------------------------------------------------------
+
+
+class Switched:
+    """A plugin that is called only for what its options need."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    @hookimpl
+    def vswa_options(self, options: Section) -> Any:
+        return options.data.get("without")
+
+    @hookimpl
+    def vswa_metrics(self) -> str:
+        self.calls.append("metrics")
+        return ""
+
+    @hookimpl
+    def vswa_stopping(self) -> None:
+        self.calls.append("stopping")
+
+
+def switched(host: PluginHost, name: str, without: Any) -> Switched:
+    made = Switched()
+    host.register(made, name)
+    host.options({name: Section({"without": without}, "options.yaml", name)})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("without", "called"),
+    [
+        (None, ["metrics", "stopping"]),
+        ([], ["metrics", "stopping"]),
+        (["vswa_metrics"], ["stopping"]),
+        ({"vswa_metrics", "vswa_stopping"}, []),
+    ],
+)
+def test_hooks_that_a_plugin_does_without_are_not_called(without: Any, called: list[str]) -> None:
+    with PluginHost() as host:
+        made = switched(host, "theirs", without)
+        host.metrics()
+        host.stopping(5.0)
+
+        assert called == made.calls
+        assert [f"vswa_{each}" for each in called] == [
+            hook for hook in ("vswa_metrics", "vswa_stopping") if host.implements(hook)
+        ]
+        assert ("vswa_metrics", "vswa_options", "vswa_stopping") == host.plugins()[0].hooks
+        assert {} == host.failures()
+
+
+def test_what_one_plugin_does_without_others_are_called_for_also_those_that_come_later() -> None:
+    with PluginHost() as host:
+        before, later = Switched(), Switched()
+        host.register(before, "before")
+        off = switched(host, "off", ["vswa_metrics"])
+        host.register(later, "later")
+        host.metrics()
+
+        assert ([], ["metrics"], ["metrics"]) == (off.calls, before.calls, later.calls)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["vswa_metrics", 7, ["vswa_metric"], ["vswa_kv_batch"], ["vswa_metrics", 1]]
+)
+def test_a_wrong_answer_is_counted_and_all_hooks_are_called(wrong: Any) -> None:
+    with PluginHost() as host:
+        made = switched(host, "theirs", wrong)
+        host.metrics()
+
+        assert ["metrics"] == made.calls
+        assert {("theirs", "vswa_options"): 1} == host.failures()
+
+
+def test_first_party_plugins_that_are_off_cost_no_choice_no_event_and_no_request() -> None:
+    with load_host(environ={}) as host:
+        idle = ("score", "select_worker", "kv_stored", "engine_events", "request_arrived")
+
+        assert [] == [hook for hook in idle if host.implements(f"vswa_{hook}")]
+        assert host.selection_hooks() is None
+    with load_host(environ={"VSWA_RECORD": "/x", "VSWA_DYNAMO_EVENTS": "boundary"}) as host:
+        assert all(host.implements(f"vswa_{hook}") for hook in idle[2:])
+        assert host.selection_hooks() is None
+    with load_host(environ={"VSWA_PLUGIN_AFFINITY_MODE": "hard"}) as host:
+        assert [False, True] == [host.implements(f"vswa_{hook}") for hook in idle[:2]]
+        assert host.selection_hooks() is host

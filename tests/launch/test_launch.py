@@ -73,7 +73,7 @@ def test_a_worker_and_a_frontend_that_are_killed_come_back_and_serve(
     before, log = run(body())
 
     assert before == ["agg", "vswa_plugin.frontend"], "brokers are those of the environment"
-    assert re.search(r"worker-0 was ended by SIGKILL: .+; starting it again in 1 s\n", log)
+    assert re.search(r"worker-0 was ended by SIGKILL, its last words: .+; starting it again in 1 s\n", log)
     assert "frontend was ended by SIGKILL" in log
 
 

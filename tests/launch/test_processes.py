@@ -129,3 +129,30 @@ def test_a_child_that_is_stopped_while_it_is_started_again_leaves_no_process(
         assert not alive(child.pid)
 
     run(body())
+
+
+def test_what_a_child_has_started_ends_with_it_before_it_is_started_again(
+    run: Run[Any], tmp_path: Path
+) -> None:
+    """As the process of an engine, where the worker above it is killed."""
+    executor = (
+        "import subprocess as s, time; print(s.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    )
+
+    async def body() -> tuple[list[bool], int]:
+        child = await Child.start("worker", [sys.executable, "-c", executor], tmp_path)
+        lives: list[bool] = []
+        child.keep(lambda _: lives.append(alive(first)), BackOff(0.01, 0.02))
+        await eventually(lambda: child.log().endswith("\n"), "it has started its own")
+        first = int(child.log())
+        worker = child.pid
+        child.kill()
+        await eventually(lambda: child.pid != worker and child.log().endswith("\n"), "the second life")
+        second = int(child.log())
+        await child.stop()
+        return [*lives, alive(second)], second - first
+
+    lived, apart = run(body())
+
+    assert lived == [False, False]
+    assert apart

@@ -174,6 +174,45 @@ def test_head_gets_its_line_and_ends_the_command_quietly(plugin: str) -> None:
     assert (141, "0\n", "") == (done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_was_closed_at_the_start_is_no_error(closed: str, plugin: str, tmp_path: Path) -> None:
+    """What is written there goes nowhere, and not to a file or socket that got its number."""
+    streams = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-"}
+    line = f"exec {VSWA} --plugin {plugin} greet lines {streams[closed]}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=30, check=False)
+
+    assert (0, "") == (done.returncode, done.stderr)
+    assert (0 if closed == "stdout" else 100_000) == len(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("command", ["greet lines", "plugins"])
+def test_a_full_disk_is_said_once_and_is_the_users_to_correct(
+    plugin: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is seen at once or only when the last lines are flushed."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    line = f"exec {VSWA} --plugin {plugin} {command} > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=30, check=False)
+
+    assert (2, "vswa: error: [Errno 28] No space left on device\n") == (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("target", ["/dev/full", ">(:)"])
+def test_an_error_that_cannot_be_written_keeps_its_exit_code(plugin: str, target: str) -> None:
+    line = f"{VSWA} --plugin {plugin} greet file 2> {target}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=30, check=False)
+
+    assert (2, "", "") == (done.returncode, done.stdout, done.stderr)
+
+
+def test_notes_of_an_error_are_on_its_line(capsys: Output) -> None:
+    error = ConnectError("NATS is away")
+    error.add_note("logs are kept in /tmp/x")
+
+    assert 1 == run_program("p", raising(error))
+    assert "p: failed: NATS is away; logs are kept in /tmp/x\n" == capsys.readouterr().err
+
+
 def test_the_convention_is_in_the_help(capsys: Output) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

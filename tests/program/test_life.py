@@ -74,12 +74,42 @@ async def after_a_turn(number: signal.Signals = signal.SIGTERM) -> None:
     await forever()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_serving_with_0(number: signal.Signals) -> None:
     program = Recorded(serve=lambda: after_a_turn(number))
 
     assert 0 == program.run()
+    assert number is program.life.stopped_by
     assert ["start", "serve, ready True", "leave, ready False", "drain", "drained", "end"] == program.did
+
+
+def test_the_end_of_the_terminal_does_not_end_what_nohup_has_started() -> None:
+    async def serve() -> None:
+        send(signal.SIGHUP)
+        await asyncio.sleep(0)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = Recorded(serve=serve)
+        assert 0 == program.run()
+        assert (None, signal.SIG_IGN) == (program.life.stopped_by, signal.getsignal(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_end_that_fails_leaves_no_task_and_gives_the_signals_back() -> None:
+    async def fails() -> None:
+        raise BrokenPipeError
+
+    async def body() -> bool:
+        program.life.tasks.start(forever(), "publish")
+        with pytest.raises(BrokenPipeError):
+            await program.life.run(program)
+        return asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+
+    program = Recorded(serve=after_a_turn, end=fails)
+
+    assert (False, []) == (asyncio.run(body()), program.life.tasks.names)
 
 
 def test_a_signal_during_the_start_ends_it_without_draining() -> None:
@@ -143,8 +173,20 @@ def test_a_watched_task_that_ends_unasked_ends_the_process_with_its_reason(ends:
     with pytest.raises(Failed) as caught:
         program.run()
 
-    assert f"watch the fleet ended unasked ({why}); was etcd away?" == str(caught.value)
+    assert f"watch the fleet ended unexpectedly ({why}); was etcd away?" == str(caught.value)
     assert program.did[-2:] == [f"give up: {caught.value}", "end"]
+
+
+def test_a_watched_task_that_finds_a_setting_wrong_ends_the_process_with_that_refusal() -> None:
+    async def refused() -> None:
+        raise ConfigError("--http-port: expected a free port")
+
+    program = Recorded()
+    program.parts["start"] = lambda: asyncio.sleep(0, program.life.tasks.start(refused(), "listen"))
+    with pytest.raises(ConfigError, match="--http-port: expected a free port"):
+        program.run()
+
+    assert ["give up: --http-port: expected a free port", "end"] == program.did[-2:]
 
 
 def test_a_task_that_dies_during_the_start_ends_it() -> None:
@@ -156,7 +198,7 @@ def test_a_task_that_dies_during_the_start_ends_it() -> None:
         await forever()
 
     program = Recorded(start=starts)
-    with pytest.raises(Failed, match="publish ended unasked"):
+    with pytest.raises(Failed, match="publish ended unexpectedly"):
         program.run()
 
     assert ["start", "end"] == program.did
@@ -228,7 +270,7 @@ def test_a_task_that_dies_while_the_program_drains_is_named(caplog: pytest.LogCa
     program = Recorded(serve=after_a_turn, drain=drains)
 
     assert 0 == program.run()
-    assert "while draining, publish ended unasked (ValueError: a bug)" in caplog.text
+    assert "while draining, publish ended unexpectedly (ValueError: a bug)" in caplog.text
 
 
 def test_the_signals_are_given_back() -> None:
@@ -236,9 +278,11 @@ def test_the_signals_are_given_back() -> None:
         program = Recorded(serve=after_a_turn)
         await program.life.run(program)
         loop = asyncio.get_running_loop()
-        return [loop.remove_signal_handler(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        return [
+            loop.remove_signal_handler(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        ]
 
-    assert [False, False] == asyncio.run(body())
+    assert [False, False, False] == asyncio.run(body())
 
 
 # -- tasks -----------------------------------------------------------------------------------------
@@ -291,4 +335,4 @@ def test_the_first_failure_is_the_one_that_counts() -> None:
         await asyncio.sleep(0.01)
         return [*seen, str(tasks.ended)]
 
-    assert ["one ended unasked (ValueError: the first)"] * 3 == asyncio.run(body())
+    assert ["one ended unexpectedly (ValueError: the first)"] * 3 == asyncio.run(body())

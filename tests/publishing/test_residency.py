@@ -162,6 +162,36 @@ def test_a_full_node_table_forgets_the_oldest_that_are_not_resident() -> None:
     assert residency.apply(BlocksRemoved(1, (block((1,)).hash,))) == [Removed(1, (named((1,)),))]
 
 
+def test_a_node_table_that_is_full_of_resident_blocks_is_not_walked_at_each_block() -> None:
+    limit, added = 80, 2_000
+    table, looked_at = NodeTable(plain_hasher, limit=limit), 0
+
+    def resident(_: object) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return True
+
+    for step in range(added):
+        table.add(None, block((step,)), None, None)
+        table.trim(resident)
+
+    assert len(table) == added
+    # Each walk, over all there is, comes after an eighth of the limit was added: added**2 / (2 * limit / 8).
+    assert looked_at <= added**2 * 4 / limit + added
+
+
+def test_a_node_table_shrinks_as_soon_as_it_can_again() -> None:
+    table = NodeTable(plain_hasher, limit=80)
+    for step in range(100):
+        table.add(None, block((step,)), None, None)
+        table.trim(lambda _: True)
+    for step in range(100, 120):
+        table.add(None, block((step,)), None, None)
+        table.trim(lambda _: False)
+
+    assert len(table) <= 80
+
+
 PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
 
 

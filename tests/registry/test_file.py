@@ -269,7 +269,10 @@ def test_the_environment_names_the_registry(environ: dict[str, str], expected: s
         ({"VSWA_REGISTRY": "etc"}, "VSWA_REGISTRY: unknown registry 'etc': did you mean 'etcd'?"),
         ({"VSWA_REGISTRY": "file:"}, "VSWA_REGISTRY: expected file:DIR or file:///DIR, got 'file:'"),
         ({"VSWA_REGISTRY": "file://host/x"}, "VSWA_REGISTRY: expected file:DIR"),
-        ({"DYN_DISCOVERY_BACKEND": "mem"}, "DYN_DISCOVERY_BACKEND: expected etcd or file .* got 'mem'"),
+        (
+            {"DYN_DISCOVERY_BACKEND": "mem"},
+            "DYN_DISCOVERY_BACKEND: expected a registry beside 'mem', .* set ETCD_ENDPOINTS, or VSWA",
+        ),
         ({"ETCD_ENDPOINTS": "ftp://a"}, "ETCD_ENDPOINTS: expected"),
         ({"ETCD_AUTH_USERNAME": "u"}, "ETCD_AUTH_PASSWORD: expected a value because ETCD_AUTH_USERNAME is"),
     ],

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Run
 from tests.registry_helpers import Reader, entry
+from vswa_plugin.blocks import CacheGroup
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.registry import Change, Connected, Disconnected, Entry, decode_entry, encode_entry
+from vswa_plugin.registry import (
+    MAX_ENTRY_BYTES,
+    Change,
+    Connected,
+    Disconnected,
+    Entry,
+    decode_entry,
+    encode_entry,
+)
 from vswa_plugin.registry.watching import RegistryState, Watcher
+from vswa_plugin.registry.watching import readable as all_readable
 
 KEYS = st.integers(0, 3).map(lambda number: entry(number).key)
 PAYLOADS = st.one_of(
@@ -91,3 +102,66 @@ def test_a_watch_that_fails_by_a_bug_says_so_after_what_it_told(run: Run[Any]) -
         return told
 
     assert run(body()) == [Connected()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"epochs": dict.fromkeys(range(5000), 1)}, "epochs: expected at most 4096, got 5000"),
+        ({"groups": (CacheGroup(0, None, 32),) * 2_000}, "groups: expected at most 1024"),
+        ({"taints": ("a",) * 2_000}, "taints: expected at most 1024"),
+        ({"model_path": "a" * 5_000}, "model_path: expected at most 4096 characters"),
+        ({"total_kv_blocks": 1 << 64}, "tokens and blocks"),
+        ({"context_length": -1}, "tokens and blocks"),
+        ({"groups": (CacheGroup(0, 1 << 70, 32),)}, "tokens and blocks"),
+        ({"groups": (CacheGroup(0, None, -1),)}, "tokens and blocks"),
+        ({"block_size": 1 << 70}, "tokens and blocks"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_an_entry_of_which_a_part_is_larger_than_any_workers_is_refused_by_that_part(
+    changes: dict[str, Any], named: str
+) -> None:
+    odd = msgspec.structs.replace(entry(0), **changes)
+
+    with pytest.raises(ProtocolError, match=named):
+        decode_entry(odd.key, encode_entry(odd))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b" " * MAX_ENTRY_BYTES + encode_entry(entry(0)),
+        b'{"a":' * 50_000,
+        b"[" * 200_000,
+        b'{"worker_id": 1e999}',
+        b"\xff",
+        b"",
+    ],
+    ids=["large", "deep object", "deep array", "infinite", "no text", "nothing"],
+)
+def test_bytes_that_are_no_entry_are_refused_in_a_line(payload: bytes) -> None:
+    with pytest.raises(ProtocolError, match="expected a worker entry") as refused:
+        decode_entry(entry(0).key, payload)
+
+    assert len(str(refused.value)) < 500
+
+
+def test_entries_beyond_the_bound_are_left_out_and_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vswa_plugin.registry.watching.MAX_ENTRIES", 2)
+    state, listing = RegistryState(lambda _: None), {}
+    for number in range(4):
+        listing[entry(number).key] = encode_entry(entry(number))
+    state.replace(listing)
+    state.replace(listing)
+
+    assert {entry(0).key, entry(1).key} == state.entries.keys()
+    assert 1 == len(caplog.records)
+    assert not state.differs(listing), "or a watch that reads a listing again and again would never rest"
+    assert [entry(0), entry(1)] == all_readable(listing)
+    state.remove(entry(0).key)
+    assert state.differs(listing)
+    state.put(entry(3).key, listing[entry(3).key])
+    assert {entry(1).key, entry(3).key} == state.entries.keys()

@@ -83,6 +83,41 @@ def test_a_prompt_is_hashed_as_its_worker_names_its_blocks(salt: str | None, lor
     assert (list(hashes) == sequence_hashes_of_tokens(tokens, 16)) is (salt is None and lora is None)
 
 
+class _Prefill:
+    """Stands for Dynamo's client of prefill workers: says what it was given, or raises it."""
+
+    def __init__(self, answer: dict[str, Any] | Exception) -> None:
+        self._answer = answer
+        self.called: list[tuple[Any, ...]] = []
+
+    async def direct(self, request: Any, worker_id: int, annotated: bool) -> AsyncIterator[dict[str, Any]]:
+        self.called.append((request, worker_id))
+
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            if isinstance(self._answer, Exception):
+                raise self._answer
+            yield self._answer
+
+        return chunks()
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_prompt_is_released_by_a_request_of_its_own(released: bool) -> None:
+    dynamo = _Prefill({"released": released})
+    client = WorkerClient(EndpointName("n", "c", "e"), dynamo)
+
+    assert released is asyncio.run(client.release(7, {"ticket": 1}))
+    assert [({"vswa_release": {"ticket": 1}}, 7)] == dynamo.called
+
+
+def test_a_worker_that_knows_no_release_refuses_it_as_a_request() -> None:
+    refused = InvalidArgument("token_ids: expected token ids, got nothing")
+    client = WorkerClient(EndpointName("n", "c", "e"), _Prefill(refused))
+
+    with pytest.raises(InvalidRequest, match="token_ids"):
+        asyncio.run(client.release(7, {"ticket": 1}))
+
+
 class _Stopped:
     context = None
 

@@ -36,7 +36,7 @@ def test_prefill_computes_the_prompt_and_decode_gets_what_it_hands_over_as_it_is
         assert told["stop_conditions"] == {"max_tokens": 50, "min_tokens": 4}
         assert (told["token_ids"], told["extra_args"]) == (PROMPT, {"a": 1})
         assert served.idle()
-        assert served.forwarder.stats.finished == served.accuracy.ranks[P2].exact == 1
+        assert served.forwarder.counts.ended["m", "completed"] == served.accuracy.ranks[P2].exact == 1
         assert D2 not in served.accuracy.ranks, "what it was handed is not what was promised"
 
     run(body())

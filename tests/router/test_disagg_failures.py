@@ -21,8 +21,8 @@ def test_a_prefill_worker_that_is_lost_is_replaced_before_anything_was_streamed(
         served.holds(P1, 8)
         assert (await served.all())[-1]["finish_reason"] == "stop"
         assert served.asked()[:2] == [11, 12]
-        assert served.forwarder.stats.prefill_retries == 1
-        assert served.forwarder.stats.unavailable == 0
+        assert served.forwarder.counts.prefill_retries.total() == 1
+        assert served.forwarder.counts.ended["m", "unavailable"] == 0
         await served.all()
         assert served.asked()[3] == 12, "it is avoided for a while"
         assert served.idle()
@@ -47,7 +47,7 @@ def test_lost_prefill_workers_are_replaced_only_so_often_and_only_by_others() ->
             await many.all()
         assert len(set(many.asked())) == len(many.asked()) == PREFILL_TRIES
         assert lost.idle() and pinned.idle() and many.idle()
-        assert many.forwarder.stats.unavailable == 1
+        assert many.forwarder.counts.ended["m", "unavailable"] == 1
 
     run(body())
 
@@ -67,7 +67,7 @@ def test_a_decode_worker_that_is_lost_is_the_frontends_to_migrate() -> None:
         served = Served({21: [{"token_ids": [5]}, Unavailable("stream ended")]})
         with pytest.raises(Unavailable, match="stream ended"):
             await served.all(routing={"decode_worker_id": 21})
-        assert served.forwarder.stats.unavailable == 1
+        assert served.forwarder.counts.ended["m", "unavailable"] == 1
         assert served.idle()
         await served.all(token_ids=[*PROMPT, 5])
         assert served.asked()[3] == 22
@@ -77,15 +77,22 @@ def test_a_decode_worker_that_is_lost_is_the_frontends_to_migrate() -> None:
 
 @pytest.mark.parametrize("phase", [(11, 12), (21, 22)])
 @pytest.mark.parametrize(
-    "error", [InvalidRequest("too long"), Overloaded("full"), WorkerHttpError(418, "no coffee")]
+    ("error", "outcome"),
+    [
+        (InvalidRequest("too long"), "refused"),
+        (Overloaded("full"), "unavailable"),
+        (WorkerHttpError(418, "no coffee"), "refused"),
+    ],
 )
-def test_a_refusal_in_either_phase_passes_with_its_words(phase: tuple[int, ...], error: Exception) -> None:
+def test_a_refusal_in_either_phase_passes_with_its_words(
+    phase: tuple[int, ...], error: Exception, outcome: str
+) -> None:
     async def body() -> None:
         served = Served({number: [error] for number in phase})
         with pytest.raises(type(error), match=str(error)):
             await served.all()
         assert len(served.asked()) == (1 if 11 in phase else 2), "nobody else is asked"
-        assert served.forwarder.stats.refused == 1
+        assert served.forwarder.counts.ended == {("m", outcome): 1}
         assert served.idle()
 
     run(body())
@@ -105,7 +112,7 @@ def test_a_client_that_goes_frees_the_load_of_either_phase_and_starts_no_further
         assert served.idle()
         assert await asked == []
         assert len(served.asked()) == (1 if phase == 11 else 2)
-        assert served.forwarder.stats.cancelled == 1
+        assert served.forwarder.counts.ended["m", "cancelled"] == 1
 
     run(body())
 
@@ -143,7 +150,7 @@ def test_a_prompt_whose_worker_is_lost_after_its_client_has_gone_is_given_to_nob
             await task
         assert len(served.asked()) == 1
         assert served.idle()
-        assert served.forwarder.stats.prefill_retries == 0
+        assert served.forwarder.counts.prefill_retries.total() == 0
 
     run(body())
 
@@ -165,7 +172,7 @@ def test_an_answer_that_a_prefill_worker_ends_itself_is_the_clients() -> None:
 def test_a_prefill_worker_that_breaks_its_contract_is_named() -> None:
     async def body() -> None:
         nothing = {"token_ids": [9], "finish_reason": "length"}
-        with pytest.raises(WorkerHttpError, match=r"prefill worker [bc]: expected disaggregated_params"):
+        with pytest.raises(WorkerHttpError, match=r"prefill worker 1[12]: expected disaggregated_params"):
             await Served({11: [nothing], 12: [nothing]}).all()
         with pytest.raises(Unavailable, match="ended without a last chunk"):
             await Served({11: [], 12: [{"token_ids": [9]}]}).all()

@@ -113,7 +113,7 @@ def test_chunks_pass_as_they_are_and_the_worker_gets_the_request_with_its_dp_ran
         assert forwarded["routing"] == {"backend_instance_id": 2, "cache_salt": "s", "dp_rank": 3}
         assert (forwarded["token_ids"], forwarded["extra_args"]) == (PROMPT, {"a": 1})
         assert served.idle()
-        assert served.forwarder.stats.finished == 1
+        assert served.forwarder.counts.ended == {("m", "completed"): 1}
         assert served.accuracy.ranks[B].exact == 1
 
     run(body())
@@ -172,7 +172,7 @@ def test_a_client_that_goes_frees_the_load_though_nobody_closes_the_stream() -> 
         call.leave()
         await asyncio.sleep(0)
         assert served.idle()
-        assert served.forwarder.stats.cancelled == 1
+        assert served.forwarder.counts.ended == {("m", "cancelled"): 1}
         await abandoned.aclose()  # type: ignore[attr-defined]
         assert served.forwarder.in_flight == 0
 
@@ -188,10 +188,10 @@ def test_a_client_that_goes_with_the_last_chunk_has_a_finished_request() -> None
         call.leave()
         await asyncio.sleep(0)
         assert served.idle()
-        stats = served.forwarder.stats
-        assert (stats.requests, stats.finished, stats.cancelled) == (1, 1, 0)
+        counts = served.forwarder.counts
+        assert (counts.received, counts.ended) == ({"m": 1}, {("m", "completed"): 1})
         await abandoned.aclose()  # type: ignore[attr-defined]
-        assert (served.forwarder.in_flight, stats.finished) == (0, 1)
+        assert (served.forwarder.in_flight, counts.ended) == (0, {("m", "completed"): 1})
 
     run(body())
 
@@ -201,7 +201,7 @@ def test_a_request_that_nobody_reads_is_not_begun() -> None:
         served = Served(LAST)
         chunks = served.chunks()
         assert served.idle()
-        assert served.forwarder.stats.requests == 0
+        assert not served.forwarder.counts.received
         await chunks.aclose()  # type: ignore[attr-defined]
         assert served.idle()
         assert not served.client.requests
@@ -231,7 +231,7 @@ def test_a_lost_worker_is_passed_on_for_migration_and_avoided() -> None:
             await served.all(routing={"backend_instance_id": 1})
         served.client.steps = (LAST,)
         assert served.idle()
-        assert served.forwarder.stats.unavailable == 1
+        assert served.forwarder.counts.ended == {("m", "unavailable"): 1}
         for _ in range(5):
             await served.all(routing={})
         assert {worker_id for worker_id, _ in served.client.requests[1:]} == {2}
@@ -245,15 +245,23 @@ def test_a_lost_worker_is_passed_on_for_migration_and_avoided() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [InvalidRequest("too long"), Overloaded("full"), WorkerHttpError(418, "no coffee")]
+    ("error", "outcome"),
+    [
+        (InvalidRequest("too long"), "refused"),
+        (Overloaded("full"), "unavailable"),
+        (WorkerHttpError(418, "no coffee"), "refused"),
+        (WorkerHttpError(501, "not built"), "failed"),
+    ],
 )
-def test_a_workers_refusal_passes_with_its_words_and_is_no_reason_to_avoid_it(error: Exception) -> None:
+def test_a_workers_refusal_passes_with_its_words_and_is_no_reason_to_avoid_it(
+    error: Exception, outcome: str
+) -> None:
     async def body() -> None:
         served = Served(error)
         with pytest.raises(type(error), match=str(error)):
             await served.all()
         assert served.idle()
-        assert served.forwarder.stats.refused == 1
+        assert served.forwarder.counts.ended == {("m", outcome): 1}
         served.client.steps = (LAST,)
         await served.all()
         assert served.client.requests[-1][0] == 1
@@ -269,6 +277,22 @@ def test_an_unknown_model_and_a_model_without_workers_are_refused() -> None:
         served.client.ids = []
         with pytest.raises(NoCandidate, match="no worker serves this model"):
             await served.all()
+        assert served.idle()
+
+    run(body())
+
+
+def test_a_prompt_that_the_frontend_has_computed_ahead_is_of_the_model_of_its_endpoint() -> None:
+    """It comes under a name that no worker serves; a client's wrong name stays wrong."""
+
+    async def body() -> None:
+        served = Served(LAST)
+        for name, shown in (("speculative_prefill", "m"), ("m", "other")):
+            request = {"model": name, "token_ids": PROMPT}
+            assert [LAST] == [chunk async for chunk in served.forwarder.forward(request, FakeCall(), shown)]
+        for name, shown in (("mm", "m"), ("speculative_prefill", None)):
+            with pytest.raises(InvalidRequest, match="unknown model"):
+                served.forwarder.forward({"model": name, "token_ids": PROMPT}, FakeCall(), shown)
         assert served.idle()
 
     run(body())

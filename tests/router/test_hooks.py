@@ -93,7 +93,7 @@ def test_the_example_sends_urgent_requests_to_idle_workers_and_others_where_they
 def test_a_page_has_the_metrics_and_failures_of_plugins_and_no_family_twice(
     program: type[Router | Selector], tmp_path: Path
 ) -> None:
-    repeated = "# TYPE vswa_router_requests_total counter\nvswa_router_requests_total 7\n"
+    repeated = "# TYPE vswa_subscriber_messages_total counter\nvswa_subscriber_messages_total 7\n"
     host = PluginHost()
     host.register(plugin_of(vswa_metrics=lambda: "fine 1\n"), "a")
     host.register(plugin_of(vswa_metrics=lambda: repeated), "b")
@@ -118,5 +118,5 @@ def test_a_page_has_the_metrics_and_failures_of_plugins_and_no_family_twice(
     }
 
     assert [1] == [sample.value for sample in families["fine"].samples]
-    assert "vswa_router_requests" in families
-    assert {("b", "vswa_metrics"): 1, ("c", "vswa_score"): 1} == failures
+    assert "vswa_subscriber_messages" in families
+    assert {("a", "vswa_metrics"): 0, ("b", "vswa_metrics"): 1, ("c", "vswa_score"): 1} == failures

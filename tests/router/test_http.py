@@ -16,6 +16,7 @@ from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.http import answers, messages
 from vswa_plugin.router.http.answers import global_only
+from vswa_plugin.router.http.messages import ExplanationAnswer
 
 
 def test_a_query_answers_exact_tokens_per_rank_and_tier_beside_what_global_only_would_promise() -> None:
@@ -115,12 +116,15 @@ def test_explain_is_what_the_command_line_says() -> None:
         async with Api() as api:
             await api.holds(A, stored(sliding=[0, 1], whole=range(8)))
             _, answer = await api.post("/explain", token_ids=PROMPT)
-            return answer, msgspec.json.encode(api.fleet.index.explain(HASHES, 130, "m"))
+            return answer, msgspec.json.encode(
+                [ExplanationAnswer.of(each) for each in api.fleet.index.explain(HASHES, 130, "m")]
+            )
 
     answer, expected = run(body())
 
     assert answer == json.loads(expected)
     assert answer[0]["groups"][0]["spoilt"] == 2
+    assert answer[0]["rank"] == [str(A.worker_id), A.dp_rank]
 
 
 def test_an_explanation_that_would_hold_up_routing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +152,7 @@ def test_workers_are_listed_with_what_is_heard_of_them() -> None:
     of_model, everyone = run(body())
     first, second = of_model
 
-    assert [each["instance_id"] for each in everyone] == [1, 2, 7]
+    assert [each["instance_id"] for each in everyone] == ["1", "2", "7"]
     assert (first["status"], second["status"]) == ("active", "pending")
     assert first["endpoints"]["1"] == "vswa.v1.ns.backend.1.1.events"
     assert first["listeners"]["0"]["blocks"] == {"32": {"device": 1}, "global": {"device": 3}}
@@ -315,19 +319,22 @@ def test_metrics_tell_of_fleet_choices_load_accuracy_and_requests() -> None:
     lines = set(run(body()).splitlines())
 
     assert {
-        "vswa_router_decision_seconds_count 4.0",
-        'vswa_router_requests_total{outcome="finished"} 3.0',
+        'vswa_router_decision_seconds_count{model="m",phase="agg"} 4.0',
         'vswa_router_load_requests{dp_rank="0",model="m",worker="1"} 1.0',
-        'vswa_router_predictions_total{dp_rank="0",result="exact",worker="1"} 2.0',
-        'vswa_router_predictions_total{dp_rank="0",result="over",worker="1"} 1.0',
-        'vswa_router_prediction_error_blocks_bucket{dp_rank="0",le="0",worker="1"} 2.0',
-        'vswa_router_prediction_error_blocks_bucket{dp_rank="0",le="4",worker="1"} 3.0',
-        'vswa_router_cached_tokens_total{dp_rank="0",which="reported",worker="1"} 352.0',
-        "vswa_router_reservations 1.0",
-        'vswa_router_reservations_ended_total{by="release"} 3.0',
+        'vswa_router_predictions_total{dp_rank="0",model="m",result="exact",worker="1"} 2.0',
+        'vswa_router_predictions_total{dp_rank="0",model="m",result="over",worker="1"} 1.0',
+        'vswa_router_prediction_error_blocks_bucket{direction="over",le="1",model="m"} 0.0',
+        'vswa_router_prediction_error_blocks_bucket{direction="over",le="2",model="m"} 1.0',
+        'vswa_router_prediction_error_blocks_sum{direction="over",model="m"} 2.0',
+        'vswa_router_reported_cached_tokens_total{dp_rank="0",model="m",worker="1"} 352.0',
+        'vswa_router_predicted_cached_tokens_total{dp_rank="0",model="m",worker="1"} 384.0',
+        'vswa_router_reservations_made_total{model="m"} 4.0',
+        'vswa_router_reservations{model="m"} 1.0',
+        'vswa_router_reservations_ended_total{by="release",model="m"} 3.0',
+        'vswa_router_reservations_ended_total{by="ttl",model="m"} 0.0',
         'vswa_router_http_request_seconds_count{endpoint="/select",status="200"} 4.0',
         'vswa_router_http_request_seconds_count{endpoint="other",status="404"} 1.0',
-        'vswa_rank_state{dp_rank="0",state="live",worker="2"} 1.0',
+        'vswa_rank_state{dp_rank="0",model="m",state="live",worker="2"} 1.0',
     } <= lines
 
 

@@ -86,7 +86,7 @@ def test_an_odd_entry_is_left_out_with_its_reason_whatever_its_age(
     assert {"m": [entry(2)]} == {name: list(group.used) for name, group in grouped(entries).items()}
     assert {} == grouped([odd]), "a model of odd entries alone is none"
     ((subject, told),) = not_used(entries, grouped(entries).values()).items()
-    assert f"worker {odd.worker_id:x} is not used" == subject
+    assert f"worker {odd.worker_id} is not used" == subject
     assert reason in told
 
 

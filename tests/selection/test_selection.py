@@ -245,7 +245,7 @@ def test_without_workers_nobody_is_chosen() -> None:
 
 def test_a_request_can_bring_its_own_knobs() -> None:
     base = Weights(router_temperature=0.3)
-    override = {"overlap_score_credit": 0.5, "router_temperature": 1, "assume_kv_reuse": False, "new_knob": 3}
+    override = {"overlap_score_credit": 0.5, "router_temperature": 1, "assume_kv_reuse": False}
 
     assert overridden(base, override) == Weights(
         overlap_score_credit=0.5, router_temperature=1, assume_kv_reuse=False
@@ -275,6 +275,7 @@ def test_what_the_prefill_router_puts_on_every_request_is_not_followed() -> None
     [
         ({"router_temperature": -1}, "router_temperature: expected a finite number"),
         ({"overlap_score_credit": "much"}, r"router_config_override: .*overlap_score_credit"),
+        ({"router_temprature": 1}, r"unknown knob 'router_temprature': did you mean 'router_temperature'"),
         ({"assume_kv_reuse": 3}, "assume_kv_reuse"),
     ],
 )
@@ -285,6 +286,6 @@ def test_knobs_that_cannot_be_used_refuse_the_request(override: dict[str, Any], 
 
 def test_knobs_of_the_router_itself_are_checked() -> None:
     with pytest.raises(
-        ConfigError, match="host_cache_hit_weight: expected a finite number, 0 or more, got nan"
+        ConfigError, match=r"host_cache_hit_weight: expected a finite number, 0 or more .*, got nan"
     ):
         Weights(host_cache_hit_weight=math.nan).check()

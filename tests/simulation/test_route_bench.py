@@ -71,6 +71,15 @@ def test_a_mooncake_trace_gives_equal_prompts_for_equal_ids(tmp_path: Path) -> N
     assert 2 == len(list(mooncake(path, 2)))
 
 
+@pytest.mark.parametrize("length", [(1 << 24) + 1, 1 << 62, 1 << 64])
+def test_an_answer_longer_than_any_is_refused_before_it_is_made(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(f'{{"timestamp": 0, "input_length": 1, "output_length": {length}, "hash_ids": [1]}}\n')
+
+    with pytest.raises(ConfigError, match="line 1: expected a request in Mooncake's format"):
+        list(mooncake(path))
+
+
 def test_a_mooncake_trace_may_be_zipped(tmp_path: Path) -> None:
     path = lines(tmp_path / "m.jsonl", line(0, 1000, 4, 5), line(1500, 1030, 4, 5, 6))
     zipped = tmp_path / "m.jsonl.gz"

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.host_helpers import BATCH, SOURCE, failing
-from vswa_plugin.errors import PluginError
+from vswa_plugin.engine import Section
+from vswa_plugin.errors import ConfigError, PluginError
+from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.testing import engine
 from vswa_plugin.testing.host import plugin, plugin_host
@@ -90,3 +92,40 @@ def test_the_error_of_the_test_itself_is_not_covered_up() -> None:
     with pytest.raises(KeyError), plugin_host(vswa_metrics=failing(OSError())) as host:
         host.metrics()
         raise KeyError
+
+
+class Limited:
+    """Takes one option, and without it has no metrics."""
+
+    @hookimpl
+    def vswa_options(self, options: Section) -> list[str] | None:
+        options.check({"limit"})
+        self.limit = options.integer("limit", None)
+        return ["vswa_metrics"] if self.limit is None else None
+
+    @hookimpl
+    def vswa_metrics(self) -> str:
+        return f"limit {self.limit}\n"
+
+
+def test_options_are_given_before_any_other_hook_and_also_where_there_are_none() -> None:
+    with plugin_host(Limited(), options={"plugin1": {"limit": 3}}) as host:
+        assert "limit 3\n" in host.metrics()
+    with plugin_host(Limited()) as host:
+        assert "limit" not in host.metrics()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plugin1": {"limt": 3}}, r"unknown option 'plugin1.limt' .* did you mean 'plugin1.limit'"),
+        ({"limited": {"limit": 3}}, r"options of limited: .* which are plugin1$"),
+        ({"functions": {"limit": 3}}, r"options of functions: .* which are plugin1$"),
+    ],
+)
+def test_options_that_a_program_would_refuse_are_refused(
+    options: dict[str, dict[str, object]], message: str
+) -> None:
+    host = plugin_host(Limited(), options=options, vswa_metrics=lambda: "")
+    with pytest.raises(ConfigError, match=message), host:
+        pass

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vswa_plugin.dynamo.names import RELEASE
 from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict
 from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import InvalidRequest, Unavailable
@@ -331,3 +332,40 @@ def test_a_malformed_request_is_refused_before_the_engine_is_asked(
 
     asyncio.run(check())
     assert (0, 0) == (handler.in_flight, engine.closed)
+
+
+class Holding(Scripted):
+    """A prefill engine that holds the prompts of these params."""
+
+    def __init__(self, *held: dict[str, Any]) -> None:
+        super().__init__({"token_ids": [1], "finish_reason": "length"})
+        self.held = list(held)
+
+    def release(self, params: dict[str, Any]) -> bool:
+        if params in self.held:
+            self.held.remove(params)
+            return True
+        return False
+
+
+def test_a_prompt_that_nobody_will_fetch_is_given_back_to_the_engine_also_while_the_worker_drains() -> None:
+    async def body() -> None:
+        engine = Holding({"ticket": 1}, {"ticket": 2})
+        served = Served(engine)
+        assert await served.request(**{RELEASE: {"ticket": 1}}) == [{"released": True}]
+        assert await served.request(**{RELEASE: {"ticket": 1}}) == [{"released": False}]
+        assert await served.handler.drain(1)
+        assert await served.request(**{RELEASE: {"ticket": 2}}) == [{"released": True}]
+        assert (engine.held, engine.closed, served.records) == ([], 0, []), "it is no request"
+
+    asyncio.run(body())
+
+
+def test_an_engine_that_holds_no_prompts_has_nothing_to_release() -> None:
+    async def body() -> None:
+        served = Served(Scripted())
+        assert await served.request(**{RELEASE: {"ticket": 1}}) == [{"released": False}]
+        with pytest.raises(InvalidRequest, match="vswa_release: expected disaggregated_params, got list"):
+            await served.request(**{RELEASE: ["ticket"]})
+
+    asyncio.run(body())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, own_namespace
@@ -87,6 +90,41 @@ def test_two_workers_side_by_side_have_ids_of_their_own_and_neither_supersedes_t
         return [await child.stop() for child in children]
 
     assert run(body()) == [0, 0]
+
+
+@pytest.mark.parametrize("known_to", ["our registry", "Dynamo alone"])
+def test_a_worker_of_another_model_on_an_endpoint_in_use_exits_2_and_names_both(
+    run: Run[Any], tmp_path: Path, model_dir: Path, brokers: Brokers, known_to: str
+) -> None:
+    """Dynamo notices it only as the model is shown, and not where both have the same files."""
+    shared = own_namespace("models")
+    folders = [tmp_path / name for name in ("one", "two")]
+    model, options = model_dir, ["--served-model-name", "two"]
+    if known_to == "Dynamo alone":
+        model = shutil.copytree(model_dir, tmp_path / "model")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+        options += ["--registry", f"file:{tmp_path / 'registry'}"]
+
+    async def body() -> tuple[int, str]:
+        for folder in folders:
+            folder.mkdir()
+        first = await worker(folders[0], model_dir, brokers.env, namespace=shared)
+        await eventually(lambda: "serves 'gemma'" in first.log_path.read_text(), "it serves", 30)
+        second = await worker(folders[1], model, brokers.env, *options, namespace=shared)
+        code = await asyncio.wait_for(second.wait(), 30)
+        await first.stop()
+        return code, second.log_path.read_text()
+
+    code, log = run(body())
+
+    assert code == 2, log
+    assert "Traceback" not in log
+    assert (
+        f"vswa worker: error: --served-model-name: expected 'gemma', which other workers show on "
+        f"{shared}.backend.generate, got 'two'"
+    ) in log
+    assert ("gemma3_cpu started" in log) is (known_to == "Dynamo alone")
 
 
 def test_its_parsers_are_told_to_dynamos_frontends_and_to_our_routers(

@@ -1,18 +1,21 @@
-"""Files of JSON Lines, plain or gzip, line by line. Errors name the file and the line."""
+"""Files of JSON Lines, plain, gzip or xz, read line by line in bounded memory. Errors name file and line."""
 
 from __future__ import annotations
 
 import gzip
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeVar, cast
 
 import msgspec
 
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.files import read_json_lines
 
 _GZIP = b"\x1f\x8b"
+_XZ = b"\xfd7zXZ\x00"
 _Line = TypeVar("_Line")
 
 
@@ -23,20 +26,27 @@ def read(
 
     :param path: of ``raw``, for messages.
     :param expected: what a line should be, for messages.
-    :raises ConfigError: a line that is not, or a file that is cut off.
+    :raises ConfigError: a line that is not, that is too long or nested too deeply, or a file that is cut off.
     """
-    zipped = raw.read(2) == _GZIP
-    raw.seek(0)
-    lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw
+    lines = _unpacked(raw)
     number = 0
     try:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+        for number, line in read_json_lines(lines, path, expected):
+            yield number, decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeError, OverflowError) as error:
         raise ConfigError(f"{path}, line {number}: expected {expected}: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        program = "xz" if isinstance(lines, lzma.LZMAFile) else "gzip"
         raise ConfigError(
             f"{path}, after line {number}: the file is cut off or damaged: {error}. What can be read of it: "
-            f"gzip -dc {path} | head -n {number} > part.jsonl"
+            f"{program} -dc {path} | head -n {number} > part.jsonl"
         ) from error
+
+
+def _unpacked(raw: IO[bytes]) -> IO[bytes]:
+    """The lines of a file, which is packed where its first bytes say so."""
+    head = raw.read(len(_XZ))
+    raw.seek(0)
+    if head.startswith(_GZIP):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    return lzma.LZMAFile(raw) if head == _XZ else raw

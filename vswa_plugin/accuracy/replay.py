@@ -147,6 +147,8 @@ class _Replay:
         """One request, predicted by all scorers."""
         prompt = Prompt(request.token_ids, _hashes(request, self._size))
         predicted = {scorer.name: scorer.predict(prompt) for scorer in self._scorers}
+        if not request.reads_cache:
+            predicted = dict.fromkeys(predicted, 0)
         waiting = Waiting(line, prompt, predicted, self._exact.explain(prompt))
         self._arrivals.arrive(self._events, prompt)
         if request.cached_tokens is not None:

@@ -70,7 +70,7 @@ class Score(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """One trace.
 
-    :param provenance: of the rule: ``run`` against its engine, or only ``read`` in its sources.
+    :param provenance: of the rule, see :attr:`~vswa_plugin.blocks.ReuseRule.provenance`.
     :param exceptions: requests that hashes cannot predict, by kind; not exact, and not counted as mistakes.
     :param restarts: engine events lost, or a layout corrected: nothing was known to be resident any more.
     :param unattributed: stored blocks that could not be named, so that less was promised.
@@ -239,7 +239,11 @@ def title(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """What was replayed, in one line."""
-    read = "" if report.provenance == "run" else " (rule read in the engine's sources, never run against it)"
+    checked = {
+        "run": "",
+        "transcribed": " (rule checked against a transcription of the engine's code, not the engine)",
+    }
+    read = checked.get(report.provenance, " (rule read in the engine's sources, never run against it)")
     return (
         f"{report.requests} requests, {report.prompt_tokens} prompt tokens of which the engine reused "
         f"{report.cached_tokens}; blocks of {report.block_size}, windows {' '.join(report.windows)}{read}"

@@ -1,4 +1,4 @@
-"""Engine traces: what an engine's cache did, as JSON Lines, plain or gzip; see ``docs/accuracy.md``.
+"""Engine traces: what an engine's cache did, as JSON Lines, plain, gzip or xz; see ``docs/accuracy.md``.
 
 A trace holds prompts as token ids: with the model they can be read. Written files are their owner's
 only (mode 0600).
@@ -35,8 +35,11 @@ __all__ = [
 #: Event format -> the reuse rule of its engine, unless the trace or the user names another.
 DEFAULT_RULES = {"trtllm": "trtllm_v2", "vllm": "vllm"}
 
-Natural = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(gt=0)]
+#: Numbers of tokens, of requests and of ids: far more than any trace has, and no fault anywhere.
+Natural = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+Positive = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+#: No model has so many, and they are listed one by one.
+MAX_GROUPS = 4_096
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
@@ -45,7 +48,7 @@ class TraceGroup(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: Literal["full", "swa"]
     window: Positive | None = None
-    count: Positive = 1
+    count: Annotated[int, msgspec.Meta(gt=0, le=MAX_GROUPS)] = 1
 
 
 class TraceHeader(msgspec.Struct, frozen=True, tag="header", omit_defaults=True):
@@ -81,6 +84,9 @@ class TraceRequest(msgspec.Struct, frozen=True, tag="request", omit_defaults=Tru
     :param cached_tokens: tokens of the prompt that the engine reused; None: a result with its id follows.
     :param output_len: tokens that it generated then; None where unknown.
     :param id: its number in this trace.
+    :param prompt_logprobs: as the request gave it; with any number, 0 included, the cache is not read.
+    :param skip_reading_prefix_cache: as the request gave it; true: the cache is not read.
+    :param kv_cache_report_mode: as vLLM's ``extra_args`` gave it: such a trace is refused.
     """
 
     token_ids: tuple[TokenId, ...]
@@ -89,10 +95,24 @@ class TraceRequest(msgspec.Struct, frozen=True, tag="request", omit_defaults=Tru
     cache_salt: str | None = None
     lora_name: str | None = None
     id: Natural | None = None
+    prompt_logprobs: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+    kv_cache_report_mode: str | None = None
 
     def __post_init__(self) -> None:
         if self.cached_tokens is None and self.id is None:
             raise ValueError("expected cached_tokens, or an id for the result to come")
+        if self.kv_cache_report_mode is not None:
+            raise ValueError(
+                f"expected a request without kv_cache_report_mode, got {self.kv_cache_report_mode!r}: the "
+                f"engine may then announce blocks that it does not hold, so that what follows cannot be "
+                f"predicted; record the trace without it"
+            )
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the engine looks its cache up for it. If not, nothing is reused; its blocks are stored."""
+        return self.prompt_logprobs is None and not self.skip_reading_prefix_cache
 
 
 class TraceResult(msgspec.Struct, frozen=True, tag="result", omit_defaults=True):
@@ -128,7 +148,7 @@ class Trace:
 
     @property
     def name(self) -> str:
-        return self.path.name.removesuffix(".gz").removesuffix(".jsonl")
+        return self.path.name.removesuffix(".gz").removesuffix(".xz").removesuffix(".jsonl")
 
     def layout(self, rule: str | None = None) -> CacheLayout:
         """The cache groups that the header declares, under ``rule`` or the trace's own.
@@ -150,7 +170,10 @@ class Trace:
                 '{"kind": "full"} and {"kind": "swa", "window": tokens} in the order of their ids'
             )
         groups = tuple(CacheGroup(i, window, block_size) for i, window in enumerate(windows))
-        return CacheLayout(groups, chosen, header.config or self.name).check()
+        try:
+            return CacheLayout(groups, chosen, header.config or self.name).check()
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}, line 1: {error}") from error
 
     def records(self, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, TraceRecord]]:
         """Line number and record of each line after the header.
@@ -281,6 +304,8 @@ def _windows(path: Path, header: TraceHeader) -> list[int | None]:
                 f"{path}, line 1, groups: expected a window for swa and none for full, got {shown}"
             )
         windows += [group.window] * group.count
+        if len(windows) > MAX_GROUPS:
+            raise ConfigError(f"{path}, line 1, groups: expected at most {MAX_GROUPS} groups, got more")
     if not windows and (header.max_attention_window or "swa" not in header.layers):
         windows = [header.max_attention_window if k == "swa" else None for k in dict.fromkeys(header.layers)]
     return windows

@@ -54,7 +54,11 @@ class ReuseRule(Protocol):
 
     @property
     def provenance(self) -> str:
-        """``run``: compared with the engine's own core; ``read``: taken from its sources, not run."""
+        """How the rule was checked.
+
+        ``run``: against the engine's own core. ``transcribed``: against its decision code, written down from
+        the sources statement by statement and run. ``read``: it was taken from the sources, and not run.
+        """
 
     def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
         """The deepest boundary of a prompt of that many tokens; 0 is always one, and needs nothing.
@@ -145,7 +149,7 @@ class TrtllmV1(_Trtllm):
     """
 
     name = "trtllm_v1"
-    provenance = "read"
+    provenance = "transcribed"
 
     def _first_in_window(self, resumed_at: int, window: int, block_size: int) -> int:
         return (resumed_at - window) // block_size
@@ -161,7 +165,7 @@ class TrtllmV1Contiguous(_Trtllm):
     """KV cache manager V1 of the 1.2 line: every window from block 0, however little attention reads."""
 
     name = "trtllm_v1_contiguous"
-    provenance = "read"
+    provenance = "transcribed"
 
     def _first_in_window(self, resumed_at: int, window: int, block_size: int) -> int:
         return 0

@@ -46,6 +46,9 @@ BUILT_IN: Mapping[str, str] = {
 #: Built-in commands that load no plugins; what they start has options of its own for them.
 WITHOUT_PLUGINS = frozenset({"brokers", "demo", "events", "serve"})
 
+#: Built-in commands in which no plugin acts, so that options of plugins would do nothing.
+WITHOUT_OPTIONS = WITHOUT_PLUGINS | {"completion"}
+
 _MODULES = {"demo": "vswa_plugin.cli.demo.run"}
 
 

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     configure_route(
         commands.add_parser(
             "route",
-            help="simulate ranks behind routers that differ in what they believe is cached",
+            help="simulate ranks behind routers that differ in what they take to be cached",
             allow_abbrev=False,
         )
     )
@@ -95,7 +95,7 @@ def _run_replay(args: argparse.Namespace) -> int:
     if args.plot:
         check_plot(Path(args.plot))
     traces = [open_trace(path) for path in args.traces]
-    with load_host(args.plugin, args.no_plugin) as host:
+    with load_host(args.plugin, args.no_plugin, options=args.plugin_options) as host:
         reports = [_replay(trace, args, host) for trace in traces]
     if args.json:
         print(msgspec.json.encode(as_data(reports)).decode())

@@ -15,7 +15,7 @@ from vswa_plugin.accuracy.showing import check_plot, console, progress
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
-from vswa_plugin.program.options import at_least_one, excludes, positive, requires
+from vswa_plugin.program.options import at_least_one, excludes, positive, requires, whole_number
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import ORACLE
 from vswa_plugin.simulation.presets import PRESETS
@@ -141,7 +141,7 @@ def run_route(args: argparse.Namespace) -> int:
     made_up = any(workload in WORKLOADS for workload in args.workloads)
     requires("--load", args.load, f"a made-up workload ({', '.join(WORKLOADS)})", made_up)
     wanted = [(_plan(args, workload), case) for workload in args.workloads for case in _cases(args)]
-    plugins = (tuple(args.plugin), tuple(args.no_plugin))
+    plugins = (tuple(args.plugin), tuple(args.no_plugin), args.plugin_options)
     if args.plot:
         check_plot(Path(args.plot))
     with progress(counted=True) as bar:
@@ -181,9 +181,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         names.append(ORACLE)
     blocks = []
     for word in _words("--blocks", args.blocks):
-        if not word.isdigit() or int(word) < 1:
+        if not (number := whole_number(word)):
             raise ConfigError(f"--blocks: expected numbers of at least 1, got {word!r}")
-        blocks.append(int(word))
+        blocks.append(number)
     return cases(_words("--model", args.model), blocks, names, range(args.seed, args.seed + args.seeds))
 
 
@@ -196,7 +196,7 @@ def _words(option: str, text: str) -> list[str]:
 
 # -- running -----------------------------------------------------------------------------------------
 
-_Plugins = tuple[tuple[str, ...], tuple[str, ...]]
+_Plugins = tuple[tuple[str, ...], tuple[str, ...], str | None]
 _host: PluginHost | None = None
 
 
@@ -206,7 +206,7 @@ def _run_all(
     """The runs of all cases, in their order."""
     if jobs == 1 or len(wanted) == 1:
         runs = []
-        with load_host(*plugins) as host:
+        with _host_of(*plugins) as host:
             for plan, case in wanted:
                 runs.append(Bench(plan, host).run(case))
                 advance()
@@ -225,10 +225,14 @@ def _run_all(
         return [future.result() for future in futures]
 
 
-def _begin(plugin: Sequence[str], no_plugin: Sequence[str]) -> None:
+def _host_of(plugin: Sequence[str], no_plugin: Sequence[str], options: str | None) -> PluginHost:
+    return load_host(plugin, no_plugin, options=options)
+
+
+def _begin(plugin: Sequence[str], no_plugin: Sequence[str], options: str | None) -> None:
     """Of one process: its own plugins, for as long as it lives."""
     global _host
-    _host = load_host(plugin, no_plugin)
+    _host = _host_of(plugin, no_plugin, options)
 
 
 def _run_one(plan: Plan, case: Case) -> Run:

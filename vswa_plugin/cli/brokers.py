@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from vswa_plugin.dynamo.names import ETCD_ENV, NATS_ENV
-from vswa_plugin.errors import ConfigError
 from vswa_plugin.launch.brokers import start_etcd, start_nats
-from vswa_plugin.launch.processes import Child, is_free
+from vswa_plugin.launch.processes import Child
+from vswa_plugin.launch.scratch import open_scratch
+from vswa_plugin.program.addresses import check_address
 from vswa_plugin.program.life import Life, Program
 from vswa_plugin.program.options import port
 
@@ -53,8 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory(prefix="vswa-brokers-") as scratch:
-        folder = Path(args.data_dir or scratch)
+    with open_scratch("brokers") as scratch:
+        folder = Path(args.data_dir or scratch.path)
         folder.mkdir(parents=True, exist_ok=True)
         life = Life("vswa brokers")
         return asyncio.run(life.run(_Brokers(args, folder)))
@@ -70,11 +70,7 @@ class _Brokers(Program):
 
     async def start(self) -> None:
         for option, number in (("--nats-port", self._args.nats_port), ("--etcd-port", self._args.etcd_port)):
-            if number and not is_free(_HOST, number):
-                raise ConfigError(
-                    f"{option}: expected a port of {_HOST} that is free, got {number}, on which something "
-                    f"listens or we may not; {option} 0 takes a free one"
-                )
+            check_address(_HOST, number, port_option=option)
         nats, nats_server = await start_nats(self._folder, self._args.nats_port or None)
         self._children.append(nats)
         etcd, endpoints = await start_etcd(self._folder, self._folder / "etcd", self._args.etcd_port or None)

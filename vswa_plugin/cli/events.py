@@ -10,13 +10,14 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
-from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError
+from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError, shown
 from vswa_plugin.program.args import nats_server
-from vswa_plugin.program.options import at_least_one
+from vswa_plugin.program.options import at_least_one, whole_number
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire.events import (
     Batch,
@@ -29,6 +30,8 @@ from vswa_plugin.wire.events import (
     Stored,
     Unknown,
     decode,
+    hash_text,
+    source_as_json,
 )
 from vswa_plugin.wire.subjects import check_name, events_of, source_of
 from vswa_plugin.wire.transport import Transport
@@ -50,19 +53,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.add_argument("--namespace", help="only workers of this Dynamo namespace")
     parser.add_argument("--component", help="only workers of this Dynamo component")
-    parser.add_argument("--window", metavar="TOKENS|global", help="only this window")
+    parser.add_argument(
+        "--window",
+        metavar="TOKENS|global",
+        help="only events of this window, and those that are about all windows",
+    )
     parser.add_argument("--heartbeats", action="store_true", help="show heartbeats too")
     parser.add_argument("--json", action="store_true", help="one JSON object per batch")
     parser.add_argument("--count", type=at_least_one, metavar="N", help="stop after N batches")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.window not in (None, "global") and not (args.window.isdecimal() and int(args.window)):
-        raise ConfigError(f"--window: expected a number of tokens or 'global', got {args.window!r}")
+    if args.window not in (None, "global") and not whole_number(args.window):
+        raise ConfigError(f"--window: expected a number of tokens or 'global', got {shown(args.window)}")
     for option, name in (("--namespace", args.namespace), ("--component", args.component)):
         if name is not None:
             check_name(option, name)
     return asyncio.run(_follow(args))
+
+
+class Seen(NamedTuple):
+    """What is to be shown of one batch.
+
+    :param missed: how many events were missed before it.
+    :param events: those of the window that is followed, and those that are about all windows, with their ids.
+    """
+
+    missed: int
+    events: list[tuple[int, Event | Unknown]]
 
 
 @dataclass
@@ -80,20 +98,25 @@ class Follower:
             source = Source(entry.namespace, entry.component, entry.worker_id, rank)
             self.groups.setdefault(source, {group.group_id: group for group in entry.groups})
 
-    def lines(self, source: Source, batch: Batch) -> list[str]:
-        """Readable lines for one batch; first, whether something was missed before it."""
-        lines = []
+    def read(self, source: Source, batch: Batch) -> Seen:
+        """Take one batch in."""
+        missed, shown = 0, []
         epoch, event_id = self.expected.get(source, (batch.epoch, batch.first_event_id))
         if epoch == batch.epoch and event_id < batch.first_event_id:
-            lines.append(f"  gap: {batch.first_event_id - event_id} events were missed")
+            missed = batch.first_event_id - event_id
         self.expected[source] = (batch.epoch, batch.next_event_id)
         self.heartbeats[source] += not batch.events
         for event_id, event in enumerate(batch.events, batch.first_event_id):
             if isinstance(event, Layout):
                 self.groups[source] = {group.group_id: group for group in event.groups}
             if self._wanted(source, event):
-                lines.append(f"  {event_id:>6}  {self._describe(source, event)}")
-        return lines
+                shown.append((event_id, event))
+        return Seen(missed, shown)
+
+    def lines(self, source: Source, seen: Seen) -> list[str]:
+        """Readable lines; first, whether something was missed before it."""
+        gap = [f"  gap: {seen.missed} events were missed"] if seen.missed else []
+        return gap + [f"  {event_id:>6}  {self._describe(source, event)}" for event_id, event in seen.events]
 
     def label(self, source: Source, group_id: int | None) -> str:
         if group_id is None:
@@ -117,7 +140,7 @@ class Follower:
             case Stored():
                 last = event.position + len(event.sequence_hashes) - 1
                 where = self.label(source, event.group_id)
-                parent = "the root" if event.parent_hash is None else f"{event.parent_hash:016x}"
+                parent = "the root" if event.parent_hash is None else hash_text(event.parent_hash)
                 return f"stored   {where:<13} blocks {event.position}..{last} after {parent} on {event.tier}"
             case Removed():
                 return f"removed  {self.label(source, event.group_id):<13} {_hashes(event.sequence_hashes)}"
@@ -131,7 +154,7 @@ class Follower:
 
 
 def _hashes(hashes: tuple[int, ...]) -> str:
-    shown = " ".join(f"{value:016x}" for value in hashes[:3])
+    shown = " ".join(hash_text(value) for value in hashes[:3])
     return f"{len(hashes)} block{'s' if len(hashes) != 1 else ''}: {shown}{' ...' if len(hashes) > 3 else ''}"
 
 
@@ -172,31 +195,37 @@ async def _follow(args: argparse.Namespace) -> int:
 
 def _print(follower: Follower, source: Source, batch: Batch, args: argparse.Namespace) -> bool:
     """Show one batch; False where there was nothing to show."""
-    lines = follower.lines(source, batch)
-    if not lines and not (args.heartbeats and not batch.events):
+    seen = follower.read(source, batch)
+    if not (seen.missed or seen.events) and not (args.heartbeats and not batch.events):
         return False
     if args.json:
-        shown = {"source": msgspec.to_builtins(source), "batch": _as_json(batch)}
+        shown = {"source": source_as_json(source), "missed": seen.missed, "batch": _as_json(batch, seen)}
         print(json.dumps(shown), flush=True)
         return True
     lag_ms = (time.time_ns() - batch.published_at_ns) / 1e6
     clock = time.strftime("%H:%M:%S", time.localtime(batch.published_at_ns / 1e9))
-    what = f"{len(batch.events)} events" if batch.events else "heartbeat"
+    what = f"{len(seen.events)} events" if batch.events else "heartbeat"
     print(f"{clock} {source}: {what} from id {batch.first_event_id}, {lag_ms:.1f} ms ago", flush=True)
-    for line in lines:
+    for line in follower.lines(source, seen):
         print(line, flush=True)
     return True
 
 
-def _as_json(batch: Batch) -> dict[str, object]:
-    events = [
-        {
-            "type": type(event).__name__.lower(),
-            **{k: msgspec.to_builtins(v) for k, v in msgspec.structs.asdict(event).items()},
-        }
-        for event in batch.events
-    ]
+def _as_json(batch: Batch, seen: Seen) -> dict[str, object]:
+    events = [{"event_id": event_id, **_event_as_json(event)} for event_id, event in seen.events]
     return {**msgspec.structs.asdict(batch), "events": events}
+
+
+def _event_as_json(event: Event | Unknown) -> dict[str, object]:
+    """The fields of an event, its hashes as text in the spelling of the lines."""
+    fields: dict[str, Any] = {
+        name: msgspec.to_builtins(value) for name, value in msgspec.structs.asdict(event).items()
+    }
+    if fields.get("parent_hash") is not None:
+        fields["parent_hash"] = hash_text(fields["parent_hash"])
+    if "sequence_hashes" in fields:
+        fields["sequence_hashes"] = [hash_text(value) for value in fields["sequence_hashes"]]
+    return {"type": type(event).__name__.lower(), **fields}
 
 
 async def _learn_from_registry(follower: Follower) -> None:
@@ -205,8 +234,11 @@ async def _learn_from_registry(follower: Follower) -> None:
 
     registry = registry_from_env()
     try:
-        for entry in await registry.entries():
+        entries = await registry.entries()
+        for entry in entries:
             follower.learn(entry)
+        if not entries:
+            sys.stderr.write(f"no worker is registered in {registry} yet: waiting for the events of one\n")
     except ConnectError as error:
         sys.stderr.write(f"windows of running workers are unknown: {error}\n")
     finally:

@@ -11,11 +11,13 @@ import msgspec
 
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.cli.index import check_namespace, fleet_for
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
+from vswa_plugin.files import read_bounded
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.index import Explanation
-from vswa_plugin.program.options import seconds
+from vswa_plugin.program.options import seconds, whole_number
 from vswa_plugin.registry import Entry
+from vswa_plugin.router.http.messages import ExplanationAnswer
 
 _EXAMPLES = """\
 examples:
@@ -52,6 +54,7 @@ async def _run(args: argparse.Namespace) -> int:
     fleet = fleet_for(args)
     try:
         await fleet.start(args.timeout)
+        fleet.check_found()
         if not await fleet.settled(args.timeout):
             sys.stderr.write("not every rank is known exactly yet: scores may be too low\n")
         entry = _entry_of(fleet, args.model)
@@ -61,7 +64,7 @@ async def _run(args: argparse.Namespace) -> int:
     finally:
         await fleet.stop()
     if args.json:
-        print(msgspec.json.encode(found).decode())
+        print(msgspec.json.encode([ExplanationAnswer.of(each) for each in found]).decode())
     else:
         print(f"{len(tokens)} tokens, {len(hashes)} whole blocks of {entry.block_size}")
         for explanation in sorted(found, key=lambda each: -each.cached_tokens):
@@ -74,7 +77,7 @@ def _entry_of(fleet: Fleet, model: str | None) -> Entry:
     by_model = {entry.served_model_name: entry for entry in fleet.entries.values()}
     if model is None and len(by_model) == 1:
         return next(iter(by_model.values()))
-    known = ", ".join(sorted(by_model)) or "none: no worker is registered"
+    known = ", ".join(sorted(by_model)) or "none"
     if model is None:
         raise ConfigError(f"expected --model where several models are served, got none. Known: {known}")
     if model not in by_model:
@@ -95,23 +98,31 @@ def _tokens(args: argparse.Namespace, entry: Entry) -> list[int]:
     path = Path(entry.model_path) / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"expected the model's tokenizer at {path}, got nothing there; give --token-ids")
-    ids: list[int] = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise ConfigError(
+            f"{path}: expected a tokenizer, got: {str(error)[:200]}; give --token-ids"
+        ) from error
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids
 
 
 def _token_ids(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not (part.isdecimal() and int(part) < 1 << 32):
+    ids = []
+    for part in text.split(","):
+        number = whole_number(part.strip())
+        if number is None or number >= 1 << 32:
             raise ConfigError(
-                f"--token-ids: expected numbers from 0 to 2**32 - 1 with commas between, got {text!r}"
+                f"--token-ids: expected numbers from 0 to 2**32 - 1 with commas between, got {shown(part)}"
             )
-    return [int(part) for part in parts]
+        ids.append(number)
+    return ids
 
 
 def _text_of(file: str) -> str:
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        return sys.stdin.read() if file == "-" else read_bounded(file, "a prompt").decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"--file: expected text in UTF-8 in {file}, got {error}") from error
 

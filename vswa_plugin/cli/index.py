@@ -19,6 +19,7 @@ from vswa_plugin.program.options import excludes, port, requires, seconds
 from vswa_plugin.program.status import StatusServer
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.tasks import Tasks
+from vswa_plugin.wire.events import id_text, source_as_json
 from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.wire.transport import Transport
 
@@ -29,8 +30,14 @@ examples:
   vswa index --once --json       the same for scripts
   vswa index --status-port 9091  also serve /health, /ready and /metrics of reader and index
 
+Where there is no worker, or the registry cannot be read, it says so and ends with exit code 1; with
+--status-port it waits.
 NATS_SERVER and ETCD_ENDPOINTS (or VSWA_REGISTRY) say where the deployment is.
 """
+
+
+#: Columns of a table that goes to no terminal, which need not fit a window.
+_FILE_WIDTH = 200
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +81,7 @@ def fleet_for(args: argparse.Namespace, tasks: Tasks | None = None) -> Fleet:
     :param tasks: where its long-lived tasks are watched.
     """
     transport = Transport(nats_server(os.environ), "vswa index")
-    with load_host(args.plugin, args.no_plugin) as host:
+    with load_host(args.plugin, args.no_plugin, options=args.plugin_options) as host:
         index = WindowIndex(rules=host.reuse_rules())
     return Fleet(transport, registry_from_env(), namespace=args.namespace, index=index, tasks=tasks)
 
@@ -92,30 +99,41 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 async def _once(fleet: Fleet, args: argparse.Namespace) -> int:
+    fleet.check_found()
     exact = await fleet.settled(args.timeout)
     if args.check:
         fleet.index.check()
     statuses, stats = fleet.statuses(time.time_ns()), fleet.index.stats()
     if args.json:
-        shown = {"exact": exact, "ranks": statuses, "index": stats}
+        shown = {"exact": exact, "ranks": [_as_json(status) for status in statuses], "index": stats}
         print(msgspec.json.encode(shown).decode())
     else:
         from rich.console import Console
 
         console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, _FILE_WIDTH)
         console.print(_table(statuses, stats, terminal=console.is_terminal))
     return 0 if exact else 1
+
+
+def _as_json(status: RankStatus) -> dict[str, Any]:
+    source = source_as_json(status.source)
+    return {**msgspec.structs.asdict(status), "source": source}
 
 
 class _Live(Program):
     """A table that keeps up, until a signal."""
 
     def __init__(self, args: argparse.Namespace, life: Life) -> None:
-        from vswa_plugin.following.metrics import render
+        from vswa_plugin.following.metrics import fleet_families
+        from vswa_plugin.program.metrics import About, Page
 
         self._args = args
         self._fleet = fleet_for(args, life.tasks)
-        self._server = StatusServer(life.status, lambda: render(self._fleet))
+        self._server = StatusServer(
+            life.status, Page(lambda: About("index"), lambda: fleet_families(self._fleet)).render
+        )
 
     async def start(self) -> None:
         await self._fleet.start(self._args.timeout)
@@ -127,6 +145,8 @@ class _Live(Program):
         from rich.live import Live
 
         fleet, console = self._fleet, Console(highlight=False)
+        if self._args.status_port is None:  # a program that is scraped waits for its deployment
+            fleet.check_found()
         with Live(console=console, auto_refresh=False, transient=False) as live:
             while True:
                 table = _table(fleet.statuses(time.time_ns()), fleet.index.stats(), terminal=True)
@@ -159,12 +179,14 @@ def _table(statuses: list[RankStatus], stats: Any, *, terminal: bool) -> Any:
         "next id",
     ):
         table.add_column(heading, justify="right" if heading in ("blocks", "lag", "next id") else "left")
+    # Ids of one deployment differ in their last digits only: never shorten them.
+    table.columns[0].min_width = max((len(id_text(each.source.worker_id)) for each in statuses), default=0)
     for status in statuses:
         for number, (window, tiers) in enumerate(status.blocks.items() or [("-", {})]):
             first = number == 0
             lag = "" if status.lag_ms is None else f"{status.lag_ms:.0f} ms"
             slow = " ".join(f"{tier} {count}" for tier, count in tiers.items() if count)
-            whose = (f"{status.source.worker_id:x}", str(status.source.dp_rank), status.model, status.state)
+            whose = (id_text(status.source.worker_id), str(status.source.dp_rank), status.model, status.state)
             stream = (lag, str(status.epoch), str(status.next_event_id))
             table.add_row(
                 *(whose if first else [""] * 4),

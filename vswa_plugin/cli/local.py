@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from vswa_plugin.launch.topologies import (
     add_worker_counts,
     worker_counts,
 )
-from vswa_plugin.program.options import port
+from vswa_plugin.program.model_path import find_model
+from vswa_plugin.program.options import encodable, port
 
 #: Commands that the plugin of the default engine adds; their contract is in the hook vswa_register_commands.
 _MAKE_MODEL, _GET_MODEL = "make-model", "get-model"
@@ -35,10 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, keeps: bool = False) -> No
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="a checkpoint's directory, a GGUF file, or a name for `vswa get-model`, which installs it "
-        "(default: a small random model is made)",
+        help="a checkpoint's directory, a GGUF file, a model of the Hugging Face Hub such as "
+        "google/gemma-3-1b-it, or a name for `vswa get-model`, which installs it (default: a small random "
+        "model is made)",
     )
-    parser.add_argument("--served-model-name", default="gemma", help="what clients call the model (gemma)")
+    parser.add_argument(
+        "--served-model-name", type=encodable, default="gemma", help="what clients call the model (gemma)"
+    )
     parser.add_argument(
         "--topology",
         default="agg",
@@ -68,6 +76,12 @@ def worker_groups(
     return tuple(WorkerGroup(mode, count, args.engine_args, override or {}) for mode, count in counts.items())
 
 
+def find_named(args: argparse.Namespace) -> None:
+    """Let ``--model`` be a directory where it is a name of the Hub. Blocks while it downloads."""
+    if args.model is not None and not is_named(args.model):
+        args.model = str(find_model(args.model, "--model", lambda line: print(line, file=sys.stderr)).path)
+
+
 async def model_path(args: argparse.Namespace, folder: Path, progress: Progress) -> Path:
     """The model that was asked for, or a small random one in ``folder``."""
     if is_named(args.model):
@@ -94,8 +108,16 @@ async def _get_model(name: str, progress: Progress) -> Path:
 async def _run_command(name: str, argument: str) -> str:
     """What a plugin's command prints. In a process of its own: it may take long, or need much memory."""
     command = python_module("vswa_plugin", name, argument)
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:  # a signal has ended the wait; pip may run below it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            await process.wait()
     if process.returncode != 0:
         raise VswaError(f"`vswa {name} {argument}` failed; its message is above")
     return output.decode()

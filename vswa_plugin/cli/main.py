@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vswa_plugin import __version__
-from vswa_plugin.cli import BUILT_IN, PROGRAMS, WITHOUT_PLUGINS, built_in, built_in_helps, built_in_owners
+from vswa_plugin.cli import (
+    BUILT_IN,
+    PROGRAMS,
+    WITHOUT_OPTIONS,
+    WITHOUT_PLUGINS,
+    built_in,
+    built_in_helps,
+    built_in_owners,
+)
 from vswa_plugin.errors import ConfigError, PluginFailed, VswaError, unknown_choice
 from vswa_plugin.program.run import run_program
 
@@ -44,7 +52,7 @@ def _run(argv: list[str]) -> int:
     if name in BUILT_IN:
         return _run_command(built_in(name), built_in_helps(), given, rest)
     # Stays open while the command runs: its code may live in a plugin's file.
-    with load_host(given.plugin, given.no_plugin) as host:
+    with load_host(given.plugin, given.no_plugin, options=given.plugin_options) as host:
         added = {command.name: command for command in host.commands(built_in_owners())}
         helps = {**built_in_helps(), **{command.name: command.help for command in added.values()}}
         if name and name not in helps:
@@ -82,13 +90,18 @@ def _run_command(
     if command is None:
         parser.print_help()
         return 0
-    args.plugin, args.no_plugin = given.plugin, given.no_plugin
+    args.plugin, args.no_plugin, args.plugin_options = given.plugin, given.no_plugin, given.plugin_options
     if command.name in WITHOUT_PLUGINS:
         for option, names in (("--plugin", args.plugin), ("--no-plugin", args.no_plugin)):
             if names:
                 raise ConfigError(
                     f"{option}: expected no plugin, got {names}: `vswa {command.name}` loads none"
                 )
+    if args.plugin_options is not None and command.name in WITHOUT_OPTIONS:
+        raise ConfigError(
+            f"--plugin-options: expected no options of plugins, got {args.plugin_options}: no plugin acts in "
+            f"`vswa {command.name}`"
+        )
     if command.name in BUILT_IN:
         return command.run(args)
     return _run_of_plugin(command, args)

@@ -36,7 +36,7 @@ examples:
 {TRACEBACK_ENV}=1 or --log-level debug adds the traceback to the line of each error.
 """
 #: Options of :func:`global_parser` that take a value.
-GLOBAL_OPTIONS = ("--plugin", "--no-plugin", "--log-level")
+GLOBAL_OPTIONS = ("--plugin", "--no-plugin", "--plugin-options", "--log-level")
 
 
 def global_parser(*, add_help: bool = True) -> argparse.ArgumentParser:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vswa_plugin.host.host import PluginStatus
 from vswa_plugin.host.loading import load_host
+from vswa_plugin.host.registered import PluginStatus
 
 _HEADINGS = ("plugin", "version", "state", "from", "hooks, or why not")
 
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with _without_warnings(), load_host(args.plugin, args.no_plugin) as host:
+    with _without_warnings(), load_host(args.plugin, args.no_plugin, options=args.plugin_options) as host:
         statuses = host.plugins()
     if args.json:
         json.dump([dataclasses.asdict(status) for status in statuses], sys.stdout, indent=2)

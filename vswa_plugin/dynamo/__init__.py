@@ -1,8 +1,10 @@
 """Everything that touches NVIDIA Dynamo: nothing else imports dynamo.
 
-names.py     what both sides call things: environment, endpoints, options; imports nothing of Dynamo
-runtime.py   a worker behind Dynamo, and what our programs need of its runtime
-client.py    a front door: found by the frontend, calls workers
-frontend.py  Dynamo's own OpenAI frontend
-bursts.py    chunks that come together are passed on together
+names.py          what both sides call things: environment, endpoints, options; imports nothing of Dynamo
+runtime.py        a worker behind Dynamo, and what our programs need of its runtime
+chat.py           what a model's directory must hold for chat
+client.py         a front door: found by the frontend, calls workers
+frontend.py       Dynamo's own OpenAI frontend
+client_fields.py  what that frontend makes of each field of a client's request
+bursts.py         chunks that come together are passed on together
 """

@@ -11,8 +11,8 @@ import msgspec
 
 from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.dynamo.bursts import joined
-from vswa_plugin.dynamo.names import EndpointName
-from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery
+from vswa_plugin.dynamo.names import RELEASE, EndpointName
+from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery, runtime_error, text_surfaces
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 
@@ -21,6 +21,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     """How a model is shown to Dynamo's frontend.
 
     :param model_path: directory with config and tokenizer, on this machine.
+    :param chat: whether it is shown for chat too, or for completions alone.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     context_length: int
     total_kv_blocks: int
     data_parallel_size: int = 1
+    chat: bool = True
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
 
@@ -101,15 +103,18 @@ class FrontEndpoint:
                 raise _to_dynamo(error) from None  # Dynamo prints the whole chain
 
         async def serving() -> None:
-            await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
+            try:
+                await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
+            except Exception as error:  # Dynamo raises plain Exception
+                raise runtime_error("Dynamo's runtime", error) from error
 
         self._serving = asyncio.create_task(serving(), name=f"serve {self.name}")
         self._listed = True
         return self._serving
 
     async def show(self, card: ModelCard) -> None:
-        """Register the model: chat and completions, aggregated. Raises what Dynamo raises."""
-        from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+        """Register the model for completions and chat, aggregated. Raises what Dynamo raises."""
+        from dynamo.llm import ModelInput, ModelRuntimeConfig, WorkerType, register_model
 
         config = ModelRuntimeConfig()
         config.context_length = card.context_length
@@ -123,7 +128,7 @@ class FrontEndpoint:
             self._listed = True
         await register_model(
             ModelInput.Tokens,
-            ModelType.Chat | ModelType.Completions,
+            text_surfaces(card.chat),
             self._endpoint,
             card.model_path,
             card.name,
@@ -202,6 +207,20 @@ class WorkerClient:
         except Exception as error:
             if not call.stopped():
                 raise _from_dynamo(error, Unavailable) from error
+
+    async def release(self, worker_id: int, params: Mapping[str, Any]) -> bool:
+        """Let a prefill worker free the prompt that it hands over with ``params``: nobody will fetch it.
+
+        A request of its own, since the client of the one that it was computed for may have gone.
+
+        :returns: whether the worker held anything for it.
+        :raises RequestError: as :meth:`generate`.
+        """
+        try:
+            chunks = await self._client.direct({RELEASE: params}, worker_id, annotated=False)
+            return any([bool(chunk.get("released")) async for chunk in chunks])
+        except Exception as error:  # Dynamo raises plain Exception
+            raise _from_dynamo(error, Unavailable) from error
 
 
 def namespaced_sequence_hashes(

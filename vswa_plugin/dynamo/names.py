@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
+from vswa_plugin.wire.subjects import check_name
 
 #: What Dynamo reads its addresses from; ours are the same, so that one environment serves both.
 NATS_ENV, ETCD_ENV = "NATS_SERVER", "ETCD_ENDPOINTS"
+#: The namespace of a deployment; what is appended to it for one of several sets of workers; what the
+#: namespaces begin with of which a frontend shows models.
+NAMESPACE_ENV, SUFFIX_ENV = "DYN_NAMESPACE", "DYN_NAMESPACE_WORKER_SUFFIX"
+PREFIX_ENV = "DYN_NAMESPACE_PREFIX"
+ENDPOINT_ENV = "DYN_ENDPOINT"
+DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_ETCD = "http://127.0.0.1:2379"
 #: Keeps every socket of Dynamo on this machine: for demos and tests.
 LOOPBACK_ENV = {
@@ -20,7 +29,12 @@ LOOPBACK_ENV = {
 }
 #: Options of Dynamo's own workers.
 TOOL_CALL_PARSER, REASONING_PARSER = "--dyn-tool-call-parser", "--dyn-reasoning-parser"
-ROUTER_MODES = ("round-robin", "random", "kv", "direct")
+#: How Dynamo's frontend chooses workers -> the name of that in its ``RouterMode``.
+ROUTER_MODES = {"round-robin": "RoundRobin", "random": "Random", "kv": "KV", "direct": "Direct"}
+
+#: Key of a request that is none: a router returns to a prefill worker the ``disaggregated_params`` of a
+#: prompt that no decode worker will fetch. Dynamo's frontend never sends it, whatever a client writes.
+RELEASE = "vswa_release"
 
 
 class EndpointName(msgspec.Struct, frozen=True):
@@ -31,10 +45,13 @@ class EndpointName(msgspec.Struct, frozen=True):
     endpoint: str
 
     @classmethod
-    def parse(cls, text: str) -> EndpointName:
+    def parse(cls, text: str, where: str = "--endpoint") -> EndpointName:
+        """Raises ConfigError that names ``where``."""
         parts = text.removeprefix("dyn://").split(".")
         if len(parts) != 3 or not all(parts):
-            raise ConfigError(f"--endpoint: expected dyn://namespace.component.endpoint, got {text!r}")
+            raise ConfigError(f"{where}: expected dyn://namespace.component.endpoint, got {shown(text)}")
+        for what, part in zip(cls.__struct_fields__, parts, strict=True):
+            check_name(f"{where}, {what}", part)
         return cls(*parts)
 
     def __str__(self) -> str:
@@ -47,6 +64,23 @@ COMPONENTS = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
 ROUTER_COMPONENT = "router"
 
 
-def default_endpoint(mode: str, namespace: str = "dynamo") -> EndpointName:
+def named_namespace(environ: Mapping[str, str], default: str = DEFAULT_NAMESPACE) -> str:
+    """The namespace that DYN_NAMESPACE names, else ``default``; raises ConfigError."""
+    return check_name(NAMESPACE_ENV, environ.get(NAMESPACE_ENV) or default)
+
+
+def worker_namespace(environ: Mapping[str, str], namespace: str | None = None) -> str:
+    """``namespace``, else that of DYN_NAMESPACE, with DYN_NAMESPACE_WORKER_SUFFIX behind a hyphen.
+
+    So do Dynamo's own workers compose it, for several sets of workers of one model, as in a rolling update.
+
+    :raises ConfigError: names the variable that is wrong.
+    """
+    base = named_namespace(environ) if namespace is None else namespace
+    suffix = environ.get(SUFFIX_ENV)
+    return f"{base}-{check_name(SUFFIX_ENV, suffix)}" if suffix else base
+
+
+def default_endpoint(mode: str, namespace: str = DEFAULT_NAMESPACE) -> EndpointName:
     """The endpoint of workers of ``mode`` that were given none."""
     return EndpointName(namespace, COMPONENTS[mode], "generate")

@@ -6,8 +6,10 @@ Dynamo's runtime is imported when it is first needed: the commands that do not t
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +24,26 @@ from vswa_plugin.errors import (
     Overloaded,
     RequestError,
     Unavailable,
+    VswaError,
+    one_line,
     unknown_choice,
 )
 
 logger = logging.getLogger(__name__)
 
+#: The line of releases that this project was made for, and measured with: 1.6.0 and 1.6.1.
+DYNAMO = (1, 6)
+_DISTRIBUTION = "ai-dynamo-runtime"
+_RELEASE = re.compile(r"(\d+)\.(\d+)\b")
+
+#: In what Dynamo's runtime 1.6.1 says where a variable or an address is wrong, such as "Invalid request plane
+#: mode: 'foo'". It raises plain Exception, whatever the reason.
+_SETTING = re.compile(
+    r"\b(?i:invalid)\b|Unknown key-value store|not available from file or environment|Validation error"
+    r"|failed to infer config|already in use|Cannot assign requested address|Permission denied"
+    r"|Failed to resolve configured"
+)
+_OTHER_MODEL = re.compile(r"a different model '(.*)' is already registered there")
 
 #: (request, request id, future that is done when the client has gone) -> chunks
 Handler = Callable[[RequestDict, str, Awaitable[bool]], AsyncIterator[ChunkDict]]
@@ -46,8 +63,34 @@ def namespaced_block_hash(
     return hashes[0]
 
 
+def check_release(installed: str | None = None) -> None:
+    """Refuse a release of Dynamo that this project was not made for.
+
+    :param installed: the version of its runtime; by default of the package that is there.
+    :raises ConfigError: names both, and the command that installs one that fits.
+    """
+    try:
+        version = installed or importlib.metadata.version(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        version = "no such package"
+    release = _RELEASE.match(version)
+    if release is None or (int(release[1]), int(release[2])) != DYNAMO or version.startswith("1.6.0.dev"):
+        raise ConfigError(
+            f"{_DISTRIBUTION}: expected a release of 1.6 (1.6.0 or later, below 1.7), got "
+            f"{one_line(version)}; pip install '{_DISTRIBUTION}>=1.6.0,<1.7'"
+        )
+
+
 def run_on_uvloop(main: Coroutine[Any, Any, int]) -> int:
-    """Run ``main`` on uvloop, as Dynamo's own components do; its result is the exit code."""
+    """Run ``main`` on uvloop, as Dynamo's own components do; its result is the exit code.
+
+    :raises ConfigError: Dynamo's runtime is of a release that this project was not made for.
+    """
+    try:
+        check_release()
+    except ConfigError:
+        main.close()
+        raise
     import uvloop
 
     code: int = uvloop.run(main)
@@ -58,12 +101,35 @@ def connect() -> Any:
     """Dynamo's distributed runtime on this event loop.
 
     Blocks the loop and retries for two minutes where etcd or NATS are away: probe them before.
+
+    :raises ConfigError: it refuses a variable; another VswaError: it cannot start.
     """
     from dynamo.runtime import DistributedRuntime
 
     discovery = os.environ.get("DYN_DISCOVERY_BACKEND", "etcd")
     request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
-    return DistributedRuntime(asyncio.get_running_loop(), discovery, request_plane)
+    try:
+        return DistributedRuntime(asyncio.get_running_loop(), discovery, request_plane)
+    except Exception as error:  # Dynamo raises plain Exception
+        raise runtime_error("Dynamo's runtime", error) from error
+
+
+def runtime_error(what: str, error: Exception) -> VswaError:
+    """What Dynamo's runtime has raised, as an error of ours: ConfigError where a setting is wrong."""
+    reason = one_line(str(error) or type(error).__name__)
+    if _SETTING.search(reason):
+        return ConfigError(
+            f"{what} refuses a setting (an option of this program, or a DYN_ variable): {reason}"
+        )
+    return VswaError(f"{what} has failed: {reason}")
+
+
+def other_model(name: str, other: str, endpoint: EndpointName) -> ConfigError:
+    """An endpoint has workers of one model: Dynamo's frontends choose among all of them."""
+    return ConfigError(
+        f"--served-model-name: expected {other!r}, which other workers show on {endpoint}, got {name!r}; "
+        "give this worker that name, or an endpoint or namespace of its own (--endpoint, DYN_NAMESPACE)"
+    )
 
 
 def check_parser(option: str, name: str | None) -> str | None:
@@ -88,11 +154,13 @@ class ShownModel(msgspec.Struct, frozen=True):
     :param mode: of the worker: agg, prefill or decode.
     :param tool_call_parser: by which the frontend finds tool calls in the text; ``reasoning_parser``: the
         reasoning.
+    :param chat: whether it is shown for chat too, or for completions alone.
     """
 
     name: str
     model_path: str
     mode: str
+    chat: bool = True
     taints: tuple[str, ...] = ()
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
@@ -129,16 +197,22 @@ class WorkerEndpoint:
                 raise dynamo_error(error) from None  # Dynamo prints the whole chain
 
         async def serving() -> None:
-            await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
+            try:
+                await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
+            except Exception as error:  # Dynamo raises plain Exception
+                raise runtime_error("Dynamo's runtime", error) from error
 
         self._serving = asyncio.create_task(serving(), name="serve_endpoint")
         return self._serving
 
     async def register(self, model: ShownModel, info: EngineInfo) -> None:
-        """Show the model to Dynamo's frontends."""
+        """Show the model to Dynamo's frontends.
+
+        :raises ConfigError: the endpoint has workers of another model; another VswaError: Dynamo refuses it.
+        """
         from dynamo.llm import ModelInput, ModelRuntimeConfig, register_model
 
-        role = _role(model.mode)
+        role = _role(model.mode, model.chat)
         config = ModelRuntimeConfig()
         config.context_length = info.context_length
         config.total_kv_blocks = info.total_kv_blocks
@@ -148,18 +222,23 @@ class WorkerEndpoint:
         config.taints = set(model.taints)
         config.tool_call_parser = model.tool_call_parser
         config.reasoning_parser = model.reasoning_parser
-        await register_model(
-            ModelInput.Tokens,
-            role.model_type,
-            self._endpoint,
-            model.model_path,
-            model.name,
-            worker_type=role.worker_type,
-            needs=role.needs,
-            kv_cache_block_size=info.layout.block_size,
-            runtime_config=config,
-            ignore_weights=True,
-        )
+        try:
+            await register_model(
+                ModelInput.Tokens,
+                role.model_type,
+                self._endpoint,
+                model.model_path,
+                model.name,
+                worker_type=role.worker_type,
+                needs=role.needs,
+                kv_cache_block_size=info.layout.block_size,
+                runtime_config=config,
+                ignore_weights=True,
+            )
+        except Exception as error:  # Dynamo raises plain Exception
+            if found := _OTHER_MODEL.search(str(error)):
+                raise other_model(model.name, found[1], self._name) from error
+            raise runtime_error(f"showing the model in {model.model_path} to Dynamo", error) from error
 
     async def withdraw(self) -> None:
         """Take endpoint, and model where it is shown, out of discovery; requests under way go on."""
@@ -193,10 +272,17 @@ class _Role(NamedTuple):
     needs: list[list[Any]] | None
 
 
-def _role(mode: str) -> _Role:
+def text_surfaces(chat: bool) -> Any:
+    """Dynamo's ``ModelType`` of a model that is served for completions, and for chat where it can be."""
+    from dynamo.llm import ModelType
+
+    return ModelType.Chat | ModelType.Completions if chat else ModelType.Completions
+
+
+def _role(mode: str, chat: bool) -> _Role:
     from dynamo.llm import ModelType, WorkerType
 
-    text = ModelType.Chat | ModelType.Completions
+    text = text_surfaces(chat)
     return {
         "agg": _Role(text, WorkerType.Aggregated, None),
         "prefill": _Role(ModelType.Prefill, WorkerType.Prefill, [[WorkerType.Decode]]),

@@ -29,6 +29,10 @@ ChunkDict: TypeAlias = dict[str, Any]
 
 #: What a worker may be: it serves whole requests, or one of their two phases.
 MODES = ("agg", "prefill", "decode")
+#: Which router a worker may work behind: ours, or the one in Dynamo's frontend.
+ROUTERS = ("exact", "stock")
+#: The variable in which the launcher names it to workers.
+ROUTER_ENV = "VSWA_ROUTER"
 
 #: The section of :attr:`EngineSettings.options` whose keys mean the same to every engine: ``reuse_rule``, the
 #: name of a rule that the engine can keep its cache by; and, where its pools can be sized one by one,
@@ -82,6 +86,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     engine_version: str = ""
     #: The name that ``--engine`` takes; an engine that answers for an empty one must give it.
     engine: str = ""
+    #: Names in :meth:`Engine.stats` of what only grows, such as ``steps``: counters, all else are gauges.
+    totals: frozenset[str] = frozenset()
+    #: Where no engine was named: why this one answers, for operators.
+    reason: str = ""
 
 
 class Engine(Protocol):
@@ -121,7 +129,26 @@ class Engine(Protocol):
         """Why the engine cannot serve any more, or None while it can. Cheap; a worker asks it often."""
 
     def stats(self) -> dict[str, float]:
-        """Gauges by name (``running``, ``waiting``, ``blocks_used``...), cheap, from any thread."""
+        """Numbers by name (``running``, ``waiting``, ``blocks_used``...), cheap, from any thread.
+
+        Shown as ``vswa_engine_<name>``. A name ends in ``_<window>`` where it is of one cache group (``512``,
+        ``global``), and in ``_rank_<dp_rank>`` where it is of one rank of several: both are shown as labels.
+        Units are base units: seconds, bytes. The names are lower-case letters, digits and ``_``.
+        """
+
+
+class PromptHolder(Protocol):
+    """What an engine of mode ``prefill`` may have besides, where it can let go of a finished prompt."""
+
+    def release(self, params: Mapping[str, Any]) -> bool:
+        """No decode worker will fetch the prompt of these ``disaggregated_params``: free what it holds.
+
+        Cheap, on the worker's event loop. It does no harm to a prompt that is gone, or that a decode worker
+        has begun to fetch: a router may be late, or wrong.
+
+        :returns: whether anything was held for it.
+        :raises InvalidRequest: these are no params of this engine.
+        """
 
 
 class EngineBlock(msgspec.Struct, frozen=True, gc=False):
@@ -176,7 +203,11 @@ class GroupCreated(msgspec.Struct, frozen=True):
 
 
 class EventsLost(msgspec.Struct, frozen=True):
-    """The engine's event ids skipped: its buffer overflowed, and what was lost cannot be requested again."""
+    """The engine's event ids skipped or went back: what was held before is not known any more.
+
+    A skip says that its buffer overflowed, and what was lost cannot be requested again. An id below the
+    expected one says that the engine started again.
+    """
 
     expected_id: int
     got_id: int
@@ -193,7 +224,8 @@ class EventAdapter(Protocol):
     def feed(self, raw: RawEvent) -> list[EngineEvent]:
         """Events that ``raw`` means, in order; empty for one that carries nothing we use.
 
-        :raises ProtocolError: ``raw`` is not an event of this format; says the field and what came.
+        :raises ProtocolError: ``raw`` is not an event of this format; says the field and what came. What it
+            said is lost, so its reader takes nothing for held from then on: nor may the adapter.
         """
 
 

@@ -16,10 +16,14 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 
 _Integer = TypeVar("_Integer", int, None)
 _Text = TypeVar("_Text", str, None)
+#: No option has a longer name: it bounds the search for the nearest one.
+_LONGEST_NAME = 100
+#: More names than these would hide what is wrong.
+_MOST_LISTED = 40
 
 
 class Section:
@@ -33,7 +37,7 @@ class Section:
 
     def __init__(self, data: object, source: str, path: str = "") -> None:
         if data is not None and not isinstance(data, Mapping):
-            raise ConfigError(f"{path or 'options'}: expected a mapping, got {data!r} (in {source})")
+            raise ConfigError(f"{path or 'options'}: expected a mapping, got {shown(data)} (in {source})")
         self.data: Mapping[Any, Any] = {} if data is None else data
         self.source = source
         self.path = path
@@ -45,7 +49,9 @@ class Section:
     def error(self, key: object, expected: str, actual: object, advice: str = "") -> ConfigError:
         """What is wrong with the value ``actual`` of ``key``, to be raised."""
         tail = f"; {advice}" if advice else ""
-        return ConfigError(f"{self.name(key)}: expected {expected}, got {actual!r}{tail} (in {self.source})")
+        return ConfigError(
+            f"{self.name(key)}: expected {expected}, got {shown(actual)}{tail} (in {self.source})"
+        )
 
     def section(self, key: str) -> Section:
         """The mapping that is the value of ``key``."""
@@ -56,24 +62,33 @@ class Section:
         return [self.name(key) for key in keys if key in self.data]
 
     def check(
-        self, known: Collection[str], *, otherwise: str = "", advice: str = "", with_path: bool = True
+        self,
+        known: Collection[str],
+        *,
+        otherwise: str = "",
+        advice: str = "",
+        with_path: bool = True,
+        elsewhere: Mapping[str, str] = {},
     ) -> None:
         """Refuse unknown keys, with the nearest known one.
 
-        :param otherwise: the hint where none is near; by default all that are known.
+        :param otherwise: the hint where none is near; by default all that are known, where these are few.
         :param advice: a sentence that is added in either case.
         :param with_path: whether the nearest is named with its path.
+        :param elsewhere: keys of other tools and releases, each with a sentence that says what to write here.
         """
         for key in self.data:
             if key in known:
                 continue
-            near = get_close_matches(str(key), sorted(known), n=1)
-            if near:
+            near = get_close_matches(str(key)[:_LONGEST_NAME], sorted(known), n=1)
+            if key in elsewhere:
+                hint = elsewhere[key]
+            elif near:
                 hint = f"did you mean {self.name(near[0]) if with_path else near[0]!r}?"
             else:
-                hint = otherwise or f"known: {', '.join(sorted(known)) or 'none'}."
-            tail = f" {advice}" if advice else ""
-            raise ConfigError(f"unknown option {self.name(key)!r} in {self.source}: {hint}{tail}")
+                hint = otherwise or _known(known)
+            tail = f" {advice}" if advice and key not in elsewhere else ""
+            raise ConfigError(f"unknown option {shown(self.name(key))} in {self.source}: {hint}{tail}")
 
     def only(self, key: str, values: Collection[object], advice: str = "") -> None:
         """Refuse a value other than ``values``; True is not 1."""
@@ -142,6 +157,12 @@ class Section:
         if not is_number(value) or not math.isfinite(value) or value < 0 or (above_zero and not value):
             raise self.error(key, f"seconds {'above' if above_zero else 'of at least'} 0", value)
         return float(value)
+
+
+def _known(known: Collection[str]) -> str:
+    if len(known) > _MOST_LISTED:
+        return f"none of the {len(known)} options that are known here is near."
+    return f"known: {', '.join(sorted(known)) or 'none'}."
 
 
 def is_integer(value: object) -> bool:

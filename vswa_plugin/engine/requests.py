@@ -5,7 +5,7 @@
     max_tokens = fields.object("stop_conditions").integer("max_tokens", None, low=1)
 
 A field that is missing or null means its default. All raise :class:`InvalidRequest` where a value cannot be
-used: it names the field with its path, what was expected, and what came. Token ids never stand in it.
+used: it names the field as the client sent it, what was expected, and what came. Token ids never stand in it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,35 @@ from vswa_plugin.engine.options import is_integer
 from vswa_plugin.errors import InvalidRequest
 
 _Integer = TypeVar("_Integer", int, None)
+
+#: Sections whose fields a client sends at the top of its request, and what else is called otherwise there.
+_SECTIONS = ("stop_conditions.", "sampling_options.", "output_options.", "extra_args.sampling_options.")
+_CLIENT_NAMES = {
+    "output_options.prompt_logprobs": "prompt_logprobs (or echo)",
+    "sampling_options.guided_decoding.json": "response_format, tool_choice or guided_json",
+    "sampling_options.guided_decoding.regex": "guided_regex",
+    "sampling_options.guided_decoding.choice": "guided_choice",
+    "sampling_options.guided_decoding.grammar": "guided_grammar",
+    "sampling_options.guided_decoding.structural_tag": "tools or tool_choice",
+    "sampling_options.guided_decoding.backend": "guided_decoding_backend",
+    "sampling_options.guided_decoding.whitespace_pattern": "guided_whitespace_pattern",
+    "stop_conditions.max_thinking_tokens": "thinking_token_budget (or nvext.max_thinking_tokens)",
+    "multi_modal_data": "messages (multi_modal_data)",
+    "routing.cache_salt": "cache_salt",
+    "routing.dp_rank": "nvext.dp_rank",
+    "extra_args.nvext.metadata_upload": "nvext.metadata_upload",
+}
+
+
+#: Options that say that sampling is meant.
+_SAMPLES = ("top_p", "top_k", "min_p", "seed")
+
+
+def client_name(path: str) -> str:
+    """What a client calls the field that has come as ``path``; the path itself where no client sends it."""
+    if path in _CLIENT_NAMES:
+        return _CLIENT_NAMES[path]
+    return next((path.removeprefix(each) for each in _SECTIONS if path.startswith(each)), path)
 
 
 class Fields:
@@ -39,16 +68,14 @@ class Fields:
         """Dotted path of ``key``."""
         return f"{self.path}.{key}" if self.path else key
 
+    def shown(self, key: str) -> str:
+        """``key`` as the client calls it, for messages."""
+        return client_name(self.name(key))
+
     def error(self, key: str, expected: str, actual: str = "") -> InvalidRequest:
         """What is wrong with the value of ``key``, to be raised."""
         tail = f", got {actual}" if actual else ""
-        return InvalidRequest(f"{self.name(key)}: expected {expected}{tail}")
-
-    def refuse(self, expected: Mapping[str, str]) -> None:
-        """Refuse fields that are not served, by what is expected instead, e.g. "no images: …"."""
-        for key, instead in expected.items():
-            if self.data.get(key):
-                raise self.error(key, instead)
+        return InvalidRequest(f"{self.shown(key)}: expected {expected}{tail}")
 
     def object(self, key: str) -> Fields:
         """The object that is the value of ``key``."""
@@ -98,6 +125,29 @@ def unchecked_token_ids(request: Fields) -> Sequence[int]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise request.error("token_ids", "a list of integers", type(value).__name__)
     return value
+
+
+def temperature(sampling_options: Mapping[str, Any]) -> object:
+    """The temperature as it was meant, unchecked; None: greedy.
+
+    Where none is given, another option of sampling says that sampling is meant, at OpenAI's default of 1.
+    """
+    given = sampling_options.get("temperature")
+    if given is None and any(sampling_options.get(name) is not None for name in _SAMPLES):
+        return 1.0
+    return given
+
+
+def reads_cache(request: Fields) -> bool:
+    """Whether an engine may reuse blocks for this request.
+
+    Log probabilities of the prompt need all of it computed, and a client may switch the cache off.
+    """
+    if request.object("output_options").data.get("prompt_logprobs") is not None:
+        return False
+    extra = request.object("extra_args")
+    sections = (extra.object("sampling_options"), extra, request.object("sampling_options"))
+    return not any(section.data.get("skip_reading_prefix_cache") for section in sections)
 
 
 def token_ids(request: Fields, context_length: int) -> list[int]:

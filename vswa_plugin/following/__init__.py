@@ -5,5 +5,5 @@ view.py         whether a rank may be scored (no I/O)
 due.py          views by deadline: when time alone changes their state (no I/O)
 subscriber.py   all ranks: messages in, index kept
 fleet.py        registry, subscriber and index together
-metrics.py      counters and gauges of all of it, as Prometheus text
+metrics.py      counters and gauges of all of it
 """

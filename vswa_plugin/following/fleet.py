@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from vswa_plugin.errors import ConnectError, VswaError
 from vswa_plugin.following.subscriber import Subscriber, SubscriberOptions
 from vswa_plugin.following.view import View
 from vswa_plugin.index import WindowIndex
@@ -46,6 +47,10 @@ class RankStatus(msgspec.Struct, frozen=True):
     blocks: dict[str, dict[str, int]]
 
 
+class NoWorkers(VswaError):
+    """There is no deployment where one was looked for."""
+
+
 class Fleet:
     """Follows one namespace, or all. ``start`` connects, ``stop`` ends all of it."""
 
@@ -72,6 +77,22 @@ class Fleet:
         self._namespace = namespace
         self._listed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
+        self._unread = "no answer"
+
+    def check_found(self) -> None:
+        """Check that there is a deployment to look at; call it after :meth:`start`.
+
+        :raises ConnectError: the registry has not been read yet.
+        :raises NoWorkers: it was read, and no worker is there.
+        """
+        if not self._listed.is_set():
+            raise ConnectError(f"the registry cannot be read: {self._unread}")
+        if not self.entries and next(iter(self.subscriber.views()), None) is None:
+            where = f"namespace {self._namespace!r}" if self._namespace else "any namespace"
+            raise NoWorkers(
+                f"expected a worker of {where} in {self._registry}, got none; start one "
+                "(`vswa worker --help`), or correct ETCD_ENDPOINTS, VSWA_REGISTRY or --namespace"
+            )
 
     async def start(self, timeout: float = 10.0) -> None:
         """Connect and follow; returns when the registry has been listed once, or after ``timeout`` s.
@@ -119,12 +140,16 @@ class Fleet:
                     epoch=reader.epoch,
                     next_event_id=reader.next_event_id,
                     lag_ms=(now_ns - heard_ns) / 1e6 if heard_ns else None,
-                    blocks=self._blocks(view.source.rank) if view.layout else {},
+                    blocks=self.blocks(view),
                 )
             )
         return sorted(statuses, key=lambda status: (str(status.source), status.epoch))
 
-    def _blocks(self, rank: Rank) -> dict[str, dict[str, int]]:
+    def blocks(self, view: View) -> dict[str, dict[str, int]]:
+        """Window label -> tier -> blocks that the rank of ``view`` holds; empty where it is in no index."""
+        rank = view.source.rank
+        if view.layout is None or self.subscriber.view(rank) is not view:
+            return {}
         layout = self.index.layout(rank)
         totals: dict[str, dict[str, int]] = {}
         for group_id, tiers in self.index.blocks(rank).items():
@@ -148,6 +173,7 @@ class Fleet:
                     case Connected():
                         self._listed.set()
                     case Disconnected():
+                        self._unread = change.reason
                         logger.warning("registry not readable, its last content stands: %s", change.reason)
 
     def _joined(self, entry: Entry) -> None:

@@ -96,6 +96,7 @@ class ReaderStats(msgspec.Struct):
     duplicates: int = 0
     foreign_epochs: int = 0
     malformed: int = 0
+    epochs: int = 0
     gaps: int = 0
     replays: int = 0
     snapshots: int = 0
@@ -228,6 +229,7 @@ class Reader:
     # -- applying ----------------------------------------------------------------------------------
 
     def _begin_epoch(self, epoch: int) -> list[Effect]:
+        self.stats.epochs += 1
         self.epoch, self.next_event_id, self._promised_id = epoch, 0, 0
         self._repair, self.unreadable = None, False
         self._forget_waiting()

@@ -118,8 +118,9 @@ def vswa_metrics() -> str | None:
         milliseconds at most.
     Order: of no effect.
     Combine: the texts are appended, by plugin name. Names start with ``vswa_`` or the plugin's own prefix;
-        a text that does not parse, or that repeats a metric of the program's own or of an earlier plugin,
-        is left out whole, because Prometheus would refuse the page.
+        a text that does not parse, that is longer than 1 MiB, that has a series twice, or that repeats a
+        name of the program's own page or of an earlier plugin, is left out whole, because Prometheus would
+        refuse the page.
     Errors: that plugin's text is left out; counted, logged once per plugin and minute.
 
     :returns: Prometheus text format 0.0.4, or None.

@@ -45,8 +45,8 @@ def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[
     Errors: that plugin adjusts nothing for this request; counted, logged once per plugin and minute. A rank
         that is no candidate and a number that is not finite are errors.
 
-    :param request: frozen; lengths, sequence hashes and what the client sent in ``x-dynamo-meta-*`` headers,
-        never token ids.
+    :param request: frozen; lengths, sequence hashes, the client's session id and what it sent in
+        ``x-dynamo-meta-*`` headers, never token ids.
     :param candidates: frozen; rank, cached tokens, load and cost in blocks of each that may serve it.
     :returns: by rank, blocks to add; ranks left out keep their cost. None adjusts nothing.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +86,13 @@ class Isolation:
         with self._lock:
             return dict(self._failures)
 
-    def metrics(self) -> str:
-        """The failures as Prometheus text; empty where there are none."""
-        failures = self.failures()
+    def metrics(self, known: Iterable[Implementation] = ()) -> str:
+        """The failures as Prometheus text; empty where there are none.
+
+        :param known: implementations that are shown with 0 where they have not failed: a rate misses what
+            appears with its first failure.
+        """
+        failures = {(each.plugin, each.hook): 0 for each in known} | self.failures()
         if not failures:
             return ""
         name = f"{FAILURES_METRIC}_total"
@@ -110,7 +114,7 @@ class Isolation:
             self._logged[key] = (now, count)
         logger.error(
             "plugin %r failed in hook %r; its answer is left out, all else goes on "
-            "(failures since this was last said: %d, in all: %d)",
+            "(failures since the last such line: %d, in all: %d)",
             *key,
             count - counted,
             count,

@@ -126,6 +126,15 @@ def check_answer(answer: object) -> None:
         raise TypeError(f"expected a plain answer, got {type(answer).__name__}; hooks are synchronous")
 
 
+def check_unused(answer: object, hooks: Collection[str]) -> None:
+    """Refuse what is no collection of names out of ``hooks``."""
+    check_answer(answer)
+    if not isinstance(answer, list | tuple | Set):
+        raise TypeError(f"expected names of hooks, got {type(answer).__name__}")
+    if unknown := [name for name in answer if name not in hooks]:
+        raise ValueError(f"expected hooks of this plugin ({', '.join(hooks)}), got {unknown[0]!r}")
+
+
 def check_engine(answer: object) -> None:
     """Refuse what lacks a part of ``vswa_plugin.engine.Engine``."""
     _check_parts(answer, Engine)
@@ -212,17 +221,43 @@ def check_scorers(answer: object, taken: Collection[str]) -> None:
         names.append(scorer.name)
 
 
-def metric_families(text: str, taken: set[str]) -> set[str]:
-    """Names of the metrics in a Prometheus text.
+#: Of one plugin; a page of metrics is read whole every few seconds.
+MAX_METRICS_TEXT = 1 << 20
+#: Names of samples by the type of their family.
+_SUFFIXES = {
+    "counter": ("_total",),
+    "histogram": ("_bucket", "_count", "_sum"),
+    "summary": ("_count", "_sum"),
+}
 
-    :raises ValueError: the text does not parse, or repeats a name of ``taken``: Prometheus would then
-        refuse the whole page, with everybody else's metrics.
+
+def metric_families(text: str, taken: set[str]) -> set[str]:
+    """Names of the metrics in a Prometheus text, and of their samples.
+
+    :raises ValueError: the text does not parse, is too long, or repeats a name of ``taken`` or a sample:
+        Prometheus would then refuse the whole page, with everybody else's metrics.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
-    names = {family.name for family in text_string_to_metric_families(text)}
-    if names & taken:
-        raise ValueError(f"these metrics are on the page already: {', '.join(sorted(names & taken))}")
+    if len(text) > MAX_METRICS_TEXT:
+        raise ValueError(f"expected at most {MAX_METRICS_TEXT} characters of metrics, got {len(text)}")
+    names: set[str] = set()
+    untyped: set[str] = set()
+    series: set[tuple[object, ...]] = set()
+    for family in text_string_to_metric_families(text):
+        own = {family.name, *(family.name + suffix for suffix in _SUFFIXES.get(family.type, ()))}
+        own |= {sample.name for sample in family.samples}
+        # Each sample without a TYPE line is read as a family of its own.
+        mine = names - untyped if family.type == "unknown" else names
+        if repeated := own & (taken | mine):
+            raise ValueError(f"these metrics are on the page already: {', '.join(sorted(repeated))}")
+        names |= own
+        untyped |= own if family.type == "unknown" else set()
+        for sample in family.samples:
+            key = (sample.name, *sorted(sample.labels.items()))
+            if key in series:
+                raise ValueError(f"{sample.name}: expected each series once, got one again")
+            series.add(key)
     return names
 
 

@@ -7,7 +7,8 @@ and nothing more. Answers are checked where a wrong one would do harm elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar, cast
 
@@ -33,6 +34,9 @@ from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.errors import ConfigError, PluginFailed, RequestError, VswaError
 from vswa_plugin.host.calls import Implementation, Isolation
 from vswa_plugin.wire.events import Event
+
+#: Numbers that an engine may state: each is a series of the worker's page.
+MAX_STATS = 1_000
 
 T = TypeVar("T")
 
@@ -142,7 +146,16 @@ class GuardedEngine:
 
     @property
     def info(self) -> EngineInfo:
-        return self._engine.info
+        """What the engine states. PluginFailed where it fails to, or states something else."""
+
+        def info() -> object:
+            return self._engine.info
+
+        stated = self._guard.call(VswaError, info)
+        if not isinstance(stated, EngineInfo):
+            wrong = TypeError(f"expected an EngineInfo, got {type(stated).__name__}")
+            raise self._guard.failed("info", wrong) from None
+        return stated
 
     def start(self, on_events: EventSink) -> None:
         self._guard.call(VswaError, self._engine.start, on_events)
@@ -162,6 +175,16 @@ class GuardedEngine:
         except (Exception, SystemExit) as error:  # a SystemExit would end the event loop
             raise self._guard.failed("generate", error) from error
 
+    def release(self, params: Mapping[str, Any]) -> bool:
+        """As :meth:`PromptHolder.release`; False too where the engine has no such method, or fails in it."""
+        release = getattr(self._engine, "release", None)
+        if release is None:
+            return False
+        try:
+            return bool(self._guard.call(RequestError, release, params))
+        except PluginFailed:  # counted and logged already
+            return False
+
     def failure(self) -> str | None:
         try:
             return self._guard.call(VswaError, self._engine.failure)
@@ -174,6 +197,12 @@ class GuardedEngine:
             stats = self._guard.call(VswaError, self._engine.stats)
             if not isinstance(stats, dict) or not all(isinstance(v, int | float) for v in stats.values()):
                 raise self._guard.failed("stats", TypeError(f"expected numbers by name, got {stats!r}"))
+            if len(stats) > MAX_STATS:
+                wrong = ValueError(f"expected at most {MAX_STATS} numbers, got {len(stats)}")
+                raise self._guard.failed("stats", wrong)
+            if (odd := next((n for n in stats if not re.fullmatch("[a-z][a-z0-9_]*", n)), None)) is not None:
+                wrong = ValueError(f"expected names of lower-case letters, digits and _, got {odd!r}")
+                raise self._guard.failed("stats", wrong)
         except VswaError:
             return {}
         return stats

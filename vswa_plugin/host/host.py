@@ -56,11 +56,16 @@ class PluginHost(PluginSet):
     def options(self, options: Mapping[str, Section]) -> None:
         """Give each plugin that takes options its own, or an empty section: ``vswa_options``.
 
+        Hooks that a plugin then says it does without are not called.
+
         :raises ConfigError: from a plugin, unchanged.
         """
         for each in self._calls["vswa_options"]:
             own = options.get(each.plugin, Section({}, "no file", each.plugin))
-            self._isolation.call(each, {"options": own}, plugin_checks.check_answer, through=(ConfigError,))
+            check = partial(plugin_checks.check_unused, hooks=self.hooks_of(each.plugin))
+            unused = self._isolation.call(each, {"options": own}, check, through=(ConfigError,))
+            if unused is not None and not isinstance(unused, Lost):
+                self._leave_out(each.plugin, cast("Collection[str]", unused))
 
     def engine(self, settings: EngineSettings) -> Engine:
         """The engine that ``settings.engine`` names, or the default where that is empty: ``vswa_engine``.
@@ -216,8 +221,10 @@ class PluginHost(PluginSet):
         """Prometheus text of all plugins, and the host's own failure counters: ``vswa_metrics``.
 
         :param page: to which the text is added; no plugin may repeat a metric that it has a TYPE line of.
+            Given one, the counters of failures are shown from 0 on.
         """
-        taken = {FAILURES_METRIC}
+        taken = {FAILURES_METRIC, f"{FAILURES_METRIC}_total"}
+        known = [each for calls in self._calls.values() for each in calls] if page else []
         if page and self._calls["vswa_metrics"]:
             taken |= plugin_checks.declared_families(page)
 
@@ -228,10 +235,9 @@ class PluginHost(PluginSet):
             taken.update(plugin_checks.metric_families(answer, taken))
 
         texts = self._ask_all("vswa_metrics", {}, check)
-        return (
-            "".join(text if text.endswith("\n") else text + "\n" for text in texts)
-            + self._isolation.metrics()
-        )
+        return "".join(
+            text if text.endswith("\n") else text + "\n" for text in texts
+        ) + self._isolation.metrics(known)
 
     def stopping(self, budget_s: float) -> None:
         """Let all plugins end, at the same time: ``vswa_stopping``. Never raises.

@@ -13,7 +13,7 @@ from vswa_plugin.host.host import PluginHost
 
 
 def add_plugin_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--plugin`` and ``--no-plugin``, which :func:`load_host` takes."""
+    """Add ``--plugin``, ``--no-plugin`` and ``--plugin-options``, which :func:`load_host` takes."""
     parser.add_argument(
         "--plugin",
         action="append",
@@ -28,10 +28,6 @@ def add_plugin_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="switch a plugin off; may be repeated (also: VSWA_PLUGINS_DISABLED=a,b)",
     )
-
-
-def add_plugin_options_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--plugin-options``, for programs that plugins take part in as long as they run."""
     parser.add_argument(
         plugin_options.FILE_OPTION,
         metavar="FILE",

@@ -13,21 +13,21 @@ warning where it comes from the environment, which all programs of a deployment 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from vswa_plugin.engine.option_files import json_or_text, read_options
 from vswa_plugin.engine.options import Section
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.errors import ConfigError, shown, unknown_choice
 
 logger = logging.getLogger(__name__)
 
 FILE_OPTION = "--plugin-options"
 FILE_ENV = "VSWA_PLUGIN_OPTIONS"
 PREFIX = "VSWA_PLUGIN_"
+_HOLDS = "a mapping from plugin names to their options"
 
 
 @dataclass(frozen=True)
@@ -92,32 +92,15 @@ def sections(given: Collection[Given], refusals: Mapping[str, str]) -> dict[str,
 
 
 def _of_file(file: str | None, environ: Mapping[str, str]) -> Iterator[Given]:
-    path = file or environ.get(FILE_ENV)
-    if not path:
+    path = environ.get(FILE_ENV) or None if file is None else file
+    if path is None:
         return
-    where = FILE_OPTION if file else FILE_ENV
-    for plugin, options in _loaded(path, where).items():
-        section = Section(options, path, str(plugin))
+    where = FILE_ENV if file is None else FILE_OPTION
+    for plugin, options in read_options(path, where, _HOLDS).items():
+        section = Section(options, path, plugin)
         if wrong := [key for key in section.data if not isinstance(key, str)]:
-            raise ConfigError(f"{plugin}: expected names of options, got {wrong[0]!r} (in {path})")
-        yield Given(str(plugin), section.data, path, strict=bool(file))
-
-
-def _loaded(path: str, where: str) -> Mapping[object, object]:
-    import yaml  # only where there is a file
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: expected a YAML or JSON file at {path}, got {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: {path} is neither YAML nor JSON: {error}") from error
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{where} {path}: expected a mapping from plugin names to their options, "
-            f"got {type(loaded).__name__}"
-        )
-    return loaded or {}
+            raise ConfigError(f"{plugin}: expected names of options, got {shown(wrong[0])} (in {path})")
+        yield Given(plugin, section.data, path, strict=file is not None)
 
 
 def _of_variables(environ: Mapping[str, str], names: Collection[str]) -> Iterator[Given]:
@@ -131,11 +114,8 @@ def _of_variables(environ: Mapping[str, str], names: Collection[str]) -> Iterato
             plugin, key = variable.removeprefix(PREFIX).lower(), ""
         else:
             plugin, key = by_prefix[prefix], variable.removeprefix(prefix).lower()
-        yield Given(plugin, {key: _json_or_text(environ[variable])}, variable)
-
-
-def _json_or_text(value: str) -> object:
-    try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
-        return value
+        try:
+            value = json_or_text(environ[variable])
+        except ConfigError as error:
+            raise ConfigError(f"{variable}: {error}") from None
+        yield Given(plugin, {key: value}, variable)

@@ -56,6 +56,8 @@ class PluginSet:
         self._manager.add_hookspecs(hookspecs)
         self._specs = {hook.__name__: tuple(inspect.signature(hook).parameters) for hook in hookspecs.HOOKS}
         self._calls: dict[str, tuple[Implementation, ...]] = dict.fromkeys(self._specs, ())
+        #: (plugin, hook) that are not called.
+        self._unused: set[tuple[str, str]] = set()
         self._statuses: list[PluginStatus] = []
         self._disabled = frozenset(disabled)
         self._clock = clock
@@ -127,8 +129,12 @@ class PluginSet:
         """All plugins that were found, also the disabled and failed ones, by name."""
         return sorted(self._statuses, key=lambda status: (status.name, status.source))
 
+    def hooks_of(self, plugin: str) -> tuple[str, ...]:
+        """The hooks that the loaded plugin of that name implements, sorted."""
+        return next((s.hooks for s in self._statuses if s.name == plugin and s.state == "loaded"), ())
+
     def implements(self, hook: str) -> bool:
-        """Whether any plugin implements ``hook``: what only it is told need not be made where none does."""
+        """Whether any plugin is called for ``hook``: what only it is told need not be made where none is."""
         return bool(self._calls[hook])
 
     def option_variables(self) -> dict[str, Mapping[str, str]]:
@@ -162,6 +168,7 @@ class PluginSet:
             self._manager.unregister(name=name)
             plugin_sources.forget_local(plugin)
         self._calls = dict.fromkeys(self._specs, ())
+        self._unused.clear()
         self._statuses.clear()
 
     def __enter__(self) -> Self:
@@ -208,12 +215,19 @@ class PluginSet:
                 exc_info=details,
             )
 
+    def _leave_out(self, plugin: str, hooks: Collection[str]) -> None:
+        """Call ``plugin`` for these hooks no more."""
+        self._unused.update((plugin, hook) for hook in hooks)
+        self._plan(hooks)
+
     def _plan(self, hooks: Iterable[str]) -> None:
         """Fix the order of calls: by tier and name, whatever the order of loading was."""
         for hook in hooks:
             impls = sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=_rank)
             self._calls[hook] = tuple(
-                Implementation(impl.plugin_name, hook, impl.function, tuple(impl.argnames)) for impl in impls
+                Implementation(impl.plugin_name, hook, impl.function, tuple(impl.argnames))
+                for impl in impls
+                if (impl.plugin_name, hook) not in self._unused
             )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from vswa_plugin.blocks.layout import CacheLayout
 
-DUMP_VERSION = 1
+DUMP_VERSION = 2
 
 
 class GroupDump(msgspec.Struct, frozen=True):
@@ -17,7 +20,9 @@ class GroupDump(msgspec.Struct, frozen=True):
 
 
 class RankDump(msgspec.Struct, frozen=True):
-    worker_id: int
+    """:param worker_id: as ``id_text`` writes it."""
+
+    worker_id: Annotated[str, Meta(pattern="^[0-9]{1,20}$")]
     dp_rank: int
     scored: bool
     layout: CacheLayout

@@ -19,7 +19,7 @@ from vswa_plugin.index.explain import Explanation, explain_part
 from vswa_plugin.index.part import DEVICE, Part, check_tier
 from vswa_plugin.index.plans import boundaries_for
 from vswa_plugin.index.tables import UNLIMITED, Hashes
-from vswa_plugin.wire.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored
+from vswa_plugin.wire.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored, id_text
 
 
 class IndexStats(msgspec.Struct, frozen=True):
@@ -261,7 +261,7 @@ class WindowIndex:
             raise ConfigError(f"expected a dump of version {DUMP_VERSION}, got {dump.version}")
         index = cls(**settings)
         for ranked in dump.ranks:
-            rank = Rank(ranked.worker_id, ranked.dp_rank)
+            rank = Rank(int(ranked.worker_id), ranked.dp_rank)
             index.join(rank, ranked.layout)
             index.set_scored(rank, ranked.scored)
             for group in ranked.groups:
@@ -351,7 +351,13 @@ class WindowIndex:
                 tiers.setdefault(tier, []).append(sequence_hash)
             blocks = {tier: tuple(hashes) for tier, hashes in tiers.items()}
             groups.append(GroupDump(part.layout.groups[index].group_id, blocks))
-        return RankDump(rank.worker_id, rank.dp_rank, part.members[rank].scored, part.layout, tuple(groups))
+        return RankDump(
+            id_text(rank.worker_id),
+            rank.dp_rank,
+            part.members[rank].scored,
+            part.layout,
+            tuple(groups),
+        )
 
 
 def _resumed(block_size: int, blocks: int, cached_tokens: int) -> tuple[int, int]:

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from vswa_plugin.dynamo.names import COMPONENTS, ETCD_ENV, LOOPBACK_ENV, NATS_ENV, ROUTER_COMPONENT
+from vswa_plugin.engine.gpus import VISIBLE_ENV
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.complaints import Complaints
 from vswa_plugin.launch.probe import Probe
-from vswa_plugin.launch.processes import Child, free_port, is_free, python_module
+from vswa_plugin.launch.processes import Child, free_port, python_module
 from vswa_plugin.launch.settings import ClusterSettings as ClusterSettings
 from vswa_plugin.launch.settings import (
     check_settings,
@@ -32,6 +34,7 @@ from vswa_plugin.launch.settings import (
     worker_arguments,
 )
 from vswa_plugin.launch.topologies import WorkerGroup
+from vswa_plugin.program.addresses import check_address
 from vswa_plugin.registry import Entry, Registry
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 
@@ -47,9 +50,19 @@ LOG_INTERVAL_S = 1.0
 class Cluster:
     """Children by kind. They are stopped workers first, then routers and frontend, then brokers."""
 
-    def __init__(self, settings: ClusterSettings, folder: Path, progress: Progress = lambda _: None) -> None:
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        folder: Path,
+        progress: Progress = lambda _: None,
+        scratch: Path | None = None,
+    ) -> None:
+        """:param folder: for logs.
+        :param scratch: for what no later cluster may find, such as etcd's data; by default ``folder``.
+        """
         self.settings = settings
         self.folder = folder
+        self._scratch = scratch or folder
         self.nats_server = os.environ.get(NATS_ENV, "")
         self.etcd_endpoints = os.environ.get(ETCD_ENV, "")
         self.url = ""
@@ -92,6 +105,7 @@ class Cluster:
             for _ in range(group.count):
                 await self._start_worker(group)
         await _all(*(self._registered(child) for child in self.workers))
+        await self._say_engines()
         await self.wait_for_model()
 
     async def start_brokers(self) -> None:
@@ -101,16 +115,12 @@ class Cluster:
             self._brokers.append(child)
         if not self.etcd_endpoints:
             self._progress("starting an embedded etcd")
-            child, self.etcd_endpoints = await start_etcd(self.folder, self.folder / "etcd-data")
+            child, self.etcd_endpoints = await start_etcd(self.folder, self._scratch / "etcd-data")
             self._brokers.append(child)
 
     async def _start_frontend(self) -> None:
         settings = self.settings
-        if settings.http_port and not is_free(settings.http_host, settings.http_port):
-            raise ConfigError(
-                f"--http-port: expected a port of {settings.http_host} that is free, got "
-                f"{settings.http_port}, on which something listens or we may not"
-            )
+        check_address(settings.http_host, settings.http_port)
         port = settings.http_port or free_port()
         self.url = _url(settings.http_host, port)
         self._progress(f"starting Dynamo's frontend on {self.url}")
@@ -147,11 +157,15 @@ class Cluster:
         self, group: WorkerGroup, options: Sequence[str] = (), env: Mapping[str, str] | None = None
     ) -> Child:
         kind = "worker" if group.mode == "agg" else group.mode
-        name = f"{kind}-{next(self._numbers[kind])}"
+        number = next(self._numbers[kind])
+        name = f"{kind}-{number}"
         command = python_module("vswa_plugin.worker", *worker_arguments(self.settings, group), *options)
         engine = f"{self.settings.engine} with " if self.settings.engine else ""
-        self._progress(f"starting {name}: {engine}{self.settings.model_path}")
-        child = await self._start_child(name, command, env or {})
+        gpus = group.gpus[number] if number < len(group.gpus) else ""
+        where = f", on GPU {gpus}" if gpus else ""
+        self._progress(f"starting {name}: {engine}{self.settings.model_path}{where}")
+        env = {**({VISIBLE_ENV: gpus} if gpus else {}), **(env or {})}
+        child = await self._start_child(name, command, env)
         self.workers.append(child)
         return child
 
@@ -170,6 +184,15 @@ class Cluster:
                 return child.pid in await self._entries_by_pid(registry)
 
             await child.until(joined, "registered", math.inf if self.settings.keep else WORKER_TIMEOUT_S)
+
+    async def _say_engines(self) -> None:
+        """Which engine each worker runs, and why that one."""
+        async with self._registry() as registry:
+            entries = await self._entries_by_pid(registry)
+        for worker in self.workers:
+            if (entry := entries.get(worker.pid)) is not None:
+                engine = " ".join(filter(None, (entry.engine, entry.engine_version)))
+                self._progress(f"{worker.name} runs {engine}: {entry.engine_reason}")
 
     async def entries(self) -> list[Entry]:
         """The workers in the registry."""
@@ -228,7 +251,8 @@ class Cluster:
 
             self._progress("waiting until the frontend serves the model")
             timeout_s = math.inf if self.settings.keep else READY_TIMEOUT_S
-            await self.frontend.until(serves, f"serving {self.settings.served_model_name}", timeout_s)
+            complaints = Complaints(self.frontend, self.settings.served_model_name, self._progress)
+            await complaints.until(serves, timeout_s)
 
     async def _routers_know(self, probe: Probe, registry: Registry) -> bool:
         """Whether each router of ours sends requests to all workers."""

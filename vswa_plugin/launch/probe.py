@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vswa_plugin.launch.settings import ClusterSettings, router_endpoint
 
-#: A router shows it once per rank to which it sends requests (docs/router-api.md).
+#: A router shows it once per rank to which it sends requests (docs/metrics.md).
 USED_METRIC = "vswa_router_load_requests"
 #: A request waits for its engine, all else is answered at once.
 ANSWER_TIMEOUT_S, REQUEST_TIMEOUT_S = 5.0, 30.0
@@ -65,7 +65,7 @@ class Probe:
             if sample.name == USED_METRIC
         ]
         name = self._settings.served_model_name
-        return {int(each["worker"], 16) for each in labels if each["model"] == name}
+        return {int(each["worker"]) for each in labels if each["model"] == name}
 
     async def _get(self, url: str) -> str:
         """The answer's text; nothing while there is none."""

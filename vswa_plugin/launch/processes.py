@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 from vswa_plugin.launch.logs import TAIL_BYTES, ChildLog
+from vswa_plugin.launch.scratch import end_group
 from vswa_plugin.program.run import MESSAGE_BYTES, TERMINATION_ENV, USER_ERROR
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Child:
         self._command = command
         self._log = ChildLog(log_path)
         self._process: asyncio.subprocess.Process
+        self._life: asyncio.Task[int]
         self._born_at = 0.0
         self._keeper: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -114,13 +116,15 @@ class Child:
                     # Ctrl-C reaches the parent only, which stops its children in the right order.
                     start_new_session=True,
                 )
+                self._life = asyncio.create_task(_to_its_end(self._process), name=f"life of {self.name}")
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     async def wait(self) -> int:
-        return await self._process.wait()
+        """Return the exit code once the process and what it had started have ended."""
+        return await asyncio.shield(self._life)
 
     def keep(self, say: Callable[[str], None], back_off: BackOff | None = None) -> None:
         """Start the process again whenever it fails, until :meth:`stop`; ``say`` gets a line each time.
@@ -132,7 +136,7 @@ class Child:
 
     async def _keep(self, say: Callable[[str], None], back_off: BackOff) -> None:
         while True:
-            code = await self._process.wait()
+            code = await self.wait()
             if self._stopping.is_set():
                 return
             if code == 0:
@@ -141,8 +145,10 @@ class Child:
             if code == USER_ERROR:  # starting it again would change nothing
                 raise ConfigError(f"{self.name}: {self.last_words()}")
             pause = back_off.pause(time.monotonic() - self._born_at)
-            reason = self.last_words().splitlines()[0]
-            say(f"{self.name} {_ended(code)}: {reason}; starting it again in {pause:g} s")
+            words = self.last_words().splitlines()[0]
+            # A signal leaves no time to state a reason: the last words may be about something else.
+            between = ":" if code > 0 else ", its last words:"
+            say(f"{self.name} {_ended(code)}{between} {words}; starting it again in {pause:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             if self._stopping.is_set():  # also where it was set as the pause ended
@@ -165,7 +171,7 @@ class Child:
             self.kill()
         if self._keeper is not None:
             await asyncio.gather(self._keeper, return_exceptions=True)
-        return await self._process.wait()
+        return await self.wait()
 
     def terminate(self) -> None:
         """SIGTERM, as an operator would send it."""
@@ -222,6 +228,15 @@ class Child:
                 raise ConnectError(f"{self.name}: not {what} after {timeout_s:g} s; see {self.log_path}")
             await asyncio.sleep(pause)
             pause = min(1.3 * pause, MOST_PAUSE_S)
+
+
+async def _to_its_end(process: asyncio.subprocess.Process) -> int:
+    """The exit code of ``process``, once nothing is left of its group either: an engine's own process that
+    outlives the worker would keep its memory, and its GPU, from the next one.
+    """
+    code = await process.wait()
+    await asyncio.to_thread(end_group, process.pid)
+    return code
 
 
 def _ended(code: int) -> str:

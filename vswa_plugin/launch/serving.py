@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Awaitable, Callable
 
+from vswa_plugin.dynamo.chat import chat_obstacle
 from vswa_plugin.launch.cluster import Cluster, Progress
 from vswa_plugin.program.life import Life, Program
+
+#: What a first request asks, where the model can chat and where it cannot.
+_CHAT = '"messages": [{"role": "user", "content": "Hello"}]'
+_COMPLETION = '"prompt": "Hello"'
 
 
 def progress_from(began: float) -> Progress:
@@ -25,48 +32,61 @@ class Serving(Program):
     However it ends, no child is left.
     """
 
-    def __init__(self, cluster: Cluster, progress: Progress, life: Life) -> None:
-        self._cluster = cluster
+    def __init__(self, make: Callable[[], Awaitable[Cluster]], progress: Progress, life: Life) -> None:
+        self._make = make
         self._progress = progress
         self._life = life
+        self._cluster: Cluster | None = None
 
     async def start(self) -> None:
         """Start all processes, and say how to use them; raises what the cluster cannot start."""
-        self._life.tasks.start(self._cluster.bound_logs(), "bound logs")
-        await self._cluster.start()
-        sys.stdout.write(how_to_use(self._cluster))
+        self._cluster = cluster = await self._make()
+        self._life.tasks.start(cluster.bound_logs(), "bound logs")
+        await cluster.start()
+        sys.stdout.write(how_to_use(cluster))
         sys.stdout.flush()
 
     async def serve(self) -> None:
         """Return when nothing but brokers is left; raises what the cluster cannot go on without."""
-        await self._cluster.failed()
+        if self._cluster is not None:
+            await self._cluster.failed()
 
     def hurry(self) -> None:
-        self._cluster.hurry()
+        if self._cluster is not None:
+            self._cluster.hurry()
 
     async def end(self) -> None:
-        self._progress("stopping")
-        await self._cluster.stop()
+        await stop(self._cluster, self._progress)
 
 
-async def keep_serving(cluster: Cluster, progress: Progress) -> int:
-    """Start ``cluster`` and keep it until SIGTERM or SIGINT; the exit code.
+async def stop(cluster: Cluster | None, progress: Progress) -> dict[str, int]:
+    """Stop ``cluster``, if there is one yet, and say so where anybody reads it; exit codes by name."""
+    with contextlib.suppress(OSError):  # the reader or the terminal has gone, which may be why it stops
+        progress("stopping")
+    return {} if cluster is None else await cluster.stop()
+
+
+async def keep_serving(make: Callable[[], Awaitable[Cluster]], progress: Progress) -> int:
+    """Start the cluster that ``make`` returns and keep it until a signal; the exit code.
 
     :raises ConfigError, ChildDied, ConnectError: what the cluster cannot start or go on with.
     """
     life = Life("vswa launch")
-    return await life.run(Serving(cluster, progress, life))
+    return await life.run(Serving(make, progress, life))
 
 
 def how_to_use(cluster: Cluster) -> str:
     """What to type next."""
     name = cluster.settings.served_model_name
+    chat = chat_obstacle(cluster.settings.model_path) is None
+    url = f"{cluster.url}/v1/{'chat/' if chat else ''}completions"
+    asked = _CHAT if chat else _COMPLETION
     apis = f" Routers: {' '.join(cluster.router_urls)} (docs/router-api.md)." if cluster.router_urls else ""
     return f"""
 Serving {name!r} on {cluster.url}; logs are in {cluster.folder}.{apis} Try:
 
-  curl -s {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{name}", "max_tokens": 20, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+  curl -s {url} -H 'Content-Type: application/json' \\
+    -d '{{"model": "{name}", "max_tokens": 20, {asked}}}'
 
 and, in another terminal, follow the events of every window:
 

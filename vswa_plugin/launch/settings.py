@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 
 import msgspec
 
-from vswa_plugin.dynamo.names import ROUTER_COMPONENT, EndpointName, default_endpoint
+from vswa_plugin.dynamo.names import DEFAULT_NAMESPACE, ROUTER_COMPONENT, EndpointName, default_endpoint
+from vswa_plugin.engine import ROUTER_ENV
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.launch.gpus import gpus_needed, with_gpus
 from vswa_plugin.launch.logs import LOG_BYTES
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router import args as router_args
@@ -21,6 +24,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
 
     :param groups: the workers; see topologies.py.
     :param engine: as ``--engine`` of a worker; empty: the default of the plugins, whatever VSWA_ENGINE says.
+    :param namespace: of everything that is started, whatever DYN_NAMESPACE says.
     :param http_port: port of the frontend; 0 for a free one.
     :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, fed
         with the workers' blocks. Neither: the frontend chooses by ``router_mode``.
@@ -33,7 +37,7 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     served_model_name: str
     groups: tuple[WorkerGroup, ...] = (WorkerGroup(),)
     engine: str = ""
-    namespace: str = "dynamo"
+    namespace: str = DEFAULT_NAMESPACE
     http_host: str = "127.0.0.1"
     http_port: int = 0
     router_mode: str = "round-robin"
@@ -56,6 +60,15 @@ def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]
     return [*arguments, *settings.worker_options]
 
 
+def settings_with_gpus(
+    settings: ClusterSettings, environ: Mapping[str, str], say: Callable[[str], None]
+) -> ClusterSettings:
+    """``settings`` with the GPUs of each worker; raises ConfigError where they do not suffice."""
+    needs = [gpus_needed(workers.settings.options) for workers in _parsed(settings)]
+    groups = with_gpus(settings.groups, needs, environ, say)
+    return msgspec.structs.replace(settings, groups=groups)
+
+
 def router_endpoint(settings: ClusterSettings) -> EndpointName:
     """Where all routers of the model stand, and those of no other."""
     model = slug_of(settings.served_model_name)
@@ -65,7 +78,7 @@ def router_endpoint(settings: ClusterSettings) -> EndpointName:
 def router_arguments(settings: ClusterSettings) -> list[str]:
     """The command line of a router of ours, each of which stands for all the others."""
     arguments = ["--endpoint", f"dyn://{router_endpoint(settings)}"]
-    arguments += ["--served-model-name", settings.served_model_name]
+    arguments += ["--namespace", settings.namespace, "--served-model-name", settings.served_model_name]
     workers = _parsed(settings)[0]
     arguments += ["--heartbeat", f"{workers.heartbeat_s:g}"]
     if workers.registry:
@@ -92,7 +105,7 @@ def routing_environment(routing: Routing) -> dict[str, str]:
 
     What a plugin makes of it, such as events for Dynamo's own router, is the plugin's affair.
     """
-    return {worker_args.ROUTER_ENV: routing.router or ""}
+    return {ROUTER_ENV: routing.router or ""}
 
 
 def check_settings(settings: ClusterSettings) -> None:

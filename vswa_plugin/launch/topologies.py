@@ -11,12 +11,13 @@ from typing import Any
 
 import msgspec
 
+from vswa_plugin.engine import ROUTERS
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.launch.logs import LOG_BYTES
+from vswa_plugin.program.options import at_least_one
 
-#: The routers of a topology with KV routing: our router, or Dynamo's own in its frontend.
-ROUTERS = ("exact", "stock")
-ROUTER_ENV = "ROUTER"
+#: The guide's own variable; what workers are given is ``vswa_plugin.engine.ROUTER_ENV``.
+GUIDE_ENV = "ROUTER"
 
 
 class Topology(msgspec.Struct, frozen=True):
@@ -49,16 +50,18 @@ class WorkerGroup(msgspec.Struct, frozen=True):
 
     :param engine_args: engine options as a YAML file, or None.
     :param override: engine options laid over the file.
+    :param gpus: CUDA_VISIBLE_DEVICES of each worker; empty: as that of the launcher.
     """
 
     mode: str = "agg"
     count: int = 1
     engine_args: str | None = None
     override: dict[str, Any] = {}
+    gpus: tuple[str, ...] = ()
 
 
 class Routing(msgspec.Struct, frozen=True):
-    """:param router: one of :data:`ROUTERS`, or None.
+    """:param router: one of ``ROUTERS``, or None.
     :param count: how many exact routers stand side by side.
     """
 
@@ -71,7 +74,7 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
     parser.add_argument(
         "--log-size",
-        type=int,
+        type=at_least_one,
         default=LOG_BYTES >> 20,
         metavar="MIB",
         help="about how large NAME.log of a process may grow; then what it holds becomes NAME.log.1, and "
@@ -80,9 +83,7 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def log_bytes(args: argparse.Namespace) -> int:
-    """What ``--log-size`` asks for; raises ConfigError."""
-    if args.log_size < 1:
-        raise ConfigError(f"--log-size: expected at least 1 MiB, got {args.log_size}")
+    """What ``--log-size`` asks for."""
     return int(args.log_size) << 20
 
 
@@ -99,9 +100,11 @@ def add_router(parser: argparse.ArgumentParser) -> None:
         "--router",
         metavar="|".join(ROUTERS),
         help="agg_router, disagg_router: our router, by what every window holds, or the one in Dynamo's "
-        f"frontend, by events of our workers (default: {ROUTER_ENV}, else exact)",
+        f"frontend, by events of our workers (default: {GUIDE_ENV}, else exact)",
     )
-    parser.add_argument("--routers", type=int, metavar="N", help="exact: how many routers side by side (1)")
+    parser.add_argument(
+        "--routers", type=at_least_one, metavar="N", help="exact: how many routers side by side (1)"
+    )
 
 
 def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping[str, str]) -> Routing:
@@ -111,7 +114,7 @@ def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping
     """
     option, router = "--router", args.router
     if router is None:
-        option, router = ROUTER_ENV, environ.get(ROUTER_ENV) or None
+        option, router = GUIDE_ENV, environ.get(GUIDE_ENV) or None
     if router is not None and router not in ROUTERS:
         raise ConfigError(f"{option}: {unknown_choice('router', router, ROUTERS)}")
     if router is not None and not topology.routed:
@@ -123,9 +126,7 @@ def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping
         router = "exact"
     if args.routers is not None and router != "exact":
         chosen = "none" if router is None else repr(router)
-        raise ConfigError(f"--routers: only {ROUTER_ENV}=exact has routers of ours, got {chosen}")
-    if args.routers is not None and args.routers < 1:
-        raise ConfigError(f"--routers: expected at least 1, got {args.routers}")
+        raise ConfigError(f"--routers: only {GUIDE_ENV}=exact has routers of ours, got {chosen}")
     return Routing(router, args.routers or 1)
 
 
@@ -135,18 +136,25 @@ def add_worker_counts(parser: argparse.ArgumentParser, several: int) -> None:
     :param several: how many there are by default where requests can go to any of them.
     """
     parser.set_defaults(several=several)
-    parser.add_argument("--workers", type=int, metavar="N", help=f"agg: how many workers ({several})")
+    parser.add_argument(
+        "--workers", type=at_least_one, metavar="N", help=f"agg: how many workers ({several})"
+    )
     of_router = f", disagg_router {several}" if several > 1 else ""
     parser.add_argument(
-        "--prefill-workers", type=int, metavar="N", help=f"disagg: how many prefill workers (1{of_router})"
+        "--prefill-workers",
+        type=at_least_one,
+        metavar="N",
+        help=f"disagg: how many prefill workers (1{of_router})",
     )
-    parser.add_argument("--decode-workers", type=int, metavar="N", help="disagg: how many decode workers (1)")
+    parser.add_argument(
+        "--decode-workers", type=at_least_one, metavar="N", help="disagg: how many decode workers (1)"
+    )
 
 
 def worker_counts(args: argparse.Namespace, topology: Topology) -> dict[str, int]:
     """How many workers of each of the topology's modes were asked for.
 
-    :raises ConfigError: fewer than one, or an option of another topology.
+    :raises ConfigError: an option of another topology.
     """
     counts = {"agg": args.several, "prefill": args.several if topology.routed else 1, "decode": 1}
     for mode in counts:
@@ -158,7 +166,5 @@ def worker_counts(args: argparse.Namespace, topology: Topology) -> dict[str, int
             raise ConfigError(
                 f"{option}: topology {topology.name!r} has {' and '.join(topology.modes)} workers only"
             )
-        if count < 1:
-            raise ConfigError(f"{option}: expected at least 1, got {count}")
         counts[mode] = count
     return {mode: counts[mode] for mode in topology.modes}

@@ -18,13 +18,14 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
-from vswa_plugin.errors import VswaError
+from vswa_plugin.errors import ConfigError, VswaError
 from vswa_plugin.program.run import record_end
 from vswa_plugin.program.status import Status
 from vswa_plugin.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: How long the end of a program that has failed may take.
 END_TIMEOUT_S = 20.0
 #: How much of it the plugins have, together, to end in order.
@@ -72,20 +73,23 @@ class Life:
     :param name: of the program, for messages.
     :ivar tasks: each long-lived task of the process; one that ends unasked ends the process.
     :ivar status: what the process says of itself; ``ready`` while it serves.
+    :ivar stopped_by: the signal that has ended it, if one has.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.tasks = Tasks()
         self.status = Status(tasks=lambda: self.tasks.names)
+        self.stopped_by: signal.Signals | None = None
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
+        self._signals: list[signal.Signals] = []
         self._watchdog: threading.Timer | None = None
 
     async def run(self, program: Program) -> int:
-        """Live until SIGTERM, SIGINT or the end of the work (0).
+        """Live until SIGTERM, SIGINT, SIGHUP or the end of the work (0).
 
-        :raises Failed: the work or a watched task has ended with an error.
+        :raises Failed: the work or a watched task has ended with an error; ConfigError: because of a setting.
         :raises Exception: what :meth:`Program.start` raises.
         """
         self._listen(program)
@@ -96,38 +100,44 @@ class Life:
             self.status.ready = True
             try:
                 await self._unless_stopped(program.serve(), "serve")
-            except Failed as error:
+            except (Failed, ConfigError) as error:
                 await self._give_up(program, str(error))
                 raise
             await self._drain(program)
             return 0
         finally:
             self.status.ready = False
-            await program.end()
-            await self.tasks.stop()
-            self._unlisten()
-            if self._watchdog is not None:
-                self._watchdog.cancel()
+            try:
+                await program.end()
+            finally:
+                await self.tasks.stop()
+                self._unlisten()
+                if self._watchdog is not None:
+                    self._watchdog.cancel()
 
     def _listen(self, program: Program) -> None:
-        def signalled() -> None:
+        def signalled(number: signal.Signals) -> None:
             if self._stopping.is_set():
                 self._hurried.set()
                 program.hurry()
+            else:
+                self.stopped_by = number
             self._stopping.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, signalled)
+        # nohup has SIGHUP ignored: then the end of the terminal is not to end the program.
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._signals = [each for each in _SIGNALS if not (nohup and each is signal.SIGHUP)]
+        for number in self._signals:
+            asyncio.get_running_loop().add_signal_handler(number, signalled, number)
 
-    @staticmethod
-    def _unlisten() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def _unlisten(self) -> None:
+        for number in self._signals:
             asyncio.get_running_loop().remove_signal_handler(number)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None], name: str) -> bool:
         """Whether ``work`` was done before a signal came; else it is cancelled.
 
-        :raises Failed: a watched task has ended.
+        :raises Failed: a watched task has ended; ConfigError: because of a setting.
         """
         working = asyncio.create_task(work, name=name)
         stopped = asyncio.create_task(self._stopping.wait())
@@ -138,7 +148,10 @@ class Life:
                 working.result()
                 return True
             if failed.done() and not stopped.done():
-                raise Failed(str(failed.result())) from failed.result()
+                ended = failed.result()
+                if isinstance(ended.__cause__, ConfigError):
+                    raise ended.__cause__
+                raise Failed(str(ended)) from ended
             return False
         finally:
             for task in (working, stopped, failed):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 
 Number = TypeVar("Number", int, float)
 
@@ -25,6 +25,18 @@ def at_least_one(text: str) -> int:
 def zero_or_more(text: str) -> int:
     """A whole number from 0 on as an argparse type."""
     return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def encodable(text: str) -> str:
+    """A name that others are given, as an argparse type: not empty, and text in every encoding."""
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"expected a name of printable characters, got {shown(text)}")
+    return text
+
+
+def whole_number(text: str) -> int | None:
+    """The number that ``text`` is, in ASCII digits; None where it is none, or beyond 18 digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 def seconds(text: str) -> float:

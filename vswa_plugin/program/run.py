@@ -6,29 +6,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from vswa_plugin.errors import ConfigError, InvariantError, VswaError
+from vswa_plugin.errors import ConfigError, InvariantError, VswaError, one_line
 
 logger = logging.getLogger(__name__)
 
 LEVELS = ("debug", "info", "warning", "error")
 
-DONE, FAILED, USER_ERROR, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+DONE, FAILED, USER_ERROR, HUNG_UP, INTERRUPTED, NO_READER, TERMINATED = 0, 1, 2, 129, 130, 141, 143
 #: Exit code -> when a program or command of ours ends with it.
 EXIT_CODES: Mapping[int, str] = {
-    DONE: "done, or stopped by a signal as asked",
-    FAILED: "something failed: a broker is away, a process died, a request or a check failed",
-    USER_ERROR: "something to correct: an option, a setting, a file, a port in use",
+    DONE: "the command has finished, or a signal stopped it as intended",
+    FAILED: "something failed: a broker cannot be reached, a process died, a request or a check failed",
+    USER_ERROR: "the user has something to correct: an option, a setting, a file, a port in use",
+    HUNG_UP: "the terminal was closed (SIGHUP) before the command had finished",
     INTERRUPTED: "Ctrl-C, where no program of ours handles it",
-    NO_READER: "the reader of the output has gone, as `head` does when it has its lines",
+    NO_READER: "the reader of the output has ended, as `head` does when it has its lines",
+    TERMINATED: "SIGTERM came before the command had finished",
 }
 #: The system's reasons that a user can correct: a path, a permission, a full disk, an address.
 _USER_ERRNOS = frozenset(
@@ -57,9 +61,9 @@ MESSAGE_BYTES = 4096
 
 
 class CommandLineRefused(SystemExit):
-    """argparse has refused the command line and has printed why; exit code 2.
+    """The command line was refused, and the reason has been printed; exit code 2.
 
-    :ivar message: what it printed, without the program's name and usage.
+    :ivar message: the reason.
     """
 
     def __init__(self, message: str) -> None:
@@ -68,18 +72,22 @@ class CommandLineRefused(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose refusals :func:`run_program` can record."""
+    """An argparse parser whose refusals are one line, which :func:`run_program` can record."""
 
     def error(self, message: str) -> NoReturn:
-        try:
-            super().error(message)
-        except SystemExit as refused:
-            raise CommandLineRefused(message) from refused
+        line = one_line(message)
+        sys.stderr.write(f"{self.prog}: error: {line}; `{self.prog} --help` lists the options\n")
+        raise CommandLineRefused(line)
 
 
 def exit_codes_help() -> str:
     """:data:`EXIT_CODES` for the end of a ``--help``."""
     return "exit codes:\n" + "".join(f"  {code:<4} {when}\n" for code, when in EXIT_CODES.items())
+
+
+def exit_code_of(number: signal.Signals) -> int:
+    """The exit code of a command that the signal ``number`` has kept from its work, as shells have it."""
+    return 128 + number
 
 
 def record_end(reason: str) -> None:
@@ -113,6 +121,7 @@ def run_program(name: str, body: Callable[[], int]) -> int:
     asks for it. A bug of ours keeps its traceback, which is what a report needs, and Python ends with 1. Why
     the program ends is recorded in either case, see :func:`record_end`.
     """
+    _open_standard_streams()
     try:
         return _flushed(body)
     except CommandLineRefused as refused:
@@ -122,13 +131,36 @@ def run_program(name: str, body: Callable[[], int]) -> int:
         return INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
-            # Python flushes stdout once more at exit and would complain there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return NO_READER
         if isinstance(error, InvariantError) or not isinstance(error, VswaError | OSError):
             record_end("".join(traceback.format_exception_only(error)).strip())
             raise
         return _say(name, error)
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _open_standard_streams() -> None:
+    """Where one was closed as we were started (``>&-``), what we write there goes nowhere, as Python has it.
+
+    Else the next file or socket that is opened would get its number, and what children write there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        os.set_inheritable(null, null == number)
+        setattr(sys, name, open(null, "w" if number else "r"))  # noqa: SIM115 (as long as the process)
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Python flushes both streams once more at its exit, and would complain there."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # it is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _flushed(body: Callable[[], int]) -> int:
@@ -144,18 +176,27 @@ def _flushed(body: Callable[[], int]) -> int:
     return code
 
 
+def is_to_correct(error: BaseException) -> bool:
+    """Whether ``error`` is something that the user can correct: exit code 2."""
+    if isinstance(error, OSError) and not isinstance(error, VswaError):
+        return error.errno in _USER_ERRNOS
+    return isinstance(error, ConfigError)
+
+
 def _say(name: str, error: Exception) -> int:
     """One line for ``error``, and its exit code."""
     message = str(error) or type(error).__name__
-    user = isinstance(error, ConfigError)
-    if isinstance(error, OSError) and not isinstance(error, VswaError):
-        user = error.errno in _USER_ERRNOS
-        if user and error.filename is not None:
-            message = f"cannot use {error.filename}: {error.strerror}; check the path and its permissions"
+    user = is_to_correct(error)
+    if user and isinstance(error, OSError) and error.filename is not None:
+        message = f"cannot use {error.filename}: {error.strerror}; check the path and its permissions"
+    if user:
+        message = one_line(message)
     if _traceback_wanted():
         traceback.print_exception(error)
-    sys.stderr.write(f"{name}: {'error' if user else 'failed'}: {message}\n")
+    message = "; ".join((message, *getattr(error, "__notes__", ())))
     record_end(message)
+    with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+        sys.stderr.write(f"{name}: {'error' if user else 'failed'}: {message}\n")
     return USER_ERROR if user else FAILED
 
 
@@ -165,10 +206,9 @@ def _traceback_wanted() -> bool:
 
 
 def _reader_has_gone() -> bool:
-    """Whether nobody reads our standard output any more; a socket of ours may have broken instead."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # it is no file
-        return False
+    """Whether nobody reads our output any more; a socket of ours may have broken instead."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # it is no file
+            poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

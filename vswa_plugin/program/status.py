@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.program.addresses import check_address
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,14 @@ class StatusServer:
     /ready: 200 once requests are served, 503 before and while draining.
     """
 
-    def __init__(self, status: Status, metrics: Callable[[], str]) -> None:
+    def __init__(self, status: Status, metrics: Callable[[], Awaitable[str]]) -> None:
         self._status = status
         self._metrics = metrics
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; the port. Raises ConfigError where the address is taken or not ours."""
+        check_address(host, port, host_option="--status-host", port_option="--status-port")
         app = web.Application()
         app.add_routes(
             [
@@ -58,12 +59,7 @@ class StatusServer:
         )
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise ConfigError(f"--status-port: cannot listen on {host}:{port}: {error}") from error
+        await web.TCPSite(self._runner, host, port).start()
         bound: int = self._runner.addresses[0][1]
         logger.info("status on http://%s:%d: /health /ready /metrics", host, bound)
         return bound
@@ -87,5 +83,5 @@ class StatusServer:
 
     async def _show_metrics(self, _: web.Request) -> web.Response:
         return web.Response(
-            text=self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+            text=await self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )

@@ -1,7 +1,8 @@
 """After an engine's own event buffer overflowed: what finished requests prove is resident again.
 
 A request that reused N tokens proves that every group held the blocks its rule needs at N when it was
-admitted. Such a block is published again unless a removal of it was seen since. Pure.
+admitted. Such a block is published again unless a removal of it was seen since. A request that came before
+the loss was noticed proves nothing: the removal may be among what was lost. Pure.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from collections.abc import Sequence
 import msgspec
 
 from vswa_plugin.blocks.hashing import sequence_hashes
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.engine.contract import EngineHash
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire.events import Event, Stored
 
+#: Rules whose engines drop all below a removed block without an event. Which blocks these are is known only
+#: of blocks that events announced, so that a request proves nothing: they come back as they are stored again.
+_DROP_IN_SILENCE = ("trtllm_v1_contiguous",)
+#: Rules whose engines may hold a block of a sliding window under another name than its prefix has, which only
+#: the lost event said, and will name it by that when it goes: there a request proves the global groups alone.
+_NAME_OTHERWISE = ("trtllm_v1",)
 #: Removals that are remembered; above it healing ends, since a claim could no longer be checked.
 MAX_REMOVALS = 1_000_000
 #: Nodes of the table that are turned round before the event loop gets a turn: some 5 ms of work.
@@ -42,14 +50,18 @@ class Healing:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self.active = False
-        #: Engine events seen: the clock by which claims and removals are ordered.
+        #: Engine events and restarts seen: the clock by which claims, removals and restarts are ordered.
         self.events = 0
+        self._restarted_at = 0
         self.blocks_healed = 0
         self._removed_at: dict[tuple[int, EngineHash], int] = {}
 
     def restarted(self) -> None:
         """Nothing is resident as far as we know, and the engine holds more."""
         self.active = True
+        # A request that came before has an earlier mark, even if no event of the engine was read between.
+        self.events += 1
+        self._restarted_at = self.events
         self._removed_at.clear()
         self._residency.nodes.begin_reverse()
 
@@ -78,7 +90,7 @@ class Healing:
         except ConfigError:
             return []
         blocks = claim.cached_tokens // size
-        if not self.active or rule is None or not blocks:
+        if not self.active or claim.mark < self._restarted_at or rule is None or not blocks:
             return []
         tokens = claim.token_ids
         named = sequence_hashes(
@@ -87,7 +99,7 @@ class Healing:
         )
         changes: list[Event] = []
         deepest = -(-claim.cached_tokens // size)
-        for group in layout.groups:
+        for group in _provable(layout):
             first = rule.first_needed(group, deepest, len(tokens))
             for position in range(first, blocks):
                 changes += self._prove(group.group_id, named[position], claim.mark)
@@ -102,3 +114,12 @@ class Healing:
             return []
         self.blocks_healed += 1
         return [Stored(group_id, node.position, node.parent_hash, (node.sequence_hash,))]
+
+
+def _provable(layout: CacheLayout) -> Sequence[CacheGroup]:
+    """The groups of which a request proves blocks under names by which the engine will remove them."""
+    if layout.rule in _DROP_IN_SILENCE:
+        return ()
+    if layout.rule in _NAME_OTHERWISE:
+        return [group for group in layout.groups if group.window_size is None]
+    return layout.groups

@@ -2,6 +2,9 @@
 
 The table depends on content only, so it outlives evictions, clearing and engine overflows: a block that
 comes back under the same engine hash is still the same prefix.
+
+A node is made below a parent that is there already and keeps it, and its position is one more than its
+parent's. So no ring can be stored, whatever events say, and nothing here walks along parents.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ class NodeTable:
     def __init__(self, hasher: BlockHasher = plain_hasher, limit: int = 2_000_000) -> None:
         self.hasher = hasher
         self._limit = limit
+        #: Size at which :meth:`trim` looks through the table: as much larger than after the last time, where
+        #: all is resident, that this stays rare then too.
+        self._trim_above = limit
         self._nodes: dict[EngineHash, Node] = {}
         #: The reverse table, once it is needed; it stays valid from then on, because it too depends on
         #: content only.
@@ -96,12 +102,16 @@ class NodeTable:
         return node
 
     def trim(self, resident: Callable[[EngineHash], bool]) -> int:
-        """Forget the oldest nodes that are not ``resident`` while over the limit; returns how many."""
-        excess = len(self._nodes) - self._limit
-        if excess <= 0:
+        """Forget the oldest nodes that are not ``resident`` while over the limit; returns how many.
+
+        Cheap in the mean: the table is walked once for each eighth of the limit that it grows by, also where
+        more than the limit is resident and nothing can be forgotten.
+        """
+        if len(self._nodes) <= self._trim_above:
             return 0
         # An eighth more than needed, so that this walk stays rare.
-        wanted = excess + self._limit // 8
+        spare = self._limit // 8
+        wanted = len(self._nodes) - self._limit + spare
         dropped: list[EngineHash] = []
         for engine_hash in self._nodes:
             if len(dropped) == wanted:
@@ -112,4 +122,5 @@ class NodeTable:
             sequence_hash = self._nodes.pop(engine_hash).sequence_hash
             if self._reverse is not None and self._reverse.get(sequence_hash) == engine_hash:
                 del self._reverse[sequence_hash]
+        self._trim_above = max(self._limit, len(self._nodes) + spare)
         return len(dropped)

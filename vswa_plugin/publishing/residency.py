@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.engine.chains import check_chain
 from vswa_plugin.engine.contract import (
     NO_SUCH_GROUP,
     BlocksMoved,
@@ -47,6 +48,7 @@ class Residency:
         """The wire events that ``event`` amounts to; empty where nothing changes.
 
         :raises Restart: events were lost, or a group is not what the layout says.
+        :raises VswaError: it does not fit the layout, or closes a ring; nothing of it was taken in.
         """
         match event:
             case BlocksStored():
@@ -60,10 +62,7 @@ class Residency:
                 return []
             case EventsLost():
                 self.clear()
-                raise Restart(
-                    f"expected engine event id {event.expected_id}, got {event.got_id}: the engine's event "
-                    "buffer overflowed; raise kv_cache_config.event_buffer_max_size"
-                )
+                raise Restart(_why_lost(event))
 
     def clear(self) -> None:
         """Nothing is resident any more. The node table stays: it depends on content only."""
@@ -96,6 +95,9 @@ class Residency:
 
     def _stored(self, event: BlocksStored) -> list[Event]:
         tiers = self._group(event.group_id)
+        blocks = event.blocks
+        if len(blocks) > 1 or (blocks and blocks[0].hash == event.parent_hash):  # one block is mostly all
+            check_chain(event.parent_hash, [block.hash for block in blocks], "stored blocks")
         changes: list[Event] = []
         run: list[Node] = []
         parent = event.parent_hash
@@ -168,3 +170,10 @@ class Residency:
             f"cache group {event.group_id}: expected {expected}, the engine {created}; the layout "
             "now follows the engine"
         )
+
+
+def _why_lost(event: EventsLost) -> str:
+    came = f"expected engine event id {event.expected_id}, got {event.got_id}"
+    if event.got_id < event.expected_id:
+        return f"{came}: the engine started again, or sent an event twice; what it held is not known any more"
+    return f"{came}: the engine's event buffer overflowed; raise kv_cache_config.event_buffer_max_size"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vswa_plugin.registry.watching import Watcher
 
 __all__ = [
+    "MAX_ENTRIES",
+    "MAX_ENTRY_BYTES",
     "PREFIX",
     "Change",
     "Connected",
@@ -46,6 +48,12 @@ __all__ = [
 
 #: All keys of this project in a shared etcd.
 PREFIX = "vswa/v1/workers/"
+#: Bytes of an entry: one of 64 ranks and 8 cache groups has 3,000.
+MAX_ENTRY_BYTES = 256 << 10
+#: Workers that a reader follows: in the order of their keys, those beyond are left out.
+MAX_ENTRIES = 1 << 14
+#: What an entry may hold of each, and the largest number of tokens or blocks in it.
+_MAX_RANKS, _MAX_GROUPS, _MAX_TAINTS, _MAX_TEXT, _MAX_COUNT = 4_096, 1_024, 1_024, 4_096, 1 << 53
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +65,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     :param taints: labels that requests can demand, prefer or avoid.
     :param status_url: where the worker serves /health, /ready and /metrics; None: nowhere.
     :param version: of vswa-plugin; ``engine_version``: of the engine. Empty: not known.
+    :param engine_reason: why the worker runs this engine.
     :param visible: whether Dynamo's frontends see its model: then they send requests past any router of ours.
     """
 
@@ -84,6 +93,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     status_url: str | None = None
     version: str = ""
     engine_version: str = ""
+    engine_reason: str = ""
 
     @property
     def key(self) -> str:
@@ -136,9 +146,13 @@ def encode_entry(entry: Entry) -> bytes:
 
 def decode_entry(key: str, payload: bytes) -> Entry:
     """The entry in ``payload``; raises ProtocolError that names the key and the field."""
+    if len(payload) > MAX_ENTRY_BYTES:
+        raise ProtocolError(
+            f"expected a worker entry of at most {MAX_ENTRY_BYTES} bytes at {key}, got {len(payload)}"
+        )
     try:
         entry = msgspec.json.decode(payload, type=Entry)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"expected a worker entry at {key}, got {len(payload)} bytes: {error}") from error
     if entry.key != key:
         raise ProtocolError(f"expected a worker entry at {key}, got that of {entry.key}")
@@ -161,12 +175,35 @@ def oddity(entry: Entry) -> str | None:
         return f"block_size: expected at least 1, got {entry.block_size}"
     if not entry.epochs:
         return "epochs: expected one of each dp_rank, got none"
+    if (reason := _too_much(entry)) is not None:
+        return reason
     numbers = [("worker_id", entry.worker_id)]
     for rank, epoch in entry.epochs.items():
         numbers += [("dp_rank", rank), ("epoch", epoch)]
     for what, number in numbers:
         if not 0 <= number < 1 << 64:
             return f"{what}: expected a number from 0 to 2**64 - 1, got {number}"
+    return None
+
+
+def _too_much(entry: Entry) -> str | None:
+    """Which part of the entry is larger than any worker's, or None."""
+    for what, size, most in (
+        ("epochs", len(entry.epochs), _MAX_RANKS),
+        ("groups", len(entry.groups), _MAX_GROUPS),
+        ("taints", len(entry.taints), _MAX_TAINTS),
+    ):
+        if size > most:
+            return f"{what}: expected at most {most}, got {size}"
+    for field in entry.__struct_fields__:
+        value = getattr(entry, field)
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            return f"{field}: expected at most {_MAX_TEXT} characters, got {len(value)}"
+    windows = (group.window_size or 0 for group in entry.groups)
+    sizes = (group.block_size for group in entry.groups)
+    for number in (entry.block_size, entry.context_length, entry.total_kv_blocks, *windows, *sizes):
+        if not 0 <= number <= _MAX_COUNT:
+            return f"expected numbers of tokens and blocks from 0 to {_MAX_COUNT}, got {number}"
     return None
 
 

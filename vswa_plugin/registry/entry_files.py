@@ -16,12 +16,11 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from vswa_plugin.registry import PREFIX
+from vswa_plugin.registry import MAX_ENTRY_BYTES, PREFIX
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".json"
-MAX_BYTES = 1 << 20
 #: What a file system answers that has no locks.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
@@ -135,7 +134,7 @@ class Scanner:
             for _ in range(5):  # a file that is replaced while we read it is read again
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                 try:
-                    payload = os.read(descriptor, MAX_BYTES)
+                    payload = os.read(descriptor, MAX_ENTRY_BYTES + 1)
                     if not self._is_fresh(name, os.fstat(descriptor).st_mtime_ns):
                         return None
                     if not (self._is_local(payload) and _lock(descriptor, fcntl.LOCK_SH)):
@@ -163,7 +162,7 @@ class Scanner:
     def _is_local(self, payload: bytes) -> bool:
         try:
             return msgspec.json.decode(payload, type=_Host).host == self._host
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError):
             return False
 
 

@@ -1,7 +1,8 @@
 """Which registry: from an argument or the environment.
 
 VSWA_REGISTRY            etcd | http(s)://host:port,... | file:DIR | file (Dynamo's directory)
-DYN_DISCOVERY_BACKEND    where VSWA_REGISTRY is not set: as Dynamo finds its instances, etcd | file
+DYN_DISCOVERY_BACKEND    where VSWA_REGISTRY is not set: as Dynamo finds its instances, etcd | file; beside
+                         another one, such as kubernetes, the etcd of ETCD_ENDPOINTS
 DYN_FILE_KV              Dynamo's directory (default: dynamo_store_kv in the temporary directory)
 ETCD_ENDPOINTS, ETCD_AUTH_*   see etcd_settings.py
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vswa_plugin.dynamo.names import DEFAULT_ETCD, ETCD_ENV
-from vswa_plugin.errors import ConfigError, ConnectError, unknown_choice
+from vswa_plugin.errors import ConfigError, ConnectError, shown, unknown_choice
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.etcd_settings import EtcdSecurity
 from vswa_plugin.registry.file import FileRegistry
@@ -37,11 +38,12 @@ _DISCOVERY = {"": "etcd", "etcd": "etcd", "kv_store": "etcd", "file": "file"}
 
 #: For ``--help``.
 ENVIRONMENT = """\
-  VSWA_REGISTRY    who is alive: etcd, file:DIR, or etcd URLs (default: as DYN_DISCOVERY_BACKEND)
+  VSWA_REGISTRY    where workers register: etcd, file:DIR, or etcd URLs (default: as DYN_DISCOVERY_BACKEND)
   ETCD_ENDPOINTS   discovery and the registry, several with commas (default http://127.0.0.1:2379)
   ETCD_AUTH_USERNAME, ETCD_AUTH_PASSWORD     user of etcd, both or none
   ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT, ETCD_AUTH_CLIENT_KEY   PEM files, for https endpoints
-  DYN_DISCOVERY_BACKEND, DYN_FILE_KV         Dynamo's discovery: etcd (default) or file, and its directory
+  DYN_DISCOVERY_BACKEND, DYN_FILE_KV         Dynamo's discovery: etcd (default), file and its directory, or
+                   kubernetes, beside which the registry is the etcd of ETCD_ENDPOINTS
 """
 
 
@@ -74,11 +76,12 @@ def registry_from_env(environ: Mapping[str, str] | None = None, tasks: Tasks | N
     :raises ConfigError: names the variable that is wrong.
     """
     environ = os.environ if environ is None else environ
-    where = environ.get(REGISTRY_ENV) or discovery_backend(environ)
-    if where is None:
+    where = environ.get(REGISTRY_ENV) or discovery_backend(environ) or (environ.get(ETCD_ENV) and "etcd")
+    if not where:
         raise ConfigError(
-            f"{DISCOVERY_ENV}: expected etcd or file for a registry beside Dynamo's discovery, got "
-            f"{environ[DISCOVERY_ENV]!r}; set {REGISTRY_ENV} to etcd or file:DIR"
+            f"{DISCOVERY_ENV}: expected a registry beside {shown(environ[DISCOVERY_ENV])}, through which "
+            f"Dynamo's processes find each other, but our routers no windows of workers; got none: set "
+            f"{ETCD_ENV}, or {REGISTRY_ENV} to http://host:port of an etcd or to file:DIR on a shared volume"
         )
     return open_registry(where, environ, tasks)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vswa_plugin.errors import ProtocolError
 from vswa_plugin.registry import (
+    MAX_ENTRIES,
     Change,
     Connected,
     Disconnected,
@@ -26,11 +27,15 @@ from vswa_plugin.registry import (
 
 logger = logging.getLogger(__name__)
 
+_TOO_MANY = "the registry: expected at most %d entries, got %d; the others are left out"
+
 
 def readable(payloads: Mapping[str, bytes]) -> list[Entry]:
     """The entries in a listing, in order of their keys; malformed ones are logged and left out."""
     entries = []
-    for key in sorted(payloads):
+    if len(payloads) > MAX_ENTRIES:
+        logger.warning(_TOO_MANY, MAX_ENTRIES, len(payloads))
+    for key in sorted(payloads)[:MAX_ENTRIES]:
         try:
             entries.append(decode_entry(key, payloads[key]))
         except ProtocolError as error:
@@ -47,10 +52,11 @@ class RegistryState:
         self.entries: dict[str, Entry] = {}
         self.connected = False
         self._outage = ""
+        self._overfull = False
 
     def put(self, key: str, payload: bytes) -> None:
         """Key and payload as they are now. A malformed entry is none."""
-        if self._payloads.get(key) == payload:
+        if self._payloads.get(key) == payload or self._is_full_for(key):
             return
         self._payloads[key] = payload
         try:
@@ -69,6 +75,7 @@ class RegistryState:
     def remove(self, key: str) -> None:
         """The key is gone."""
         self._payloads.pop(key, None)
+        self._overfull = False
         self._forget(key)
 
     def replace(self, payloads: Mapping[str, bytes]) -> None:
@@ -80,6 +87,9 @@ class RegistryState:
 
     def differs(self, payloads: Mapping[str, bytes]) -> bool:
         """Whether :meth:`replace` would change anything."""
+        if len(payloads) > MAX_ENTRIES:
+            full = len(self._payloads) >= MAX_ENTRIES
+            return not full or any(payloads.get(key) != known for key, known in self._payloads.items())
         return self._payloads != payloads
 
     def connect(self) -> None:
@@ -94,6 +104,14 @@ class RegistryState:
             self.connected, self._outage = False, reason
             logger.warning("registry not readable, the last known state stands: %s", reason)
             self._emit(Disconnected(reason))
+
+    def _is_full_for(self, key: str) -> bool:
+        """Whether there is no room for one more entry; logged once, until an entry has gone."""
+        full = len(self._payloads) >= MAX_ENTRIES and key not in self._payloads
+        if full and not self._overfull:
+            self._overfull = True
+            logger.warning(_TOO_MANY, MAX_ENTRIES, len(self._payloads) + 1)
+        return full
 
     def _forget(self, key: str) -> None:
         entry = self.entries.pop(key, None)

@@ -6,8 +6,6 @@ import asyncio
 import logging
 from typing import Any
 
-import msgspec
-
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes, shut_down
 from vswa_plugin.dynamo.runtime import connect
 from vswa_plugin.following.fleet import Fleet
@@ -61,10 +59,10 @@ class Router(Program):
             self.decider,
             self.accuracy,
             lambda: (pool for model in self.forwarder.models.values() for pool in model.pools),
-            lambda: msgspec.structs.asdict(self.forwarder.stats),
+            self.forwarder.counts,
             replicas=self.replicas.load,
         )
-        metrics = RouterMetrics(self.fleet, counted, host.metrics)
+        metrics = RouterMetrics("router", self.fleet, counted, host.metrics)
         self.server = RouterServer(self.fleet, namespaced_sequence_hashes, life.status, metrics)
         self._tasks = life.tasks
         self._models: Models | None = None

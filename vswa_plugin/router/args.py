@@ -9,12 +9,19 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo.names import EndpointName
+from vswa_plugin.dynamo.names import (
+    DEFAULT_NAMESPACE,
+    NAMESPACE_ENV,
+    ROUTER_COMPONENT,
+    EndpointName,
+    named_namespace,
+    worker_namespace,
+)
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.following.view import ViewOptions
-from vswa_plugin.host.loading import add_plugin_arguments, add_plugin_options_argument
+from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
-from vswa_plugin.program.options import excludes, requires
+from vswa_plugin.program.options import encodable, excludes, requires
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.subjects import check_name
 
@@ -54,7 +61,12 @@ exit codes: 0 after SIGTERM, 1 when broker or registry failed, 2 for what you ca
 """
 #: That of Dynamo's selection service.
 SELECTOR_PORT = 8092
-_DEFAULT_ENDPOINT = "dyn://dynamo.router.generate"
+_DEFAULT_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.{ROUTER_COMPONENT}.generate"
+#: For ``--help`` of routers and selectors.
+_ENVIRONMENT = f"""\
+{ENVIRONMENT_HELP}  DYN_NAMESPACE    where no option names a namespace ({DEFAULT_NAMESPACE})
+  DYN_NAMESPACE_WORKER_SUFFIX   appended to that of the workers with a hyphen, as Dynamo's workers do
+"""
 #: Knob -> option of Dynamo's KV router, and what it does.
 _NUMBERS = {
     "overlap_score_credit": ("router-kv-overlap-score-credit", "credit of a cached block on the device"),
@@ -132,16 +144,22 @@ def parser(program: str = "python -m vswa_plugin.router") -> argparse.ArgumentPa
         program,
         "Show the workers' models to Dynamo's frontend and send each request to the worker that "
         "reuses most of its prompt, by what every attention window really holds, and has least to do.",
-        _EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
+        _EXAMPLE.replace("{environment}", _ENVIRONMENT),
     )
     run = made.add_argument_group("how it runs")
     run.add_argument(
         "--endpoint",
         help=f"where the frontend finds the models, dyn://namespace.component.endpoint ({_DEFAULT_ENDPOINT})",
     )
-    run.add_argument("--served-model-name", metavar="NAME", help="show this model only, on --endpoint itself")
     run.add_argument(
-        "--namespace", help="Dynamo namespace of the workers, or `all` (default: that of --endpoint)"
+        "--served-model-name",
+        type=encodable,
+        metavar="NAME",
+        help="show this model only, on --endpoint itself",
+    )
+    run.add_argument(
+        "--namespace",
+        help=f"Dynamo namespace of the workers, or `all` (default: {NAMESPACE_ENV}, else that of --endpoint)",
     )
     add_run_arguments(run)
     http = made.add_argument_group("HTTP API (docs/router-api.md)")
@@ -161,13 +179,13 @@ def selector_parser(program: str = "python -m vswa_plugin.router --selector-only
         program,
         "Answer /select: which worker reuses most of a prompt, by what every attention window really holds, "
         "and has least to do. It shows no model and forwards no request.",
-        _SELECTOR_EXAMPLE.replace("{environment}", ENVIRONMENT_HELP),
+        _SELECTOR_EXAMPLE.replace("{environment}", _ENVIRONMENT),
     )
     made.set_defaults(endpoint=None, served_model_name=None, selector_only=True)
     run = made.add_argument_group("how it runs")
     run.add_argument(
         "--namespace",
-        help=f"Dynamo namespace of the workers, or `all` ({EndpointName.parse(_DEFAULT_ENDPOINT).namespace})",
+        help=f"Dynamo namespace of the workers, or `all` ({NAMESPACE_ENV}, else {DEFAULT_NAMESPACE})",
     )
     add_run_arguments(run, drains=False)
     http = made.add_argument_group("HTTP API (docs/router-api.md)")
@@ -202,7 +220,6 @@ def _add_shared_arguments(
     )
     _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
     add_plugin_arguments(made)
-    add_plugin_options_argument(made)
 
 
 def _add_knobs(group: argparse._ArgumentGroup) -> None:
@@ -236,19 +253,28 @@ def parse(
     run = run_args(given, environ)
     if not given.stale_grace >= 0:
         raise ConfigError(f"--stale-grace: expected 0 seconds or more, got {given.stale_grace:g}")
-    endpoint = EndpointName.parse(given.endpoint or _DEFAULT_ENDPOINT)
-    namespace = given.namespace or endpoint.namespace
-    if namespace != "all":
+    endpoint = _endpoint(given.endpoint, environ)
+    namespace = given.namespace
+    if namespace is None:
+        namespace = worker_namespace(environ, named_namespace(environ, endpoint.namespace))
+    elif namespace != "all":
         check_name("--namespace", namespace)
     return RouterArgs(
         **msgspec.structs.asdict(run),
         endpoint=endpoint,
         served_model_name=given.served_model_name,
-        namespace=None if namespace == "all" else namespace,
+        namespace=None if given.namespace == "all" else namespace,
         weights=_weights(given, environ),
         stale_grace_s=given.stale_grace,
         http=_http_args(given),
     )
+
+
+def _endpoint(given: str | None, environ: Mapping[str, str]) -> EndpointName:
+    """The namespace of the environment is the frontend's: the suffix belongs to workers alone."""
+    if given is not None:
+        return EndpointName.parse(given)
+    return EndpointName(named_namespace(environ), ROUTER_COMPONENT, "generate")
 
 
 def _weights(given: argparse.Namespace, environ: Mapping[str, str]) -> Weights:
@@ -292,4 +318,5 @@ def _http_args(given: argparse.Namespace) -> HttpArgs:
         port = SELECTOR_PORT
     if port is not None and not 0 <= port < 65_536:
         raise ConfigError(f"--http-port: expected a port from 0 to 65535, got {port}")
-    return HttpArgs(given.http_host or HttpArgs().host, port, given.selector_only)
+    host = HttpArgs().host if given.http_host is None else given.http_host
+    return HttpArgs(host, port, given.selector_only)

@@ -39,6 +39,6 @@ class AvoidedWorkers:
             yield
         except Unavailable as error:
             if worker_id not in self._until:
-                logger.warning("worker %x is avoided for %.0f s: %s", worker_id, AVOID_S, error)
+                logger.warning("worker %d is avoided for %.0f s: %s", worker_id, AVOID_S, error)
             self._until[worker_id] = asyncio.get_running_loop().time() + AVOID_S
             raise

@@ -1,72 +1,73 @@
-"""Requests counted: how many are under way, and how the others ended. Draining waits for those under way."""
+"""Requests counted: how many came, are under way, and how the others ended.
+
+Each is counted once: those received are those that ended, by outcome, and those under way. Draining waits for
+the latter.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 
-import msgspec
-
-from vswa_plugin.errors import RequestError, Unavailable
-
-logger = logging.getLogger(__name__)
-
-
-class ForwardStats(msgspec.Struct):
-    """Counters since start.
-
-    :param unavailable: requests whose worker was lost: the frontend tries once more.
-    :param prefill_retries: prompts that were given to another prefill worker because the first was lost.
-    """
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    unavailable: int = 0
-    prefill_retries: int = 0
+from vswa_plugin.engine.outcomes import outcome_of_error
+from vswa_plugin.router.tallies import OTHER, Names
 
 
 class RequestCounts:
-    """The requests of one router. Event loop only."""
+    """The requests of one router, by model. Event loop only.
+
+    :ivar received: by model.
+    :ivar ended: by model and outcome.
+    :ivar in_flight: by model.
+    :ivar prefill_retries: prompts that were given to another prefill worker because the first was lost.
+    :ivar decode_retries: finished prompts that were given to another decode worker, for the same reason.
+    :ivar released_prompts: finished prompts that a prefill worker freed because no decode worker would come.
+    """
 
     def __init__(self) -> None:
-        self.stats = ForwardStats()
-        self._under_way = 0
+        self.received: Counter[str] = Counter()
+        self.ended: Counter[tuple[str, str]] = Counter()
+        self.in_flight: Counter[str] = Counter()
+        self.prefill_retries: Counter[str] = Counter()
+        self.decode_retries: Counter[str] = Counter()
+        self.released_prompts: Counter[str] = Counter()
+        self._names = Names()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def under_way(self) -> int:
-        return self._under_way
+        return self.in_flight.total()
 
-    def began(self) -> None:
+    def turned_away(self, model: str | None, error: Exception) -> None:
+        """A request came and was not begun; ``model``: None where there is no such model."""
+        label = OTHER if model is None else self._names.label(model)
+        self.received[label] += 1
+        self.ended[label, outcome_of_error(error)] += 1
+
+    def began(self, model: str) -> None:
         """One request more is under way."""
-        self.stats.requests += 1
-        self._under_way += 1
+        label = self._names.label(model)
+        self.received[label] += 1
+        self.in_flight[label] += 1
         self._idle.clear()
 
-    def ended(self, finished: bool) -> None:
-        """One request is under way no more; ``finished``: its client has got the last chunk."""
-        self.stats.finished += finished
-        self._under_way -= 1
-        if not self._under_way:
+    def end(self, model: str, outcome: str) -> None:
+        """One request is under way no more."""
+        label = self._names.label(model)
+        self.ended[label, outcome] += 1
+        self.in_flight[label] -= 1
+        if not self.under_way:
             self._idle.set()
 
-    @contextmanager
-    def failures(self, request_id: str) -> Iterator[None]:
-        """Count how the request fails, if it does."""
-        try:
-            yield
-        except Unavailable:
-            self.stats.unavailable += 1
-            raise
-        except RequestError as error:
-            self.stats.refused += 1
-            logger.info("request %s refused: %s", request_id, error)
-            raise
+    def prefill_retried(self, model: str) -> None:
+        self.prefill_retries[self._names.label(model)] += 1
+
+    def decode_retried(self, model: str) -> None:
+        self.decode_retries[self._names.label(model)] += 1
+
+    def released(self, model: str) -> None:
+        self.released_prompts[self._names.label(model)] += 1
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False where some still are after the time-out."""

@@ -6,15 +6,16 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import msgspec
 
 from vswa_plugin.engine.contract import RequestDict
-from vswa_plugin.engine.requests import Fields, unchecked_token_ids
+from vswa_plugin.engine.requests import Fields, reads_cache, unchecked_token_ids
 from vswa_plugin.errors import InvalidRequest
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.pools import Pool
+from vswa_plugin.router.tallies import Buckets, Names
+from vswa_plugin.router.wishes import constraints_of
 from vswa_plugin.selection import (
     Candidate,
     Constraints,
@@ -36,13 +37,16 @@ from vswa_plugin.wire.events import Rank
 #: (token ids, block size, cache salt, LoRA) -> sequence hashes of the full blocks
 Hasher = Callable[[Sequence[int], int, str | None, str | None], Sequence[int]]
 _NO_TAINTS: frozenset[str] = frozenset()
+#: Seconds; a choice among a few ranks takes some 50 microseconds.
+DURATION_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1)
 
 
 class PromptHashes(msgspec.Struct, frozen=True):
     """What routing needs to know of a request.
 
     :param hashes: sequence hashes of its full blocks.
-    :param scorable: False: its tokens do not say what it consists of (images), no reuse is promised.
+    :param scorable: False: no reuse is promised, because its tokens do not say what it consists of (images),
+        or because it switches the cache off (log probabilities of the prompt).
     """
 
     length: int
@@ -67,17 +71,11 @@ class Decision(msgspec.Struct, frozen=True):
     prompt: PromptHashes
     busy: bool
     in_flight: bool
+    model: str
 
     @property
     def prompt_len(self) -> int:
         return self.prompt.length
-
-
-class DecisionStats(msgspec.Struct):
-    """Counters since start."""
-
-    decisions: int = 0
-    seconds: float = 0.0
 
 
 class Decider:
@@ -96,7 +94,9 @@ class Decider:
         hooks: SelectionHooks | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        self.stats = DecisionStats()
+        #: Of the choices that were made, by model and phase.
+        self.durations: dict[tuple[str, str], Buckets] = {}
+        self._names = Names()
         self._index = index
         self._weights = weights
         self._hasher = hasher
@@ -155,19 +155,28 @@ class Decider:
             routing.text("lora_name"),
             metadata or {},
             pool.phase,
+            # Where Dynamo's frontend puts the header X-Dynamo-Session-ID, and those of coding agents.
+            fields.object("agent_context").text("session_id") if self.hooked else None,
         )
         chosen = self._choose(routed, candidates, weights)
         decision = self._book(pool, chosen, prompt, weights)
-        self.stats.decisions += 1
-        self.stats.seconds += time.perf_counter() - began
+        key = self._names.label(pool.model), pool.phase
+        if key not in self.durations:
+            self.durations[key] = Buckets(DURATION_BOUNDS)
+        self.durations[key].observe(time.perf_counter() - began)
         return decision
 
     def _prompt(self, request: Fields, routing: Fields, block_size: int) -> PromptHashes:
         token_ids = unchecked_token_ids(request)
-        scorable = not (request.data.get("mm_routing_info") or request.data.get("multi_modal_data"))
+        images = request.data.get("mm_routing_info") or request.data.get("multi_modal_data")
+        scorable = reads_cache(request) and not images
         salt, lora = routing.text("cache_salt"), routing.text("lora_name")
         try:
             hashes = self._hasher(token_ids, block_size, salt, lora)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"cache_salt or lora_name: expected text, got half of a surrogate: {error}"
+            ) from error
         except (OverflowError, TypeError, ValueError) as error:
             raise InvalidRequest(f"expected token ids from 0 to 2**32 - 1: {error}") from error
         return PromptHashes(len(token_ids), hashes, scorable)
@@ -235,6 +244,7 @@ class Decider:
             prompt,
             candidate.load.requests > 0,
             candidate.in_flight_tokens > 0,
+            pool.model,
         )
 
 
@@ -249,56 +259,3 @@ def _preferred(ranks: Sequence[Rank], avoided: Mapping[int, float]) -> Sequence[
         return best
     first = min(ranks, key=lambda rank: avoided[rank.worker_id]).worker_id
     return [rank for rank in ranks if rank.worker_id == first]
-
-
-class _RoutingConstraints(msgspec.Struct):
-    required_taints: frozenset[str] = _NO_TAINTS
-    preferred_taints: dict[str, float] = {}
-
-
-class _Routing(msgspec.Struct):
-    """What is read of a request's ``routing``; None and missing mean the same."""
-
-    backend_instance_id: int | None = None
-    dp_rank: int | None = None
-    prefill_worker_id: int | None = None
-    prefill_dp_rank: int | None = None
-    decode_worker_id: int | None = None
-    allowed_worker_ids: frozenset[int] | None = None
-    routing_constraints: _RoutingConstraints | None = None
-
-
-#: Fields of ``routing`` that pin a request to a worker and a rank, the first that is given.
-_PINS = {
-    "agg": (("backend_instance_id",), "dp_rank"),
-    "prefill": (("prefill_worker_id",), "prefill_dp_rank"),
-    "decode": (("decode_worker_id", "backend_instance_id"), "dp_rank"),
-}
-
-
-def constraints_of(routing: Mapping[str, Any], own_id: int | None, phase: str = "agg") -> Constraints:
-    """The constraints in a request's ``routing``.
-
-    :raises InvalidRequest: one cannot be read; says which.
-    """
-    if not routing:
-        return Constraints()
-    try:
-        fields = msgspec.convert(routing, _Routing)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"routing: {error}") from error
-    allowed = fields.allowed_worker_ids
-    workers, rank = _PINS[phase]
-    pins = {name: getattr(fields, name) for name in workers if getattr(fields, name) not in (None, own_id)}
-    name, worker_id = next(iter(pins.items()), (workers[0], None))
-    if allowed is not None and own_id in allowed:
-        allowed = None
-    taints = fields.routing_constraints or _RoutingConstraints()
-    return Constraints(
-        worker_id,
-        getattr(fields, rank),
-        allowed,
-        taints.required_taints,
-        taints.preferred_taints,
-        (name, rank),
-    )

@@ -10,10 +10,11 @@ from typing import Any
 
 from vswa_plugin.dynamo.client import WorkerHttpError
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
+from vswa_plugin.engine.requests import Fields
 from vswa_plugin.wire.events import Rank
 
-#: Prefill workers that are tried for one request before it fails.
-PREFILL_TRIES = 3
+#: Prefill workers that are tried for one request before it fails, and decode workers for one prompt.
+PREFILL_TRIES = DECODE_TRIES = 3
 
 
 class PrefillAnswer:
@@ -56,10 +57,16 @@ class PrefillAnswer:
         if self._params is None:
             raise WorkerHttpError(
                 500,
-                f"prefill worker {self.rank.worker_id:x}: expected disaggregated_params in its last chunk, "
+                f"prefill worker {self.rank.worker_id}: expected disaggregated_params in its last chunk, "
                 "got none; does it run with --mode prefill?",
             )
         return None
+
+    @property
+    def held(self) -> Mapping[str, Any] | None:
+        """What names the finished prompt to the worker, which holds it for a decode worker; None: nothing."""
+        handed_over = self.finish_reason == "length" and isinstance(self._params, Mapping)
+        return self._params if handed_over else None
 
     def saw(self, chunk: ChunkDict) -> bool:
         """Take in a chunk; returns whether it completes the answer."""
@@ -84,8 +91,11 @@ def cached_tokens_of(usage: Mapping[str, Any]) -> int | None:
 
 
 def prefill_request(request: RequestDict, rank: Rank) -> dict[str, Any]:
-    """The request as a prefill worker gets it: its prompt, and one token that shows its end."""
-    stop = {**(request.get("stop_conditions") or {}), "max_tokens": 1}
+    """The request as a prefill worker gets it: its prompt, and one token that shows its end.
+
+    :raises InvalidRequest: a part of it is no object.
+    """
+    stop = {**Fields(request).object("stop_conditions").data, "max_tokens": 1}
     if stop.get("min_tokens"):
         stop["min_tokens"] = 1
     return {**addressed(request, rank, prefill=rank), "stop_conditions": stop}
@@ -98,7 +108,7 @@ def decode_request(request: RequestDict, rank: Rank, answer: PrefillAnswer) -> d
 
 def addressed(request: RequestDict, rank: Rank, prefill: Rank | None = None) -> dict[str, Any]:
     """The request as the chosen rank gets it: with its dp_rank and the worker of its prompt."""
-    routing = {**(request.get("routing") or {}), "dp_rank": rank.dp_rank}
+    routing = {**Fields(request).object("routing").data, "dp_rank": rank.dp_rank}
     if prefill is not None:
         routing |= {"prefill_worker_id": prefill.worker_id, "prefill_dp_rank": prefill.dp_rank}
     return {**request, "routing": routing}

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Callable, Collection
 
 import msgspec
 
-from vswa_plugin.dynamo.client import Call
+from vswa_plugin.dynamo.client import Call, Unreached
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
+from vswa_plugin.engine.outcomes import CANCELLED, FAILED, outcome_of, outcome_of_error
 from vswa_plugin.errors import InvalidRequest, RequestError, Unavailable, unknown_choice
 from vswa_plugin.router.avoided import AvoidedWorkers
-from vswa_plugin.router.counts import ForwardStats, RequestCounts
+from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider, Decision
 from vswa_plugin.router.disagg import (
+    DECODE_TRIES,
     PREFILL_TRIES,
     PrefillAnswer,
     addressed,
@@ -25,6 +27,7 @@ from vswa_plugin.router.disagg import (
 )
 from vswa_plugin.router.pools import Model, Pool
 from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.releases import Releases
 from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,12 @@ class Services(msgspec.Struct, frozen=True):
     accuracy: Accuracy
     avoided: AvoidedWorkers
     counts: RequestCounts
+    releases: Releases
     live: Callable[[Rank], bool]
+
+
+#: What Dynamo's frontend calls the model in a request that it makes itself, to have a prompt computed ahead.
+SPECULATIVE_PREFILL = "speculative_prefill"
 
 
 class Forwarder:
@@ -55,34 +63,45 @@ class Forwarder:
     def __init__(self, decider: Decider, accuracy: Accuracy, live: Callable[[Rank], bool]) -> None:
         #: By the name that clients use; kept by models.py.
         self.models: dict[str, Model] = {}
-        self._services = Services(decider, accuracy, AvoidedWorkers(), RequestCounts(), live)
+        counts = RequestCounts()
+        self._services = Services(decider, accuracy, AvoidedWorkers(), counts, Releases(counts), live)
         self._draining = False
 
     @property
-    def stats(self) -> ForwardStats:
-        return self._services.counts.stats
+    def counts(self) -> RequestCounts:
+        return self._services.counts
 
     @property
     def in_flight(self) -> int:
         return self._services.counts.under_way
 
-    def forward(self, request: RequestDict, call: Call) -> AsyncIterator[ChunkDict]:
+    def forward(self, request: RequestDict, call: Call, shown: str | None = None) -> AsyncIterator[ChunkDict]:
         """The request's chunks, see :meth:`Forwarding.chunks`.
 
+        :param shown: the model of the endpoint at which it came. The frontend prepares a client's next turn
+            (``nvext.agent_hints.speculative_prefill``) with requests that name a model that nobody serves.
         :raises RequestError: no such model, or the router drains.
         """
-        if self._draining:
-            raise Unavailable("the router is stopping; another one can serve this")
         name = str(request.get("model"))
+        if name == SPECULATIVE_PREFILL and shown is not None:
+            name = shown
         model = self.models.get(name)
-        if model is None:
-            raise InvalidRequest(unknown_choice("model", name, self.models))
+        try:
+            if self._draining:
+                raise Unavailable("the router is stopping; another one can serve this")
+            if model is None:
+                raise InvalidRequest(unknown_choice("model", name, self.models))
+        except RequestError as error:
+            self.counts.turned_away(None if model is None else name, error)
+            raise
         return Forwarding(self._services, model, request, call).chunks()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those under way; False if some still were after the time-out."""
         self._draining = True
-        return await self._services.counts.idle(timeout_s)
+        idle = await self._services.counts.idle(timeout_s)
+        await self._services.releases.settled()
+        return idle
 
     def forget(self, worker_id: int) -> None:
         """The worker has gone."""
@@ -110,7 +129,9 @@ class Forwarding:
         #: Of the last choice: whether the rank's view was live, and whether its first token is still to come.
         self._live = self._waiting = True
         self._prefilled: PrefillAnswer | None = None
-        self._finished = self._ended = False
+        #: How it has ended, from when that is known; None where its answer is left before its end.
+        self._outcome: str | None = None
+        self._ended = False
 
     async def chunks(self) -> AsyncIterator[ChunkDict]:
         """Chunks of the chosen worker, as they come; those of a burst come joined (bursts.py).
@@ -122,25 +143,45 @@ class Forwarding:
         """
         departure = asyncio.ensure_future(self._call.gone())
         departure.add_done_callback(self._client_gone)
-        self._services.counts.began()
+        self._services.counts.began(self._model.name)
         try:
-            with self._services.counts.failures(self._call.request_id):
-                if self._model.apart():
-                    self._prefilled = await self._prefill()
-                    if self._ended or not self._prefilled.complete:
-                        return  # the client has gone
-                    if (chunk := self._prefilled.whole) is not None:
-                        self._finished = True
-                        yield chunk
-                        return
-                rank, addressed_request = self._choose_generating()
+            if self._model.apart():
+                self._prefilled = await self._prefill()
+                if self._ended or not self._prefilled.complete:
+                    self._let_go()
+                    return  # the client has gone
+                if (chunk := self._prefilled.whole) is not None:
+                    self._outcome = outcome_of(self._prefilled.finish_reason)
+                    yield chunk
+                    return
+            async for chunk in self._generated():
+                yield chunk
+            if not self._call.stopped():  # and so a stream without a last chunk
+                self._fail(FAILED)
+        except Exception as error:
+            self._fail(outcome_of_error(error))
+            if isinstance(error, RequestError) and not isinstance(error, Unavailable):
+                logger.info("request %s refused: %s", self._call.request_id, error)
+            raise
+        finally:
+            departure.cancel()
+            self._end()
+
+    async def _generated(self) -> AsyncIterator[ChunkDict]:
+        """Chunks of the worker that generates; of another one where the first could not be called."""
+        choice: tuple[Rank, RequestDict] | None = self._choose_generating()
+        tried: set[int] = set()
+        while choice is not None:
+            rank, addressed_request = choice
+            choice = None
+            try:
                 with self._services.avoided.if_lost(rank.worker_id):
                     async for chunk in self._call_worker(rank, addressed_request):
                         self._saw(chunk)
                         yield chunk
-        finally:
-            departure.cancel()
-            self._end()
+            except Unreached as error:
+                tried.add(rank.worker_id)
+                choice = self._another_decode_worker(tried, error)
 
     # -- the prompt, where prefill workers compute it ------------------------------------------------
 
@@ -162,7 +203,7 @@ class Forwarding:
                     rank = self._choose(self._model.prefill, tried)
                 except RequestError:  # there is no other: what happened is the better answer
                     raise error from None
-                self._services.counts.stats.prefill_retries += 1
+                self._services.counts.prefill_retried(self._model.name)
 
     async def _prefill_on(self, rank: Rank) -> PrefillAnswer:
         answer = PrefillAnswer(rank)
@@ -174,7 +215,7 @@ class Forwarding:
                         self._compare(answer.finish_reason, answer.cached_tokens)
                         self._leave()
                 if not answer.complete and not self._call.stopped():
-                    raise Unavailable(f"prefill worker {rank.worker_id:x} ended without a last chunk")
+                    raise Unavailable(f"prefill worker {rank.worker_id} ended without a last chunk")
         except Unavailable:
             if not answer.complete:
                 raise
@@ -182,14 +223,28 @@ class Forwarding:
 
     # -- choosing and calling ------------------------------------------------------------------------
 
-    def _choose_generating(self) -> tuple[Rank, RequestDict]:
-        """Choose the rank that generates; also the request that it gets."""
+    def _choose_generating(self, tried: Collection[int] = ()) -> tuple[Rank, RequestDict]:
+        """Choose the rank that generates, but of no worker in ``tried``; also the request that it gets."""
         answer = self._prefilled
         if answer is None:
             rank = self._choose(self._model.pool)
             return rank, addressed(self._request, rank)
-        rank = self._choose(self._model.decode)
+        rank = self._choose(self._model.decode, tried)
         return rank, decode_request(self._request, rank, answer)
+
+    def _another_decode_worker(self, tried: set[int], error: Unreached) -> tuple[Rank, RequestDict]:
+        """As :meth:`_choose_generating`: none of ``tried`` got the request, so that the prompt is still held.
+
+        :raises Unreached: ``error``, where there is no prompt to go on from, or no other worker.
+        """
+        if self._prefilled is None or self._ended or len(tried) == DECODE_TRIES:
+            raise error
+        try:
+            choice = self._choose_generating(tried)
+        except RequestError:  # there is no other: what happened is the better answer
+            raise error from None
+        self._services.counts.decode_retried(self._model.name)
+        return choice
 
     def _choose(self, pool: Pool, tried: Collection[int] = ()) -> Rank:
         """Choose a rank, but of no worker in ``tried``; book the request there, and nowhere else any more."""
@@ -228,8 +283,8 @@ class Forwarding:
         if (self._waiting or self._tracks_output) and (tokens := chunk.get("token_ids")):
             self._count(len(tokens))
         reason = chunk.get("finish_reason")
-        if reason and not self._finished:
-            self._finished = True
+        if reason and self._outcome is None:
+            self._outcome = outcome_of(str(reason))
             if self._prefilled is None:
                 self._compare(str(reason), cached_tokens_of(chunk.get("completion_usage") or {}))
             elif self._prefilled.cached_tokens is not None:
@@ -259,15 +314,27 @@ class Forwarding:
         if self._decision is not None:
             self._book.free(self._decision.key)
 
+    def _fail(self, outcome: str) -> None:
+        """The request has ended so, unless its last chunk has come before."""
+        if self._outcome is None:
+            self._outcome = outcome
+
     def _end(self) -> None:
         """The request has ended, in whatever way. A second call does nothing."""
         if not self._ended:
             self._ended = True
             self._leave()
-            self._services.counts.ended(self._finished)
+            self._let_go()
+            self._services.counts.end(self._model.name, self._outcome or CANCELLED)
+
+    def _let_go(self) -> None:
+        """Have the prefill worker free the prompt if no decode worker can have fetched it: none will."""
+        if (answer := self._prefilled) is None or not self._waiting or (params := answer.held) is None:
+            return
+        if (client := self._model.clients.get(answer.rank.worker_id)) is not None:
+            self._services.releases.start(self._model.name, client, answer.rank.worker_id, params)
 
     def _client_gone(self, departure: asyncio.Future[bool]) -> None:
         if not departure.cancelled() and not self._ended:
             departure.exception()  # asyncio need not report it
-            self._services.counts.stats.cancelled += not self._finished
             self._end()

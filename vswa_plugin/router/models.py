@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from vswa_plugin.dynamo.chat import chat_obstacle
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
 from vswa_plugin.dynamo.names import EndpointName
 from vswa_plugin.errors import ConfigError
@@ -27,6 +31,9 @@ TICK_S = 0.2
 RETRY_S = 5.0
 #: How long Dynamo may take to make a client of an endpoint.
 CLIENT_TIMEOUT_S = 10.0
+#: How long a model that no worker serves is still shown: its requests are answered with 503, as is right
+#: for workers that start again or that are replaced, and not with 404 as if it had never been there.
+UNSERVED_S = 600.0
 RUNTIME_HINT = "was etcd away for longer than the lease of Dynamo's runtime?"
 
 
@@ -45,7 +52,8 @@ def _report_phases(model: Model) -> None:
 
 def card_of(name: str, group: Group) -> ModelCard:
     """How the model is shown: what all its workers can do."""
-    first = group.used[0]
+    # What comes before and after the text is the affair of the workers that generate it.
+    first = min(group.used, key=lambda entry: entry.mode == "prefill")
     return ModelCard(
         name=name,
         model_path=first.model_path,
@@ -58,20 +66,34 @@ def card_of(name: str, group: Group) -> ModelCard:
     )
 
 
-def _check_here(card: ModelCard) -> None:
-    """Raises ConfigError where this machine lacks what showing the model takes."""
+def _same_for_clients(one: ModelCard, other: ModelCard) -> bool:
+    """Whether two cards differ at most in how much their workers can hold."""
+    return (
+        msgspec.structs.replace(
+            one, total_kv_blocks=other.total_kv_blocks, data_parallel_size=other.data_parallel_size
+        )
+        == other
+    )
+
+
+def _as_here(card: ModelCard) -> ModelCard:
+    """``card``, for completions alone where this machine has no chat template of the model.
+
+    :raises ConfigError: it lacks what showing the model takes at all.
+    """
     if not Path(card.model_path).exists():
         raise ConfigError(
             f"expected its config and tokenizer at {card.model_path} on this machine too, got nothing there"
         )
+    return msgspec.structs.replace(card, chat=chat_obstacle(card.model_path) is None)
 
 
 def _report_new(model: str, entry: Entry) -> None:
     """Say that a worker has come, and where requests would not come to this router for it."""
-    logger.info("model %r: worker %x joins, mode %s", model, entry.worker_id, entry.mode)
+    logger.info("model %r: worker %d joins, mode %s", model, entry.worker_id, entry.mode)
     if entry.visible:
         logger.warning(
-            "worker %x shows %r itself: where a frontend sees it, requests bypass this router; "
+            "worker %d shows %r itself: where a frontend sees it, requests bypass this router; "
             "start it with --register hidden",
             entry.worker_id,
             model,
@@ -162,7 +184,10 @@ class Models:
                 self._faults.report(what, _retried(error))
         self._give_up_the_silent()
         for model in self._models.values():
-            if model.card is None and self._now() >= model.retry_at and model.missing() is None:
+            if model.unserved_since is not None:
+                if model.card is not None and self._now() >= model.unserved_since + UNSERVED_S:
+                    await self._hide(model)
+            elif self._now() >= model.retry_at and self._card_is_due(model):
                 await self._show(model)
 
     async def hide(self) -> None:
@@ -188,6 +213,7 @@ class Models:
         if used and (model is None or model.pool.block_size != used[0].block_size):
             if model is not None:  # all its workers were replaced at once
                 await self._set_workers(model, (), {})
+                await self._hide(model)
             size = used[0].block_size
             model = self._models[name] = Model(name, size, self._book(name, size))
         if model is not None:
@@ -207,14 +233,13 @@ class Models:
         model.clients = clients
         set_ranks(model, Group(used))
         for worker_id in departed:
-            logger.info("model %r: worker %x leaves", model.name, worker_id)
+            logger.info("model %r: worker %d leaves", model.name, worker_id)
             model.pool.book.drop(worker_id)
             self._forwarder.forget(worker_id)
         _report_phases(model)
+        model.unserved_since = None if used else model.unserved_since or self._now()
         if not used:
             self._faults.over(_not_shown(model))
-        if model.card is not None and model.missing() is not None:
-            await self._hide(model)
 
     def _give_up_the_silent(self) -> None:
         """End the streams of workers that hang or are cut off; one that drains still sends heartbeats."""
@@ -223,7 +248,7 @@ class Models:
                 del self._departed[worker_id]
             elif all(map(self._silent, ranks)):
                 del self._departed[worker_id]
-                reason = f"worker {worker_id:x} is not in the registry and sends no heartbeats"
+                reason = f"worker {worker_id} is not in the registry and sends no heartbeats"
                 logger.warning("%s: its requests go on elsewhere", reason)
                 client.give_up(worker_id, reason)
 
@@ -246,13 +271,22 @@ class Models:
             self._unopened[name] = self._now() + RETRY_S
             self._faults.report(what, _retried(error))
 
+    @staticmethod
+    def _card_is_due(model: Model) -> bool:
+        """Whether it has workers and no card, or one that was made before those of the other phase came."""
+        return bool(model.clients) and (model.card is None or (model.provisional and model.missing() is None))
+
     async def _show(self, model: Model) -> None:
         what = _not_shown(model)
         try:
             group = self._groups[model.name]
             used = tuple(entry for entry in group.used if entry.worker_id in model.clients)
-            card = card_of(model.name, Group(used))
-            _check_here(card)
+            card = _as_here(card_of(model.name, Group(used)))
+            model.provisional = model.missing() is not None
+            if model.card is not None:
+                if _same_for_clients(model.card, card):
+                    return
+                await self._hide(model)
             model.endpoint = endpoint = model.endpoint or self._endpoint(model.name)
             await endpoint.show(card)
         except Exception as error:  # Dynamo raises plain Exception, and a path may be one that cannot be read
@@ -262,13 +296,17 @@ class Models:
         self._faults.over(what)
         model.card = card
         logger.info(
-            "model %r is shown on %s: %d workers, block size %d, context %d",
+            "model %r is shown on %s%s: %d workers, block size %d, context %d",
             model.name,
             endpoint.name,
+            ", where its requests are answered with 503 until it can be served" if model.provisional else "",
             len(used),
             card.block_size,
             card.context_length,
         )
+        if not card.chat:
+            reason = chat_obstacle(card.model_path)
+            logger.warning("model %r is shown for completions alone, not for chat: %s", card.name, reason)
 
     async def _hide(self, model: Model) -> None:
         model.card = None
@@ -290,5 +328,5 @@ class Models:
         endpoint = self._endpoints.get(name)
         if endpoint is None:
             endpoint = self._endpoints[name] = FrontEndpoint(self._runtime, name)
-            self._tasks.watch(endpoint.serve(self._forwarder.forward), RUNTIME_HINT)
+            self._tasks.watch(endpoint.serve(partial(self._forwarder.forward, shown=model)), RUNTIME_HINT)
         return endpoint

@@ -37,6 +37,9 @@ class Model:
     """One model: its ranks with their load, how its workers are called, and where it is shown.
 
     :ivar pool: ranks that do both phases; ``prefill`` and ``decode``: those that do one.
+    :ivar card: how it is shown now; None: not at all.
+    :ivar provisional: the card was made while a phase lacked: the workers of that phase may want another one.
+    :ivar unserved_since: when its last worker left, by the event loop; None while there are workers.
     """
 
     def __init__(self, name: str, block_size: int, book: LoadBook | None = None) -> None:
@@ -48,6 +51,8 @@ class Model:
         self.clients: dict[int, WorkerClient] = {}
         self.endpoint: FrontEndpoint | None = None
         self.card: ModelCard | None = None
+        self.provisional = False
+        self.unserved_since: float | None = None
         self.retry_at = 0.0
 
     @property
@@ -156,7 +161,7 @@ def not_used(entries: Iterable[Entry], groups: Iterable[Group]) -> dict[str, str
     """Of each worker that is not used the reason, for :class:`Faults`: of ``groups``, and of odd entries."""
     refused = [each for group in groups for each in group.refused]
     refused += [(entry, reason) for entry in entries if (reason := oddity(entry)) is not None]
-    return {f"worker {entry.worker_id:x} is not used": reason for entry, reason in refused}
+    return {f"worker {entry.worker_id} is not used": reason for entry, reason in refused}
 
 
 def set_ranks(model: Model, group: Group) -> None:

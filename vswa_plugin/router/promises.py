@@ -6,18 +6,18 @@ A worker whose last predictions were often wrong is logged once, with the likely
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections import deque
 from typing import Protocol
 
 import msgspec
 
+from vswa_plugin.router.tallies import Buckets, Names
 from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
 
-#: Upper bounds of the histogram of promised minus reused blocks; above the last there is one bucket more.
-BOUNDS = (-65, -17, -5, -2, -1, 0, 1, 4, 16, 64)
+#: Upper bounds of the histograms of how many blocks too many or too few were promised.
+BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
 #: How many requests of a worker are looked at, and how many of them are needed for a verdict.
 LOOKED_AT, LEAST = 100, 20
 #: Share of wrong ones above which an error is systematic, and below which it is over.
@@ -35,6 +35,8 @@ class Promise(Protocol):
     def busy(self) -> bool: ...
     @property
     def in_flight(self) -> bool: ...
+    @property
+    def model(self) -> str: ...
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -55,6 +57,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     live: bool = True
     busy: bool = False
     in_flight: bool = False
+    model: str = ""
 
     @property
     def error(self) -> int:
@@ -66,7 +69,6 @@ class RankAccuracy(msgspec.Struct):
     """Counters of one rank since it came.
 
     :param over: more was promised than reused; ``under``: less.
-    :param errors: per bucket of :data:`BOUNDS`, and one for above.
     :param predicted_tokens: sum of what was promised; ``actual_tokens``: of what was reused.
     :param unreported: finished requests of which the engine reported nothing.
     """
@@ -77,14 +79,31 @@ class RankAccuracy(msgspec.Struct):
     predicted_tokens: int = 0
     actual_tokens: int = 0
     unreported: int = 0
-    errors: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    model: str = ""
+
+    def add(self, other: RankAccuracy) -> None:
+        """Count what ``other`` has counted too."""
+        self.exact += other.exact
+        self.over += other.over
+        self.under += other.under
+        self.predicted_tokens += other.predicted_tokens
+        self.actual_tokens += other.actual_tokens
+        self.unreported += other.unreported
 
 
 class Accuracy:
-    """Takes outcomes, keeps counters per rank, and says where an error is systematic."""
+    """Takes outcomes, keeps counters per rank, and says where an error is systematic.
+
+    :ivar ranks: of the workers that are there.
+    :ivar gone: by model, of all ranks that have gone.
+    :ivar errors: by model and ``over`` or ``under``: how many blocks too many, or too few, were promised.
+    """
 
     def __init__(self) -> None:
         self.ranks: dict[Rank, RankAccuracy] = {}
+        self.gone: dict[str, RankAccuracy] = {}
+        self.errors: dict[tuple[str, str], Buckets] = {}
+        self._names = Names()
         self._recent: dict[int, deque[Outcome]] = {}
         self._systematic: set[int] = set()
 
@@ -94,7 +113,7 @@ class Accuracy:
         :param live: whether the view of the rank was live when it was chosen.
         """
         if cached_tokens is None:
-            self.unreported(promise.rank)
+            self.unreported(promise.rank, promise.model)
             return
         self.record(
             Outcome(
@@ -105,36 +124,50 @@ class Accuracy:
                 live,
                 promise.busy,
                 promise.in_flight,
+                promise.model,
             )
         )
 
     def record(self, outcome: Outcome) -> None:
         """One request has finished and its engine reported what it reused."""
-        counts = self.ranks.setdefault(outcome.rank, RankAccuracy())
+        counts = self._counts(outcome.rank, outcome.model)
         error = outcome.error
         counts.exact += error == 0
         counts.over += error > 0
         counts.under += error < 0
         counts.predicted_tokens += outcome.predicted
         counts.actual_tokens += outcome.actual
-        counts.errors[bisect_left(BOUNDS, error)] += 1
+        if error:
+            self._errors(counts.model, "over" if error > 0 else "under").observe(abs(error))
         if not outcome.in_flight:
             self._judge(outcome)
 
-    def unreported(self, rank: Rank) -> None:
+    def unreported(self, rank: Rank, model: str = "") -> None:
         """One request has finished and its engine did not report what it reused."""
-        self.ranks.setdefault(rank, RankAccuracy()).unreported += 1
+        self._counts(rank, model).unreported += 1
 
     def drop(self, worker_id: int) -> None:
         """The worker has gone."""
         for rank in [rank for rank in self.ranks if rank.worker_id == worker_id]:
-            del self.ranks[rank]
+            counts = self.ranks.pop(rank)
+            self.gone.setdefault(counts.model, RankAccuracy(model=counts.model)).add(counts)
         self._recent.pop(worker_id, None)
         self._systematic.discard(worker_id)
 
     def systematic(self, worker_id: int) -> bool:
         """Whether the worker's last requests were wrong too often, as the log has said."""
         return worker_id in self._systematic
+
+    def _counts(self, rank: Rank, model: str) -> RankAccuracy:
+        counts = self.ranks.get(rank)
+        if counts is None:
+            counts = self.ranks[rank] = RankAccuracy(model=self._names.label(model))
+        return counts
+
+    def _errors(self, model: str, direction: str) -> Buckets:
+        if (model, direction) not in self.errors:
+            self.errors[model, direction] = Buckets(BOUNDS)
+        return self.errors[model, direction]
 
     def _judge(self, outcome: Outcome) -> None:
         worker_id = outcome.rank.worker_id
@@ -146,11 +179,11 @@ class Accuracy:
         if worker_id in self._systematic:
             if len(wrong) < OVER * len(recent):
                 self._systematic.discard(worker_id)
-                logger.info("worker %x: predictions are right again", worker_id)
+                logger.info("worker %d: predictions are right again", worker_id)
         elif len(recent) >= LEAST and len(wrong) > SYSTEMATIC * len(recent):
             self._systematic.add(worker_id)
             logger.warning(
-                "worker %x: %d of its last %d predictions were wrong, by %+.1f blocks in the mean "
+                "worker %d: %d of its last %d predictions were wrong, by %+.1f blocks in the mean "
                 "(promised minus reused); likely cause: %s",
                 worker_id,
                 len(wrong),

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import Counter
 
 import msgspec
 
 from vswa_plugin.errors import Overloaded, RequestError
 from vswa_plugin.router.decide import Decision
+from vswa_plugin.router.tallies import Names
 from vswa_plugin.selection import LoadBook
 
 logger = logging.getLogger(__name__)
 
 #: More are refused: a gateway that never releases must not fill the memory.
 MAX_RESERVATIONS = 65_536
+#: What ends one: the gateway, its time, or the end of this router.
+ENDED_BY = ("release", "ttl", "shutdown")
 
 
 class UnknownReservation(RequestError):
@@ -56,18 +60,19 @@ class Reservation(msgspec.Struct, frozen=True):
         self.book.free(self.generates.key)
 
 
-class ReservationStats(msgspec.Struct):
-    """Counters since start."""
-
-    released: int = 0
-    expired: int = 0
-
-
 class Reservations:
-    """All that are active. Event loop only."""
+    """All that are active. Event loop only. Those made are those that ended and those that are active.
+
+    :ivar made: by model.
+    :ivar ended: by model and by what: one of :data:`ENDED_BY`.
+    :ivar active: by model.
+    """
 
     def __init__(self) -> None:
-        self.stats = ReservationStats()
+        self.made: Counter[str] = Counter()
+        self.ended: Counter[tuple[str, str]] = Counter()
+        self.active: Counter[str] = Counter()
+        self._names = Names()
         self._active: dict[str, tuple[Reservation, asyncio.TimerHandle]] = {}
 
     def __len__(self) -> int:
@@ -96,6 +101,9 @@ class Reservations:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(ttl_s, self._expire, reservation.selection_id)
         self._active[reservation.selection_id] = reservation, timer
+        model = self._model(reservation)
+        self.made[model] += 1
+        self.active[model] += 1
 
     def first_token(self, selection_id: str) -> Reservation:
         """Its prompt is computed. Raises UnknownReservation."""
@@ -107,15 +115,14 @@ class Reservations:
         """It has ended. Raises UnknownReservation."""
         reservation, timer = self._get(selection_id)
         timer.cancel()
-        self._end(reservation)
-        self.stats.released += 1
+        self._end(reservation, "release")
         return reservation
 
     def close(self) -> None:
         """End all: this router gives no more account of them."""
         for reservation, timer in list(self._active.values()):
             timer.cancel()
-            self._end(reservation)
+            self._end(reservation, "shutdown")
 
     def _get(self, selection_id: str) -> tuple[Reservation, asyncio.TimerHandle]:
         active = self._active.get(selection_id)
@@ -128,14 +135,21 @@ class Reservations:
 
     def _expire(self, selection_id: str) -> None:
         reservation, _ = self._active[selection_id]
-        self._end(reservation)
-        self.stats.expired += 1
-        if self.stats.expired == 1:
+        first = not any(by == "ttl" for _, by in self.ended)
+        self._end(reservation, "ttl")
+        if first:
             logger.warning(
                 "a reservation ended by its time, not by /release (further ones are only counted); "
                 "does the gateway release what it is done with, and is ttl_s longer than its requests?"
             )
 
-    def _end(self, reservation: Reservation) -> None:
+    def _model(self, reservation: Reservation) -> str:
+        return self._names.label(reservation.computes.model)
+
+    def _end(self, reservation: Reservation, by: str) -> None:
+        """:param by: what ends it."""
         del self._active[reservation.selection_id]
+        model = self._model(reservation)
+        self.ended[model, by] += 1
+        self.active[model] -= 1
         reservation.end()

@@ -19,9 +19,10 @@ from vswa_plugin.selection.cost import (
     scored,
 )
 from vswa_plugin.selection.hooks import NoHooks, RoutedRequest, SelectionHooks
-from vswa_plugin.selection.weights import Override, Weights, of_phase, overridden
+from vswa_plugin.selection.weights import MAX_WEIGHT, Override, Weights, of_phase, overridden
 
 __all__ = [
+    "MAX_WEIGHT",
     "Booked",
     "Candidate",
     "Constraints",

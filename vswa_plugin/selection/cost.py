@@ -215,13 +215,12 @@ def choose(candidates: Sequence[Scored], temperature: float, rng: random.Random)
     if not candidates:
         raise NoCandidate("expected at least one candidate, got none")
     lowest = min(each.cost for each in candidates)
-    if temperature <= 0:
+    scale = (max(each.cost for each in candidates) - lowest) * temperature
+    # Equal costs or no temperature; also a product that is too small or too large for a float.
+    if not 0 < scale < math.inf:
         best = [each for each in candidates if each.cost == lowest]
         return best[0] if len(best) == 1 else rng.choice(best)
-    span = max(each.cost for each in candidates) - lowest
-    if span == 0:
-        return rng.choice(candidates)
-    chances = [math.exp((lowest - each.cost) / (span * temperature)) for each in candidates]
+    chances = [math.exp((lowest - each.cost) / scale) for each in candidates]
     return rng.choices(candidates, chances)[0]
 
 

@@ -19,6 +19,7 @@ class RoutedRequest(msgspec.Struct, frozen=True):
     :param metadata: what the client sent in ``x-dynamo-meta-*`` headers.
     :param phase: what the rank is chosen for: ``agg`` (both phases), ``prefill``, or ``decode``, for which a
         request is routed once more when its prompt is computed.
+    :param session_id: of the conversation that the client says the request belongs to; None: it says nothing.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class RoutedRequest(msgspec.Struct, frozen=True):
     lora_name: str | None = None
     metadata: Mapping[str, str] = {}
     phase: str = "agg"
+    session_id: str | None = None
 
 
 class SelectionHooks(Protocol):

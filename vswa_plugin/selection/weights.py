@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from vswa_plugin.errors import ConfigError, InvalidRequest
+from vswa_plugin.errors import ConfigError, InvalidRequest, unknown_choice
+
+#: The largest value of a knob. No cost overflows below it, whatever the prompts and the load.
+MAX_WEIGHT = 1e9
+#: The range is checked by hand, because a refusal is to say what came; it is written here for OpenAPI.
+_Weight = Annotated[float, msgspec.Meta(extra_json_schema={"minimum": 0, "maximum": MAX_WEIGHT})]
 
 
 class Weights(msgspec.Struct, frozen=True):
@@ -49,42 +54,49 @@ class Weights(msgspec.Struct, frozen=True):
     def check(self) -> Weights:
         """Return self, or raise :class:`ConfigError` that names the knob."""
         for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}: expected a finite number, 0 or more, got {value}")
+            if (wrong := _out_of_range(getattr(self, name))) is not None:
+                raise ConfigError(f"{name}: {wrong}")
         return self
 
 
-class Override(msgspec.Struct, frozen=True):
+class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``router_config_override`` of one request; what is None stays as configured.
 
     :param overlap_score_weight: deprecated in Dynamo: it means ``prefill_load_scale``, and 0 also switches
         the overlap credit off.
+    :param shared_cache_multiplier: has no effect: no worker here has a cache that workers share.
     """
 
-    overlap_score_credit: float | None = None
-    prefill_load_scale: float | None = None
-    overlap_score_weight: float | None = None
-    router_temperature: float | None = None
+    overlap_score_credit: _Weight | None = None
+    prefill_load_scale: _Weight | None = None
+    overlap_score_weight: _Weight | None = None
+    router_temperature: _Weight | None = None
     assume_kv_reuse: bool | None = None
     track_prefill_tokens: bool | None = None
+    shared_cache_multiplier: float | None = None
 
     def applied(self, weights: Weights) -> Weights:
         """``weights`` with what this request asks for.
 
-        :raises InvalidRequest: a number that is negative or not finite.
+        :raises InvalidRequest: a number that is negative, too large, or none.
         """
         changes = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        changes.pop("shared_cache_multiplier", None)
+        for name, value in changes.items():
+            if (wrong := _out_of_range(value)) is not None:
+                raise InvalidRequest(f"router_config_override.{name}: {wrong}")
         if (legacy := changes.pop("overlap_score_weight", None)) is not None:
             changes["prefill_load_scale"] = legacy
             if legacy == 0:
                 changes["overlap_score_credit"] = 0.0
-        for name, value in changes.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise InvalidRequest(
-                    f"router_config_override.{name}: expected a finite number, 0 or more, got {value}"
-                )
         return msgspec.structs.replace(weights, **changes)
+
+
+def _out_of_range(value: float) -> str | None:
+    """What is wrong with the value of a knob, or None."""
+    if math.isfinite(value) and 0 <= value <= MAX_WEIGHT:
+        return None
+    return f"expected a finite number, 0 or more and at most {MAX_WEIGHT:g}, got {value:g}"
 
 
 #: Dynamo's PrefillRouter puts these on every decode request: no client wants them, so they are not followed.
@@ -113,15 +125,19 @@ def of_phase(weights: Weights, phase: str) -> Weights:
 
 
 def overridden(weights: Weights, given: Mapping[str, Any] | None) -> Weights:
-    """``weights`` as ``router_config_override`` of a request wants them; unknown keys are ignored.
+    """``weights`` as ``router_config_override`` of a request wants them.
 
-    :raises InvalidRequest: a value of the wrong type or range; says which.
+    :raises InvalidRequest: an unknown key, or a value of the wrong type or range; says which.
     """
     if not given:
         return weights
+    known = Override.__struct_fields__
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in known:
+            raise InvalidRequest(f"router_config_override: {unknown_choice('knob', str(name), known)}")
     try:
         override = msgspec.convert(given, Override)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, OverflowError) as error:
         raise InvalidRequest(f"router_config_override: {error}") from error
     if all(getattr(override, name) == value for name, value in OF_PREFILL_ROUTER.items()):
         override = msgspec.structs.replace(override, **dict.fromkeys(OF_PREFILL_ROUTER))

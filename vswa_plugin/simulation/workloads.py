@@ -150,7 +150,7 @@ WORKLOADS: Mapping[str, Callable[[random.Random], Iterator[Request]]] = {
 class _Line(msgspec.Struct):
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: Annotated[int, msgspec.Meta(ge=1)]
-    output_length: Annotated[int, msgspec.Meta(ge=1)]
+    output_length: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, TypeVar, get_args
 
@@ -90,6 +91,33 @@ class Rank:
             raise AssertionError(
                 f"a worker cannot take {event!r}: {type(error).__name__}: {error}; it came of {raw!r}"
             ) from error
+
+
+def grown(sample: Any) -> Iterator[Any]:
+    """The sample with the last element of one of its lists twice, for each list of values without lists.
+
+    So a block gets a token more; but no event gets a block twice, which would be its own parent.
+    """
+    paths: list[tuple[Any, ...]] = [()]
+    for path in paths:  # grows meanwhile
+        part = _part(sample, path)
+        inside = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        paths += [(*path, key) for key, _ in inside]
+        if isinstance(part, list) and part and not _has_list(part[-1]):
+            whole = copy.deepcopy(sample)
+            longer = _part(whole, path)
+            longer.append(copy.deepcopy(longer[-1]))
+            yield whole
+
+
+def _part(value: Any, path: Iterable[Any]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def _has_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and any(map(_has_list, value.values())))
 
 
 def bounded(call: Callable[[], T], most_lines: int) -> T:

@@ -192,9 +192,6 @@ class EngineConformance:
 class EventAdapterConformance:
     """Tests for one event adapter. A subclass gives ``layout``, ``samples`` and :meth:`new_adapter`.
 
-    Chains that close on themselves (a block that is its own parent) are left out: the adapters of this
-    project do not refuse them yet. No mutation makes one, as long as the samples have none.
-
     :cvar layout: the groups that the samples are of.
     :cvar samples: well-formed events of one rank, in order, from the engine's start on; JSON values. At least
         one stores blocks.
@@ -241,10 +238,30 @@ class EventAdapterConformance:
 
         mutations.try_all(mutations.mutated(self.samples), check, self.examples)
 
+    def test_a_list_with_one_element_more_is_read_or_refused_as_a_fault_of_the_protocol(self) -> None:
+        for index, sample in enumerate(self.samples):
+            for longer in adapter_checks.grown(sample):
+                rank = self.rank()
+                for raw in (*self.samples[:index], longer):
+                    rank.takes(raw)
+
     def test_any_json_is_read_or_refused_as_a_fault_of_the_protocol(self) -> None:
         from vswa_plugin.testing import mutations
 
         mutations.try_all(mutations.any_json(), lambda raw: self.rank().takes(raw), self.examples)
+
+    def test_any_sequence_of_events_ends_and_is_read_or_refused(self) -> None:
+        """Also one in which blocks are their own parents, or chains close on themselves otherwise."""
+        from vswa_plugin.testing import mutations
+
+        names = {name for _, name in self.rank().announced(self.samples)}
+
+        def check(events: list[Any]) -> None:
+            rank = self.rank()
+            for raw in events:
+                rank.takes(raw)
+
+        mutations.try_all(mutations.resequenced(self.samples, names), check, self.examples)
 
     def test_a_refused_event_leaves_nothing_behind(self) -> None:
         from vswa_plugin.testing import mutations

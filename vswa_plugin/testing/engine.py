@@ -26,6 +26,7 @@ from vswa_plugin.engine.contract import (
     RequestDict,
 )
 from vswa_plugin.engine.requests import Fields, dp_rank, prefill_result, token_ids
+from vswa_plugin.engine.uses import SHARED, FieldUses, ignored, used
 from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable, unknown_choice
 from vswa_plugin.hookspecs import hookimpl
 
@@ -40,6 +41,42 @@ NAME = "standin"
 BLOCK_SIZE, WINDOW, CONTEXT = 32, 512, 8192
 #: The cache groups of the stand-in engine: one with a sliding window, one global.
 GROUPS = (CacheGroup(0, WINDOW, BLOCK_SIZE), CacheGroup(1, None, BLOCK_SIZE))
+_REPEATS = ignored("a token is repeated, whatever the sampling")
+FIELDS = FieldUses(
+    {
+        **SHARED,
+        "token_ids": used("its last token is repeated"),
+        "eos_token_ids": _REPEATS,
+        "stop_conditions.max_tokens": used("length of the answer, 1 where none is given"),
+        **{
+            f"stop_conditions.{name}": _REPEATS
+            for name in (
+                "min_tokens",
+                "stop_token_ids",
+                "stop_token_ids_visible",
+                "stop_token_ids_hidden",
+                "ignore_eos",
+            )
+        },
+        **{
+            f"sampling_options.{name}": _REPEATS
+            for name in (
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "seed",
+                "presence_penalty",
+                "frequency_penalty",
+                "repetition_penalty",
+            )
+        },
+        "routing.dp_rank": used("there is one, 0"),
+        "routing.cache_salt": ignored("its cache has no salts"),
+        "prefill_result.disaggregated_params": used("the token that a decode worker repeats"),
+        "prefill_result.prompt_tokens_details": ignored("a decode worker counts its own cache"),
+    }
+)
 
 
 def standin_settings(mode: str = "agg", **options: Any) -> EngineSettings:
@@ -147,6 +184,7 @@ class StandinEngine:
         :raises InvalidRequest: it can never be served.
         :raises Unavailable: the engine stops.
         """
+        FIELDS.check(request)
         fields = Fields(request)
         prompt = token_ids(fields, CONTEXT)
         dp_rank(fields.object("routing"), 1, "this engine has one rank")

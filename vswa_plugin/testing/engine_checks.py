@@ -99,6 +99,22 @@ class EngineLife:
 
         return self._run("the interrupted request", interrupt(), 3 * self._timeout_s)
 
+    def closed_early(self, request: RequestDict) -> None:
+        """Close a request after its first chunk."""
+
+        async def close() -> None:
+            async with aclosing(self._generate(request)) as chunks:
+                await anext(chunks)
+
+        self._run("the closed request", close())
+
+    def settled(self, beginnings: tuple[str, ...], expected: dict[str, float]) -> dict[str, float]:
+        """The gauges as soon as they are as ``expected``; where they never are, the last ones."""
+        deadline = time.monotonic() + self._timeout_s
+        while (now := self.gauges(beginnings)) != expected and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return now
+
     def stopped_during(self, request: RequestDict) -> bool:
         """Stop the engine after a request's first chunk; whether the request ended, in whatever way."""
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from vswa_plugin.engine.options import Section
+from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.host.host import PluginHost
 
@@ -35,6 +37,7 @@ def plugin(**hooks: Callable[..., Any]) -> object:
 @contextmanager
 def plugin_host(
     *plugins: object,
+    options: Mapping[str, Mapping[str, object]] = {},
     expect_failures: Collection[str] | None = (),
     clock: Callable[[], float] = time.monotonic,
     **hooks: Callable[..., Any],
@@ -43,11 +46,14 @@ def plugin_host(
 
     :param plugins: modules, objects, or what ``--plugin`` takes: a path to a ``.py`` file or a dotted name.
         A module is registered under the last part of its name, an object as ``plugin1``, ``plugin2``, ...
+    :param options: options by plugin name, then by option. As in a program, ``vswa_options`` is called before
+        any other hook, of each plugin that implements it, also where it has no options here.
     :param expect_failures: the hooks in which calls must have failed by the end, and no others may have;
         None: failures are not looked at.
     :param clock: monotonic seconds, for the host's own limits.
     :param hooks: functions by the name of their hook: one more plugin, named ``functions``.
     :raises PluginError: a plugin breaks the contract of a hook.
+    :raises ConfigError: a plugin refuses its options, or takes none.
     :raises AssertionError: at the end: other calls failed than were expected to.
     """
     with PluginHost(clock=clock) as host:
@@ -55,6 +61,7 @@ def plugin_host(
             _load(host, each, number)
         if hooks:
             host.register(plugin(**hooks), FUNCTIONS)
+        _give_options(host, options)
         yield host
         if expect_failures is not None:
             _check(host, frozenset(expect_failures))
@@ -67,6 +74,16 @@ def _load(host: PluginHost, each: object, number: int) -> None:
         host.register(each, each.__name__.rpartition(".")[2])
     else:
         host.register(each, f"plugin{number}")
+
+
+def _give_options(host: PluginHost, options: Mapping[str, Mapping[str, object]]) -> None:
+    takers = host.option_variables()
+    if unknown := sorted(options.keys() - takers.keys()):
+        raise ConfigError(
+            f"options of {', '.join(unknown)}: expected names of plugins here that implement vswa_options, "
+            f"which are {', '.join(sorted(takers)) or 'none'}"
+        )
+    host.options({name: Section(own, "options of plugin_host", name) for name, own in options.items()})
 
 
 def _check(host: PluginHost, expected: frozenset[str]) -> None:

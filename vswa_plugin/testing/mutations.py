@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 try:
@@ -18,6 +18,7 @@ __all__ = [
     "Mutated",
     "any_json",
     "mutated",
+    "resequenced",
     "try_all",
 ]
 
@@ -84,6 +85,44 @@ def mutated(samples: Sequence[Any], keep_order: bool = False) -> st.SearchStrate
     """
     changed = st.integers(0, len(samples) - 1).flatmap(lambda index: _with_changed(samples, index))
     return changed if keep_order else changed | _reordered(samples)
+
+
+def resequenced(samples: Sequence[Any], names: Container[Any]) -> st.SearchStrategy[list[Any]]:
+    """Sequences of the samples in any order and number, in which blocks may bear one another's names.
+
+    So blocks become their own parents, chains close on themselves, and blocks get other parents.
+
+    :param names: of blocks, as an adapter announces them; numbers as 64 bits.
+    """
+    places = [
+        [(path, _at(sample, path)) for path in _paths(sample) if _bears(_at(sample, path), names)]
+        for sample in samples
+    ]
+    values = [value for listed in places for _, value in listed]
+
+    def renamed(index: int) -> st.SearchStrategy[Any]:
+        if not places[index]:
+            return st.just(samples[index])
+        change = st.tuples(st.sampled_from([path for path, _ in places[index]]), st.sampled_from(values))
+        return st.lists(change, max_size=2).map(lambda changes: _renamed(samples[index], changes))
+
+    return st.lists(st.integers(0, len(samples) - 1).flatmap(renamed), min_size=1, max_size=12)
+
+
+def _bears(value: Any, names: Container[Any]) -> bool:
+    return not isinstance(value, dict | list) and any(name in names for name in _names(value))
+
+
+def _renamed(sample: Any, changes: Sequence[tuple[Path, Any]]) -> Any:
+    for path, value in changes:
+        sample = _changed(sample, path, "replace", value)
+    return sample
+
+
+def _at(value: Any, path: Path) -> Any:
+    for key in path:
+        value = value[key]
+    return value
 
 
 def _with_changed(samples: Sequence[Any], index: int) -> st.SearchStrategy[Mutated]:

@@ -15,7 +15,6 @@ import random
 from typing import Any
 
 import msgspec
-import pytest
 
 from vswa_plugin.errors import InvariantError
 from vswa_plugin.registry import Connected, Entry, Joined, Left, Updated, encode_entry
@@ -30,6 +29,14 @@ from vswa_plugin.testing.registry_backends import (
     plant_entry,
     remote,
 )
+
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError(
+        "vswa_plugin.testing.registries needs pytest: pip install 'vswa-plugin[test]'; most other "
+        "modules of vswa_plugin.testing work without it"
+    ) from error
 
 __all__ = [
     "RegistryConformance",

@@ -16,10 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.blocks.kernel import load_kernel
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
@@ -28,6 +24,16 @@ from vswa_plugin.errors import ConfigError
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.testing.cases import ReuseCase, random_case
 from vswa_plugin.wire.events import Rank, Stored
+
+try:
+    import pytest
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+except ImportError as error:
+    raise ImportError(
+        "vswa_plugin.testing.rules needs pytest and hypothesis: pip install 'vswa-plugin[test]'; most "
+        "other modules of vswa_plugin.testing work without them"
+    ) from error
 
 __all__ = [
     "ReuseRuleConformance",
@@ -40,7 +46,7 @@ ReuseWalk: TypeAlias = Callable[[ReuseCase], int | None]
 _RANK = Rank(1)
 _THREADS = 4
 _MAX_BLOCKS = 24
-_PROVENANCES = ("read", "run")
+_PROVENANCES = ("read", "run", "transcribed")
 #: Of random states: drawn value by value, most of them would be nearly empty.
 _SEEDS = st.integers(0, 2**32 - 1)
 

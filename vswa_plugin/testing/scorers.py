@@ -11,15 +11,21 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock, Node
 from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.wire.events import TIERS, Cleared, Moved, Removed, Stored
+
+try:
+    import pytest
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+except ImportError as error:
+    raise ImportError(
+        "vswa_plugin.testing.scorers needs pytest and hypothesis: pip install 'vswa-plugin[test]'; most "
+        "other modules of vswa_plugin.testing work without them"
+    ) from error
 
 __all__ = [
     "NewScorer",

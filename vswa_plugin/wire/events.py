@@ -24,6 +24,24 @@ MAX_HEARTBEAT_S = 3_600.0
 TIERS = ("device", "host", "disk")
 
 
+def id_text(worker_id: int) -> str:
+    """A worker's id wherever people or JSON read it: Dynamo's spelling, decimal.
+
+    In JSON it is this text too: most readers of JSON round whole numbers beyond 2**53.
+    """
+    return str(worker_id)
+
+
+def source_as_json(source: Source) -> dict[str, object]:
+    """``source`` for JSON that people or scripts read."""
+    return {**msgspec.structs.asdict(source), "worker_id": id_text(source.worker_id)}
+
+
+def hash_text(sequence_hash: int) -> str:
+    """A block's hash wherever people read it, and in the JSON of the commands."""
+    return f"{sequence_hash:016x}"
+
+
 class Rank(NamedTuple):
     """What a router chooses: one data-parallel rank of one worker."""
 
@@ -31,7 +49,7 @@ class Rank(NamedTuple):
     dp_rank: int = 0
 
     def __str__(self) -> str:
-        return f"{self.worker_id:x}.{self.dp_rank}"
+        return f"{id_text(self.worker_id)}/{self.dp_rank}"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -47,7 +65,7 @@ class Source(msgspec.Struct, frozen=True):
         return Rank(self.worker_id, self.dp_rank)
 
     def __str__(self) -> str:
-        return f"{self.namespace}.{self.component} worker {self.worker_id:x} dp_rank {self.dp_rank}"
+        return f"{self.namespace}.{self.component} worker {id_text(self.worker_id)} dp_rank {self.dp_rank}"
 
 
 class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):

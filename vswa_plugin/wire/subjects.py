@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 from vswa_plugin.wire.events import VERSION, Source
 
 _ROOT = f"vswa.v{VERSION}"
@@ -17,7 +17,7 @@ def check_name(what: str, name: str) -> str:
     :raises ConfigError: dots, wildcards, spaces and the like would change what a subject means.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what}: expected letters, digits, '-' and '_' only, got {name!r}")
+        raise ConfigError(f"{what}: expected letters, digits, '-' and '_' only, got {shown(name)}")
     return name
 
 

@@ -7,21 +7,38 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import nats
 import nats.errors
 
-from vswa_plugin.errors import ConfigError, ConnectError
+from vswa_plugin.errors import ConfigError, ConnectError, shown
 from vswa_plugin.wire.login import connect_options
 
 logger = logging.getLogger(__name__)
 
+_SCHEMES = ("", "nats", "tls", "ws", "wss")
 DEFAULT_SERVER = "nats://127.0.0.1:4222"
 #: Well below the 2 MiB at which the client makes callers wait.
 _READY_BYTES = 256 << 10
 
 #: Called with (subject, payload) for each message.
 Handler = Callable[[str, bytes], Awaitable[None]]
+
+
+def _checked(server: str) -> str:
+    """``server``, which the client can use; raises ConfigError. The client would try any text, for ever."""
+    try:
+        parts = urlsplit(server if "://" in server else f"//{server}")
+        fits = bool(parts.hostname) and (parts.port is None or parts.port > 0) and parts.scheme in _SCHEMES
+    except ValueError:  # the port is none
+        fits = False
+    if not fits:
+        shown_server = shown(server.rpartition("@")[2])  # what stands before may be a password
+        raise ConfigError(
+            f"NATS_SERVER: expected nats://host:port, with a port from 1 to 65535, got {shown_server}"
+        )
+    return server
 
 
 class Transport:
@@ -41,7 +58,7 @@ class Transport:
         echo: bool = True,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self._servers = [server.strip() for server in servers.split(",") if server.strip()]
+        self._servers = [_checked(server.strip()) for server in servers.split(",") if server.strip()]
         if not self._servers:  # the client would try nothing, for ever
             raise ConfigError(f"NATS_SERVER: expected servers with commas between, got {servers!r}")
         self._options: dict[str, Any] = {"name": name, "no_echo": not echo}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +15,8 @@ from vswa_plugin.registry.opening import open_registry, registry_from_env
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import parse, parser, with_engine_name
 
+logger = logging.getLogger(__name__)
+
 NAME = "vswa worker"
 PROGRAM = "python -m vswa_plugin.worker"
 
@@ -21,6 +25,9 @@ def run(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run one worker. What is local is checked before any connection is tried."""
     args = parse(argv, reader=parser(program))
     set_up_logging(args.log_level)
+    os.environ.update(args.variables)
+    for note in args.notes:
+        logger.info("%s", note)
     life = Life(NAME)
     tasks = life.tasks
     registry = open_registry(args.registry, tasks=tasks) if args.registry else registry_from_env(tasks=tasks)

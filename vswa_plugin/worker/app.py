@@ -7,15 +7,26 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+from prometheus_client.core import Metric
 
 from vswa_plugin import __version__
-from vswa_plugin.dynamo.runtime import ShownModel, WorkerEndpoint, connect, namespaced_block_hash
+from vswa_plugin.dynamo.chat import chat_obstacle
+from vswa_plugin.dynamo.runtime import (
+    ShownModel,
+    WorkerEndpoint,
+    connect,
+    namespaced_block_hash,
+    other_model,
+)
 from vswa_plugin.engine.contract import Engine, RawEvent
 from vswa_plugin.errors import ConfigError, ConnectError
 from vswa_plugin.hookspecs import WorkerContext
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.program.life import PLUGINS_END_S, Failed, Life, Program
+from vswa_plugin.program.metrics import About, Page
 from vswa_plugin.program.status import StatusServer, reachable_url
 from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
@@ -28,7 +39,7 @@ from vswa_plugin.wire.transport import Transport
 from vswa_plugin.worker.args import WorkerArgs
 from vswa_plugin.worker.handler import RequestHandler
 from vswa_plugin.worker.liveness import WATCH_INTERVAL_S, Stall
-from vswa_plugin.worker.metrics import render
+from vswa_plugin.worker.metrics import engine_families, publisher_families, request_families
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +69,8 @@ class Worker(Program):
         # Without echo: what comes in on our own subject is somebody else's.
         self._transport = Transport(args.nats_server, f"vswa worker {args.endpoint}", echo=False)
         self._life = life
-        self._server = StatusServer(life.status, self._metrics)
+        self.page = Page(self._about, self._families, host.metrics)
+        self._server = StatusServer(life.status, self.page.render)
         self._publishers: dict[int, Publisher] = {}
         self._publishing: list[asyncio.Task[None]] = []
         self._told_epochs: dict[int, int] = {}
@@ -66,6 +78,7 @@ class Worker(Program):
         self._handler: RequestHandler | None = None
         self._engine_started = False
         self._status_url: str | None = None
+        self._chat_obstacle = self._find_chat_obstacle()
 
     @property
     def in_flight(self) -> int:
@@ -81,6 +94,18 @@ class Worker(Program):
         self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
         await self._go_live(endpoint, self._make_handler(endpoint.worker_id))
+
+    def _find_chat_obstacle(self) -> str | None:
+        """Looked for before anything is reached: whoever starts a worker shall not find out by a 404."""
+        settings = self._args.settings
+        obstacle = chat_obstacle(self._engine.info.model_dir or settings.model_path)
+        if obstacle is not None and settings.mode != "prefill":
+            logger.warning(
+                "%r is served for completions alone (/v1/completions), not for chat: %s",
+                settings.served_model_name,
+                obstacle,
+            )
+        return obstacle
 
     def _make_handler(self, worker_id: int) -> RequestHandler:
         host = self._host
@@ -108,6 +133,7 @@ class Worker(Program):
             PublisherOptions(heartbeat_s=self._args.heartbeat_s), self._transport.max_payload
         )
         known = await self._registry.entries(self._args.endpoint.namespace)
+        self._check_model(known)
         for rank in range(self._engine.info.data_parallel_size):
             before = last_epoch(known, Rank(worker_id, rank))
             self._publishers[rank] = self._publisher(worker_id, rank, options, before)
@@ -120,6 +146,16 @@ class Worker(Program):
             await self._serve_readers(publisher)
             publishing = self._life.tasks.start(publisher.run(), f"publish {publisher.source}")
             self._publishing.append(publishing)
+
+    def _check_model(self, known: Iterable[Entry]) -> None:
+        """Refuse, before the engine is loaded, an endpoint at which the frontend sees another model."""
+        name, endpoint = self._args.settings.served_model_name, self._args.endpoint
+        if not self._args.showing.visible:
+            return  # a router of ours tells the workers of one endpoint apart
+        for entry in known:
+            there = (entry.namespace, entry.component, entry.endpoint) == msgspec.structs.astuple(endpoint)
+            if entry.visible and there and entry.served_model_name != name:
+                raise other_model(name, entry.served_model_name, endpoint)
 
     async def _serve_readers(self, publisher: Publisher) -> None:
         """Answer replay and snapshot requests, and notice a second publisher of the same rank."""
@@ -176,7 +212,7 @@ class Worker(Program):
         await self._show(endpoint)
         windows = ", ".join(group.label for group in info.layout.groups)
         logger.info(
-            "worker %x serves %r (mode %s, windows %s, block size %d) on %s",
+            "worker %d serves %r (mode %s, windows %s, block size %d) on %s",
             endpoint.worker_id,
             settings.served_model_name,
             settings.mode,
@@ -205,6 +241,7 @@ class Worker(Program):
                 args.settings.served_model_name,
                 info.model_dir or args.settings.model_path,
                 args.settings.mode,
+                self._chat_obstacle is None,
                 args.taints,
                 args.tool_call_parser,
                 args.reasoning_parser,
@@ -244,6 +281,7 @@ class Worker(Program):
             status_url=self._status_url,
             version=__version__,
             engine_version=info.engine_version,
+            engine_reason=info.reason or "named by --engine or VSWA_ENGINE",
         )
 
     async def serve(self) -> None:
@@ -281,6 +319,10 @@ class Worker(Program):
 
     async def end(self) -> None:
         await self._registry.close()
+        if self._handler is not None and self._handler.in_flight:
+            # What the engine ends itself would look to a client like a complete, shorter answer.
+            self._handler.abandon("the worker has stopped before the request was done")
+            await self._handler.drain(1.0)
         if self._engine_started:
             await asyncio.to_thread(self._engine.stop)
         for publisher in self._publishers.values():
@@ -292,6 +334,13 @@ class Worker(Program):
             await self._endpoint.shutdown()
         await self._server.stop()
 
-    def _metrics(self) -> str:
-        page = render(self._publishers, self._engine)
-        return page + self._host.metrics(page)
+    def _about(self) -> About:
+        return About("worker", self._args.settings.engine, self._engine.info.engine_version)
+
+    def _families(self) -> Iterator[Metric]:
+        settings, handler = self._args.settings, self._handler
+        if handler is not None:
+            model, mode = settings.served_model_name, settings.mode
+            yield from request_families(handler.counts, handler.in_flight, model, mode)
+        yield from publisher_families(self._publishers)
+        yield from engine_families(self._engine)

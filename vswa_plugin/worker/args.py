@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from vswa_plugin.dynamo.names import REASONING_PARSER, TOOL_CALL_PARSER, EndpointName, default_endpoint
+from vswa_plugin.dynamo.names import (
+    DEFAULT_NAMESPACE,
+    ENDPOINT_ENV,
+    NAMESPACE_ENV,
+    REASONING_PARSER,
+    TOOL_CALL_PARSER,
+    EndpointName,
+    default_endpoint,
+    worker_namespace,
+)
 from vswa_plugin.dynamo.runtime import check_parser
-from vswa_plugin.engine.contract import ANY_ENGINE, MODES, Engine, EngineSettings
-from vswa_plugin.errors import ConfigError, PluginError, unknown_choice
-from vswa_plugin.host.loading import add_plugin_arguments, add_plugin_options_argument
+from vswa_plugin.engine import ANY_ENGINE, MODES, ROUTER_ENV, ROUTERS, Engine, EngineSettings
+from vswa_plugin.errors import ConfigError, PluginError, shown, unknown_choice
+from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
-from vswa_plugin.program.options import requires
+from vswa_plugin.program.model_path import find_model
+from vswa_plugin.program.options import encodable, requires
 from vswa_plugin.wire.subjects import check_name
-from vswa_plugin.worker.engine_args import load_engine_args
+from vswa_plugin.worker.dynamo_args import FromDynamo, add_dynamo_flags, from_dynamo, mode_of, take_dotted
+from vswa_plugin.worker.dynamo_flags import DOTTED
+from vswa_plugin.worker.engine_args import OVERRIDE_OPTION, load_engine_args, merged
 
-#: How a worker shows itself, and which router it works behind.
-REGISTER_ENV, ROUTER_ENV = "VSWA_REGISTER", "VSWA_ROUTER"
+logger = logging.getLogger(__name__)
+
+#: How a worker shows itself.
+REGISTER_ENV = "VSWA_REGISTER"
 REGISTER = ("auto", "frontend", "hidden")
-#: Our router, or the one in Dynamo's frontend.
-ROUTERS = ("exact", "stock")
 STATUS_HOST = "127.0.0.1"
+#: What Dynamo's workers read where an option is not given.
+_VARIABLES = {
+    "model_path": "DYN_TRTLLM_MODEL",
+    "served_model_name": "DYN_TRTLLM_SERVED_MODEL_NAME",
+    "extra_engine_args": "DYN_TRTLLM_EXTRA_ENGINE_ARGS",
+    "override_engine_args": "DYN_TRTLLM_OVERRIDE_ENGINE_ARGS",
+    "dyn_tool_call_parser": "DYN_TOOL_CALL_PARSER",
+    "dyn_reasoning_parser": "DYN_REASONING_PARSER",
+}
+_DRAIN_ENV = "DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT"
+#: More than any engine has: each rank has a cache and a stream of events.
+MAX_RANKS = 1_024
 
 _EXAMPLE = """\
 modes, each with an example on a machine where nats-server and etcd run:
@@ -53,9 +79,15 @@ hidden: only routers that know the worker from our registry, as `python -m vswa_
 shows the model itself; were the worker visible too, the frontend would send requests past the router.
 auto: hidden where VSWA_ROUTER=exact, as the launcher sets it, else frontend.
 
+Every flag of `python -m dynamo.trtllm` is taken as well, and its DYN_TRTLLM_ variable: with the same meaning,
+without effect and a line in the log, or refused with what to use. docs/dynamo-flags.md lists them.
+
 environment:
   VSWA_REGISTER    default of --register
   VSWA_ROUTER      exact or stock: the router in front, for --register auto
+  DYN_ENDPOINT     default of --endpoint
+  DYN_NAMESPACE    the namespace of an endpoint that is not given (dynamo)
+  DYN_NAMESPACE_WORKER_SUFFIX   appended to that namespace with a hyphen: one of several sets of workers
 {environment}
 exit codes: 0 after SIGTERM, 1 when engine, broker or runtime failed, 2 for what you can correct.
 """
@@ -89,6 +121,7 @@ class WorkerArgs(RunArgs, frozen=True, kw_only=True):
 
     :param tool_call_parser: of Dynamo's frontend; ``reasoning_parser`` too.
     :param stall_timeout_s: how long the engine may be silent with requests under way; 0: for ever.
+    :param variables: to be set before anything reads them; ``notes``: for the log.
     """
 
     settings: EngineSettings
@@ -100,6 +133,8 @@ class WorkerArgs(RunArgs, frozen=True, kw_only=True):
     reasoning_parser: str | None
     status_host: str
     status_port: int | None
+    variables: dict[str, str]
+    notes: tuple[str, ...]
 
 
 def parser(program: str = "python -m vswa_plugin.worker") -> argparse.ArgumentParser:
@@ -124,12 +159,17 @@ def parser(program: str = "python -m vswa_plugin.worker") -> argparse.ArgumentPa
         "exits, and they go on elsewhere (300; 0: for ever)",
     )
     add_plugin_arguments(made)
-    add_plugin_options_argument(made)
+    add_dynamo_flags(made)
     return made
 
 
 def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
-    model.add_argument("--mode", default="agg", metavar="|".join(MODES), help="see below (agg)")
+    model.add_argument("--mode", metavar="|".join(MODES), help="see below (agg)")
+    model.add_argument(
+        "--disaggregation-mode",
+        metavar="agg|pd|prefill|decode",
+        help="the same in Dynamo's words (default: DYN_TRTLLM_DISAGGREGATION_MODE)",
+    )
     model.add_argument(
         "--engine",
         default=os.environ.get("VSWA_ENGINE", ""),
@@ -138,10 +178,16 @@ def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
     )
     model.add_argument(
         "--model-path",
-        required=True,
-        help="directory of a Hugging Face checkpoint; gemma3_cpu also takes a GGUF file",
+        "--model",
+        metavar="PATH|NAME",
+        help="directory of a Hugging Face checkpoint, or its name on the Hub such as google/gemma-3-1b-it or "
+        "NAME@REVISION; gemma3_cpu also takes a GGUF file (default: DYN_TRTLLM_MODEL)",
     )
-    model.add_argument("--served-model-name", help="what clients call it (default: the directory's name)")
+    model.add_argument(
+        "--served-model-name",
+        type=encodable,
+        help="what clients call it (default: the name of directory or model)",
+    )
     model.add_argument(
         "--extra-engine-args", metavar="FILE", help="engine options, YAML in TensorRT-LLM's format"
     )
@@ -163,7 +209,12 @@ def _add_showing_arguments(showing: argparse._ArgumentGroup) -> None:
     showing.add_argument(
         "--endpoint",
         help=f"dyn://namespace.component.endpoint (dyn://{default_endpoint('agg')}, of prefill workers "
-        f"dyn://{default_endpoint('prefill')})",
+        f"dyn://{default_endpoint('prefill')}; their namespace is that of {NAMESPACE_ENV})",
+    )
+    showing.add_argument(
+        "--namespace",
+        help=f"the namespace of an endpoint that is not given (default: {NAMESPACE_ENV}, else "
+        f"{DEFAULT_NAMESPACE})",
     )
     showing.add_argument(
         "--register",
@@ -196,37 +247,32 @@ def parse(
     :param reader: :func:`parser` unless given.
     """
     environ = os.environ if environ is None else environ
+    argv, dotted = take_dotted(sys.argv[1:] if argv is None else argv)
     given = (reader or parser()).parse_args(argv)
-    if given.mode not in MODES:
-        raise ConfigError(f"--mode: {unknown_choice('mode', given.mode, MODES)}")
+    _fill(given, environ)
+    mode = mode_of(given.mode, given.disaggregation_mode, environ)
+    if mode not in MODES:
+        raise ConfigError(f"--mode: {unknown_choice('mode', mode, MODES)}")
     run = run_args(given, environ)
-    if given.data_parallel_size < 1:
-        raise ConfigError(f"--data-parallel-size: expected at least 1, got {given.data_parallel_size}")
+    if not 1 <= given.data_parallel_size <= MAX_RANKS:
+        raise ConfigError(
+            f"--data-parallel-size: expected at least 1, at most {MAX_RANKS}, got {given.data_parallel_size}"
+        )
     if given.status_port is not None and not 0 <= given.status_port < 65_536:
         raise ConfigError(f"--status-port: expected a port from 0 to 65535, got {given.status_port}")
     requires("--status-host", given.status_host, "--status-port", given.status_port)
-    endpoint = EndpointName.parse(given.endpoint) if given.endpoint else default_endpoint(given.mode)
-    check_name("--endpoint, namespace", endpoint.namespace)
-    check_name("--endpoint, component", endpoint.component)
-    if not Path(given.model_path).exists():
-        raise ConfigError(
-            f"--model-path: expected a model at {given.model_path}, got nothing there; "
-            "`vswa make-model DIR` writes a small random one"
-        )
-    options, source = load_engine_args(given.extra_engine_args, given.override_engine_args)
-    if given.reuse_rule is not None:
-        section = options.get(ANY_ENGINE)
-        known = section if isinstance(section, dict) else {}
-        options[ANY_ENGINE] = {**known, "reuse_rule": given.reuse_rule}
-        source = f"--reuse-rule and {source}"
-    model_path = str(Path(given.model_path).resolve())
+    theirs = from_dynamo(given, environ)
+    environ = {**environ, **theirs.variables}
+    endpoint = _endpoint(given.endpoint, mode, environ, given.namespace)
+    model = find_model(given.model_path, "--model-path", logger.warning)
+    options, source = _engine_options(given, theirs, dotted)
     return WorkerArgs(
         **msgspec.structs.asdict(run),
         settings=EngineSettings(
             engine=given.engine,
-            mode=given.mode,
-            model_path=model_path,
-            served_model_name=given.served_model_name or Path(model_path).name,
+            mode=mode,
+            model_path=str(model.path),
+            served_model_name=given.served_model_name or model.name,
             options=options,
             options_source=source,
             data_parallel_size=given.data_parallel_size,
@@ -237,9 +283,46 @@ def parse(
         taints=_taints(given.taint),
         tool_call_parser=check_parser(TOOL_CALL_PARSER, given.dyn_tool_call_parser),
         reasoning_parser=check_parser(REASONING_PARSER, given.dyn_reasoning_parser),
-        status_host=given.status_host or STATUS_HOST,
+        status_host=STATUS_HOST if given.status_host is None else given.status_host,
         status_port=given.status_port,
+        variables=theirs.variables,
+        notes=theirs.notes,
     )
+
+
+def _fill(given: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Take from Dynamo's variables what the command line leaves open; raises ConfigError."""
+    for name, variable in _VARIABLES.items():
+        if getattr(given, name) is None:
+            setattr(given, name, environ.get(variable) or None)
+    if given.model_path is None:
+        raise ConfigError("--model-path: expected the directory or name of a model, got none")
+    if given.drain_timeout is None and (text := environ.get(_DRAIN_ENV)):
+        try:
+            given.drain_timeout = float(text)
+        except ValueError:
+            raise ConfigError(f"{_DRAIN_ENV}: expected seconds, got {shown(text)}") from None
+
+
+def _engine_options(
+    given: argparse.Namespace, theirs: FromDynamo, dotted: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Flags of Dynamo, the file over them, and over it what is given one by one; with all of its sources."""
+    if dotted and given.override_engine_args:
+        raise ConfigError(
+            f"{OVERRIDE_OPTION}: expected no {DOTTED}* flags with it, got both; use one of them"
+        )
+    options, source = load_engine_args(
+        given.extra_engine_args, given.override_engine_args, theirs.options, theirs.sources
+    )
+    if dotted:
+        options, source = merged(options, dotted), f"{source} and {DOTTED}*"
+    if given.reuse_rule is not None:
+        section = options.get(ANY_ENGINE)
+        known = section if isinstance(section, dict) else {}
+        options[ANY_ENGINE] = {**known, "reuse_rule": given.reuse_rule}
+        source = f"--reuse-rule and {source}"
+    return options, source
 
 
 def with_engine_name(args: WorkerArgs, engine: Engine) -> WorkerArgs:
@@ -256,6 +339,19 @@ def with_engine_name(args: WorkerArgs, engine: Engine) -> WorkerArgs:
         )
     settings = msgspec.structs.replace(args.settings, engine=engine.info.engine)
     return msgspec.structs.replace(args, settings=settings)
+
+
+def _endpoint(
+    given: str | None, mode: str, environ: Mapping[str, str], namespace: str | None
+) -> EndpointName:
+    """What is named is taken as it is; else a place in the namespace that option or environment names."""
+    if given is not None:
+        return EndpointName.parse(given)
+    if environ.get(ENDPOINT_ENV):
+        return EndpointName.parse(environ[ENDPOINT_ENV], ENDPOINT_ENV)
+    if namespace is not None:
+        check_name("--namespace", namespace)
+    return default_endpoint(mode, worker_namespace(environ, namespace))
 
 
 def _stall_timeout(given: float) -> float:

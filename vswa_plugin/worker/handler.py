@@ -9,12 +9,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import cast
 
+from vswa_plugin.dynamo.names import RELEASE
 from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict, Engine, RequestDict
 from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.engine.requests import Fields, unchecked_token_ids
-from vswa_plugin.errors import RequestError, Unavailable
+from vswa_plugin.errors import InvalidRequest, RequestError, Unavailable
 from vswa_plugin.publishing.healing import Claim
 from vswa_plugin.publishing.publisher import Publisher
+from vswa_plugin.worker.counts import RequestCounts
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class RequestHandler:
         self._arrived = arrived
         #: Grows with each chunk of the engine; :meth:`alive` adds what else shows that it lives.
         self.signs_of_life = 0
-        self._open: set[asyncio.Queue[ChunkDict | Exception | None]] = set()
+        self.counts = RequestCounts()
+        self._open: dict[asyncio.Queue[ChunkDict | Exception | None], _Tracked] = {}
         self._failure: str | None = None
         self._draining = False
         self._idle = asyncio.Event()
@@ -61,11 +64,15 @@ class RequestHandler:
 
         :raises RequestError: refused; nothing of it stays behind in the engine.
         """
-        if (failure := self._failure or self._engine.failure()) is not None:
-            raise Unavailable(failure)
-        if self._draining:
-            raise Unavailable("the worker is stopping; another one can serve this")
-        tracked = _Tracked(request, request_id)
+        if RELEASE in request:
+            yield {"released": self._release(request[RELEASE])}
+            return
+        self.counts.received += 1
+        try:
+            tracked = self._admitted(request, request_id)
+        except Exception as error:
+            self.counts.fail(error)
+            raise
         if self._arrived is not None:
             self._arrived(request_id, request)
         # Of all ranks: which one serves it is known with its first chunk.
@@ -80,7 +87,7 @@ class RequestHandler:
             if publisher is not None and publisher.healing and tracked.reused_here:
                 publisher.claim(tracked.claim(marks[tracked.dp_rank]))
 
-        self._open.add(chunks)
+        self._open[chunks] = tracked
         self._idle.clear()
         # The engine is read by a task of its own: when a client goes, Dynamo stops asking this generator
         # for chunks without closing it, and nobody would tell the engine.
@@ -98,6 +105,21 @@ class RequestHandler:
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
 
+    def _admitted(self, request: RequestDict, request_id: str) -> _Tracked:
+        """Raises RequestError where the request cannot be begun."""
+        if (failure := self._failure or self._engine.failure()) is not None:
+            raise Unavailable(failure)
+        if self._draining:
+            raise Unavailable("the worker is stopping; another one can serve this")
+        return _Tracked(request, request_id)
+
+    def _release(self, params: object) -> bool:
+        """Let go of a finished prompt that no decode worker will fetch; also while the worker drains."""
+        if not isinstance(params, Mapping):
+            raise InvalidRequest(f"{RELEASE}: expected disaggregated_params, got {type(params).__name__}")
+        release = getattr(self._engine, "release", None)  # not every engine holds prompts, or can let go
+        return release is not None and bool(release(params))
+
     async def _read(
         self,
         request: RequestDict,
@@ -113,16 +135,20 @@ class RequestHandler:
                     tracked.saw(chunk)
                     chunks.put_nowait(chunk)
         except RequestError as error:
-            tracked.finish_reason = "error"
+            tracked.failed(error)
             logger.info("request %s refused: %s", tracked.request_id, error)
             chunks.put_nowait(error)
         except Exception as error:
-            tracked.finish_reason = "error"
+            tracked.failed(error)
             logger.exception("request %s failed in the engine", tracked.request_id)
             chunks.put_nowait(error)
 
     def _ended(self, tracked: _Tracked, chunks: asyncio.Queue[ChunkDict | Exception | None]) -> None:
-        self._open.discard(chunks)
+        del self._open[chunks]
+        if tracked.error is None:
+            self.counts.end(tracked.finish_reason)
+        else:
+            self.counts.fail(tracked.error)
         if not self._open:
             self._idle.set()
         if self._record is not None:
@@ -135,8 +161,9 @@ class RequestHandler:
     def abandon(self, reason: str) -> None:
         """The engine is given up: requests under way, and those to come, are for other workers."""
         self._failure = reason
-        for chunks in self._open:
-            chunks.put_nowait(Unavailable(reason))
+        for chunks, tracked in self._open.items():
+            error = tracked.error = Unavailable(reason)
+            chunks.put_nowait(error)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those under way; False if some still were after the time-out."""
@@ -165,6 +192,8 @@ class _Tracked:
         self.cached_tokens = 0
         self._transferred_tokens = 0
         self.finish_reason = "cancelled"
+        #: With which it has ended; None: with its last chunk, or cancelled.
+        self.error: Exception | None = None
 
     @property
     def reused_here(self) -> bool:
@@ -186,6 +215,10 @@ class _Tracked:
         )
         if reason := chunk.get("finish_reason"):
             self.finish_reason = str(reason)
+
+    def failed(self, error: Exception) -> None:
+        """It ends with ``error``."""
+        self.finish_reason, self.error = "error", error
 
     def claim(self, mark: int) -> Claim:
         """What this request proves, had it arrived when ``mark`` engine events had been seen."""

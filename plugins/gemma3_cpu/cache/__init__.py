@@ -1,6 +1,6 @@
 """The KV cache of the embedded engine: block pools, a token tree and TensorRT-LLM's events.
 
-``api`` says what the engine needs of a manager, ``v2`` and ``v1`` are TensorRT-LLM's two.
+``api`` defines what the engine needs of a manager, ``v2`` and ``v1`` are TensorRT-LLM's two.
 """
 
 from .api import CacheManager, CacheSequence, PageMover, Slot

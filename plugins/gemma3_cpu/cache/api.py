@@ -45,7 +45,7 @@ class CacheSequence(Protocol):
     def reserve(self, upto_tokens: int) -> None:
         """Make pages for positions [computed_tokens, upto_tokens) exist. Never fails within the admission.
 
-        :raises InvariantError: asks for more than the sequence was admitted for.
+        :raises InvariantError: the sequence was admitted for less.
         """
 
     def advance(self, n_tokens: int) -> None:
@@ -57,9 +57,9 @@ class CacheSequence(Protocol):
     def reserve_transfer(self) -> tuple[range, ...]:
         """Make pages for what a transfer of the whole prompt brings; per group the blocks that are lacking.
 
-        Only right after opening. A global group lacks blocks [cached_tokens // bs, ceil(prompt / bs)), a
-        sliding one those of them that the token after the prompt can see. Until :meth:`receive` the pages
-        are the sequence's own: their content may be written from another thread.
+        Only right after opening. A global group lacks blocks [cached_tokens // bs, ceil(prompt / bs)) or
+        fewer, a sliding one at most those of them that the token after the prompt can see. Until
+        :meth:`receive` the pages are the sequence's own: their content may be written from another thread.
 
         :raises InvariantError: something was computed already.
         """
@@ -80,7 +80,7 @@ class CacheManager(Protocol):
     def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
         """Return if a request of that many tokens could run, were it alone. From any thread.
 
-        :raises InvalidRequest: it never can; says which limit and the numbers.
+        :raises InvalidRequest: it never can; the message names the limit and the numbers.
         """
 
     def open(

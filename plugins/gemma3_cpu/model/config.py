@@ -1,16 +1,17 @@
-"""What a Hugging Face ``config.json`` says about a Gemma 3 text model; local checks of a model directory."""
+"""A Hugging Face ``config.json`` of a Gemma 3 text model; local checks of a model directory."""
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.errors import ConfigError, shown, unknown_choice
+from vswa_plugin.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,27 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+
+#: The most that a model of tomorrow may have of each; a larger number is a mistake in the file. Much is sized
+#: by these before a tensor is read.
+MOST = {
+    "num_hidden_layers": 1_024,
+    "num_attention_heads": 1_024,
+    "num_key_value_heads": 1_024,
+    "head_dim": 8_192,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+    "sliding_window": 1 << 30,
+    "sliding_window_pattern": 1_024,
+    "_sliding_window_pattern": 1_024,
+}
+_MAX_END_TOKENS = 1_024
+#: Wavelengths and factors beyond are none of a model, and not all of them are numbers of float32.
+_MAX_ROPE = 1e30
+#: What a rotary setting may hold; the last one is of no effect in the kinds that are served.
+_ROPE_KEYS = ("rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings")
 
 
 class Rope(msgspec.Struct, frozen=True):
@@ -93,14 +115,34 @@ class _Fields:
             return default
         try:
             return msgspec.convert(raw, kind)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, OverflowError) as error:
             raise ConfigError(f"{self._where}: {key}: {error}") from error
 
-    def positive(self, key: str, default: int) -> int:
+    def count(self, key: str, default: int) -> int:
+        """A positive number that is no larger than in any model."""
         number = int(self.value(key, int, default))
         if number <= 0:
-            raise ConfigError(f"{self._where}: {key}: expected a positive number, got {number}")
+            raise self.fail(key, f"expected a positive number, got {shown(number)}")
+        if number > MOST[key]:
+            raise self.fail(key, f"expected at most {MOST[key]}, got {shown(number)}")
         return number
+
+    def measure(self, key: str, default: float | None) -> Any:
+        """A finite positive number."""
+        number = self.value(key, float, default)
+        if number is not None and not 0 < number < math.inf:
+            raise self.fail(key, f"expected a finite number above 0, got {number}")
+        return number
+
+    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
+        """The id or ids at ``key``."""
+        ids = self.value(key, int | list[int], default)
+        if ids is None:
+            return ()
+        found = (ids,) if isinstance(ids, int) else tuple(ids)
+        if len(found) > _MAX_END_TOKENS or not all(0 <= each < MOST["vocab_size"] for each in found):
+            raise self.fail(key, f"expected at most {_MAX_END_TOKENS} token ids, got {shown(ids)}")
+        return found
 
     def fail(self, key: str, message: str) -> ConfigError:
         return ConfigError(f"{self._where}: {key}: {message}")
@@ -118,10 +160,16 @@ def load_config(model_dir: str | Path) -> Gemma3Config:
             f"model directory {directory}: expected a Hugging Face model directory, found {what}; "
             "`vswa make-model DIR` writes a small random one"
         )
-    raw = _read_json(directory / CONFIG_FILE, "a Hugging Face model directory has one")
+    raw = _read_json(directory / CONFIG_FILE, _why_no_config(directory))
     config = parse_config(raw, str(directory / CONFIG_FILE))
     _check_files(directory)
     return _with_generation_eos(config, directory / GENERATION_CONFIG_FILE)
+
+
+def _why_no_config(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return "this is a LoRA adapter: give the directory of the model that it was trained for"
+    return "a Hugging Face model directory has one"
 
 
 def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> Gemma3Config:
@@ -134,55 +182,66 @@ def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> Gemma3Conf
     _refuse_unsupported(fields)
     layer_types = _layer_types(fields)
     rope_sliding, rope_full = _ropes(fields)
-    heads, kv_heads = fields.positive("num_attention_heads", 8), fields.positive("num_key_value_heads", 4)
+    heads, kv_heads = fields.count("num_attention_heads", 8), fields.count("num_key_value_heads", 4)
     if heads % kv_heads:
         raise fields.fail(
             "num_key_value_heads", f"expected a divisor of {heads} attention heads, got {kv_heads}"
         )
-    head_dim = fields.positive("head_dim", 256)
+    head_dim = fields.count("head_dim", 256)
     if head_dim % 2:
         raise fields.fail("head_dim", f"expected an even number, got {head_dim}")
-    window = fields.value("sliding_window", int, None if "sliding_window" in text else 4096)
-    if SLIDING in layer_types and (window is None or window <= 0):
-        raise fields.fail(
-            "sliding_window", f"expected a positive window for the sliding layers, got {window}"
-        )
     outer = _Fields(raw, where)
     return Gemma3Config(
         layer_types=layer_types,
-        vocab_size=fields.positive("vocab_size", 262_208),
-        hidden_size=fields.positive("hidden_size", 2304),
-        intermediate_size=fields.positive("intermediate_size", 9216),
+        vocab_size=fields.count("vocab_size", 262_208),
+        hidden_size=fields.count("hidden_size", 2304),
+        intermediate_size=fields.count("intermediate_size", 9216),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=fields.positive("max_position_embeddings", 131_072),
-        rms_norm_eps=fields.value("rms_norm_eps", float, 1e-6),
-        query_pre_attn_scalar=fields.value("query_pre_attn_scalar", float, 256.0),
-        sliding_window=window,
+        max_position_embeddings=fields.count("max_position_embeddings", 131_072),
+        rms_norm_eps=fields.measure("rms_norm_eps", 1e-6),
+        query_pre_attn_scalar=fields.measure("query_pre_attn_scalar", 256.0),
+        sliding_window=_sliding_window(fields, text, layer_types),
         rope_sliding=rope_sliding,
         rope_full=rope_full,
-        final_logit_softcapping=fields.value("final_logit_softcapping", float, None),
+        final_logit_softcapping=fields.measure("final_logit_softcapping", None),
         attention_bias=fields.value("attention_bias", bool, False),
-        tie_word_embeddings=outer.value(
-            "tie_word_embeddings", bool, fields.value("tie_word_embeddings", bool, True)
-        ),
+        tie_word_embeddings=_tied(outer, fields, where),
         bos_token_id=fields.value("bos_token_id", int, 2),
-        eos_token_ids=_token_ids(outer.value("eos_token_id", int | list[int], None))
-        or _token_ids(fields.value("eos_token_id", int | list[int], 1)),
+        eos_token_ids=outer.token_ids("eos_token_id", None) or fields.token_ids("eos_token_id", 1),
     )
+
+
+def _sliding_window(fields: _Fields, text: Mapping[str, Any], layer_types: tuple[str, ...]) -> int | None:
+    if SLIDING in layer_types:
+        if "sliding_window" in text and text["sliding_window"] is None:
+            raise fields.fail("sliding_window", "expected a positive window for the sliding layers, got None")
+        return fields.count("sliding_window", 4096)
+    return None
+
+
+def _tied(outer: _Fields, text: _Fields, where: str) -> bool:
+    """Where both parts have the key, that of the text part is the last word."""
+    key = "tie_word_embeddings"
+    whole, part = outer.value(key, bool, None), text.value(key, bool, None)
+    if whole is not None and part is not None and whole != part:
+        logger.warning(
+            "%s: %s is %s, and %s in text_config, which is obeyed",
+            where,
+            key,
+            str(whole).lower(),
+            str(part).lower(),
+        )
+    chosen = whole if part is None else part
+    return True if chosen is None else bool(chosen)
 
 
 def _read_json(path: Path, why: str) -> Mapping[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not found; {why}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: expected a JSON file, got: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
 
 
 def _text_part(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -214,13 +273,11 @@ def _refuse_unsupported(fields: _Fields) -> None:
 
 
 def _layer_types(fields: _Fields) -> tuple[str, ...]:
-    layers = fields.positive("num_hidden_layers", 26)
+    layers = fields.count("num_hidden_layers", 26)
     named = fields.value("layer_types", list[str], None)
     if named is None:
         # Hugging Face's name had a leading underscore for some releases.
-        pattern = fields.value("sliding_window_pattern", int, fields.value("_sliding_window_pattern", int, 6))
-        if pattern <= 0:
-            raise fields.fail("sliding_window_pattern", f"expected a positive number, got {pattern}")
+        pattern = fields.count("sliding_window_pattern", fields.count("_sliding_window_pattern", 6))
         return tuple(SLIDING if (layer + 1) % pattern else FULL for layer in range(layers))
     if len(named) != layers:
         raise fields.fail("layer_types", f"expected one for each of {layers} layers, got {len(named)}")
@@ -231,38 +288,61 @@ def _layer_types(fields: _Fields) -> tuple[str, ...]:
 
 
 def _ropes(fields: _Fields) -> tuple[Rope, Rope]:
-    """Sliding and full rotary settings, from the older flat keys or from ``rope_parameters``."""
-    parameters = fields.value("rope_parameters", dict[str, Any], {})
-    if parameters and not {SLIDING, FULL} & parameters.keys():
-        raise fields.fail(
-            "rope_parameters",
-            f"expected the keys {SLIDING!r} and {FULL!r}, got {', '.join(sorted(parameters))}",
-        )
-    full = dict(parameters.get(FULL) or {})
-    full.update(fields.value("rope_scaling", dict[str, Any], {}))
+    """Sliding and full rotary settings, from the older flat keys or from those by layer type."""
+    parameters = _by_layer_type(fields, "rope_parameters")
+    scaling = fields.value("rope_scaling", dict[str, Any], {})
+    # A flat one has always been that of the global layers.
+    nested = bool({SLIDING, FULL} & scaling.keys())
+    by_type = _by_layer_type(fields, "rope_scaling") if nested else {FULL: scaling}
+    full = _united(fields, parameters.get(FULL, {}), by_type.get(FULL, {}))
     full.setdefault("rope_theta", fields.value("rope_theta", float, 1_000_000.0))
-    sliding = dict(parameters.get(SLIDING) or {})
+    sliding = _united(fields, parameters.get(SLIDING, {}), by_type.get(SLIDING, {}))
     sliding.setdefault("rope_theta", fields.value("rope_local_base_freq", float, 10_000.0))
     return _rope(sliding, fields, SLIDING), _rope(full, fields, FULL)
 
 
+def _by_layer_type(fields: _Fields, key: str) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any] | None] = fields.value(key, dict[str, Any], {})
+    if not all(kind in (SLIDING, FULL) for kind in settings):
+        names = ", ".join(sorted(settings))
+        raise fields.fail(key, f"expected the keys {SLIDING!r} and {FULL!r}, got {names[:200]}")
+    if not all(each is None or isinstance(each, dict) for each in settings.values()):
+        raise fields.fail(key, f"expected an object for each layer type, got {shown(settings)}")
+    return {kind: each or {} for kind, each in settings.items()}
+
+
+def _united(fields: _Fields, parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``rope_parameters`` and ``rope_scaling`` say together of one layer type."""
+    for key in parameters.keys() & scaling.keys():
+        if parameters[key] != scaling[key]:
+            raise fields.fail(
+                "rope_scaling",
+                f"expected {key} {shown(parameters[key])} as in rope_parameters, got {shown(scaling[key])}",
+            )
+    return {**parameters, **scaling}
+
+
 def _rope(settings: Mapping[str, Any], fields: _Fields, kind: str) -> Rope:
-    rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    if unknown := sorted(settings.keys() - set(_ROPE_KEYS)):
+        raise fields.fail(
+            f"rope_parameters or rope_scaling of {kind}", unknown_choice("key", unknown[0], _ROPE_KEYS)
+        )
+    rope_type = settings.get("rope_type") or settings.get("type")
+    if rope_type is None and settings.get("factor") is not None:
+        raise fields.fail(
+            f"rope_parameters or rope_scaling of {kind}",
+            f"expected a rope_type with the factor {shown(settings['factor'])}, got none; is it 'linear'?",
+        )
+    rope_type = rope_type or "default"
     if rope_type not in ("default", "linear"):
         raise fields.fail(
             f"rope type of {kind}", unknown_choice("rope type", str(rope_type), ("default", "linear"))
         )
     theta, factor = settings["rope_theta"], settings.get("factor", 1.0) if rope_type == "linear" else 1.0
     for name, number in (("rope_theta", theta), ("factor", factor)):
-        if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-            raise fields.fail(f"{name} of {kind}", f"expected a positive number, got {number!r}")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < _MAX_ROPE:
+            raise fields.fail(f"{name} of {kind}", f"expected a positive number, got {shown(number)}")
     return Rope(float(theta), float(factor))
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _check_files(directory: Path) -> None:
@@ -284,6 +364,5 @@ def _with_generation_eos(config: Gemma3Config, path: Path) -> Gemma3Config:
     if not path.is_file():
         return config
     fields = _Fields(_read_json(path, ""), str(path))
-    more = _token_ids(fields.value("eos_token_id", int | list[int], None))
-    eos = tuple(dict.fromkeys(config.eos_token_ids + more))
+    eos = tuple(dict.fromkeys(config.eos_token_ids + fields.token_ids("eos_token_id", None)))
     return msgspec.structs.replace(config, eos_token_ids=eos)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vswa_plugin.engine import temperature
 from vswa_plugin.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+_LOWEST, _HIGHEST = float(np.finfo(np.float32).min) / 2, float(np.finfo(np.float32).max) / 2
 
 #: Candidates sorted first when looking for the nucleus; sorting a vocabulary of 262,144 costs 20 ms.
 _NUCLEUS_HEAD = 1024
@@ -65,13 +67,15 @@ class Sampled:
 def parse_sampling(sampling: Mapping[str, Any], output: Mapping[str, Any]) -> SamplingParams:
     """Read ``sampling_options`` and ``output_options`` of a request; None means default.
 
-    :raises InvalidRequest: a value out of its range, or a way of sampling that this engine does not have.
+    Without a temperature, another option of sampling means one of 1, as everywhere at OpenAI.
+
+    :raises InvalidRequest: a value out of its range.
     """
-    _refuse_unsupported(sampling)
+    meant = {**sampling, "temperature": temperature(sampling)}
     top_k = _integer(sampling, "top_k", 0, low=-1)
     logprobs = output.get("logprobs")
     return SamplingParams(
-        temperature=_number(sampling, "temperature", 0.0, low=0.0),
+        temperature=_number(meant, "temperature", 0.0, low=0.0),
         top_p=_number(sampling, "top_p", 1.0, low=0.0, high=1.0),
         top_k=max(top_k, 0),
         min_p=_number(sampling, "min_p", 0.0, low=0.0, high=1.0),
@@ -130,9 +134,12 @@ def penalize(
     adjusted = logits.copy()
     if params.repetition_penalty != 1.0:
         token_ids = np.unique(np.fromiter((*prompt, *output), dtype=np.int64))
-        values = adjusted[token_ids]
+        values = adjusted[token_ids].astype(np.float64)
         factor = params.repetition_penalty
-        adjusted[token_ids] = np.where(values > 0, values / factor, values * factor)
+        # Any positive number may come as the factor; logits stay finite.
+        with np.errstate(over="ignore"):
+            penalized = np.where(values > 0, values / factor, values * factor)
+        adjusted[token_ids] = penalized.clip(_LOWEST, _HIGHEST)
     generated, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
     adjusted[generated] -= (params.presence_penalty + params.frequency_penalty * counts).astype(
         adjusted.dtype
@@ -189,20 +196,6 @@ def _logprobs(
     total = math.log(float(np.exp(shifted).sum()))
     top = _highest(logits, count) if count else ()
     return float(shifted[token]) - total, tuple((int(i), float(shifted[i]) - total) for i in top)
-
-
-def _refuse_unsupported(sampling: Mapping[str, Any]) -> None:
-    for name in ("n", "best_of"):
-        value = sampling.get(name)
-        if value is not None and value != 1:
-            raise InvalidRequest(
-                f"{name}: expected 1, got {value!r}; gemma3_cpu gives one answer per request, "
-                "send it several times"
-            )
-    if sampling.get("use_beam_search"):
-        raise InvalidRequest("use_beam_search: expected false, got true; gemma3_cpu has no beam search")
-    if sampling.get("guided_decoding"):
-        raise InvalidRequest("guided_decoding: expected none; gemma3_cpu has no constrained decoding")
 
 
 def _number(

@@ -14,6 +14,7 @@ from .config import Gemma3Config
 
 Float32 = NDArray[np.float32]
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _MAX_NAMES = 5
 
 
@@ -33,11 +34,11 @@ class TensorSource(Protocol):
 def expected_shapes(config: Gemma3Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the text model with its shape."""
     shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        EMBEDDING: (config.vocab_size, config.hidden_size),
         "norm.weight": (config.hidden_size,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
     for layer in range(config.num_hidden_layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()}
     return shapes
@@ -50,7 +51,7 @@ def check_tensors(config: Gemma3Config, source: TensorSource) -> None:
     """
     expected, actual = expected_shapes(config), dict(source.shapes())
     if config.tie_word_embeddings:
-        actual.pop("lm_head.weight", None)
+        actual.pop(HEAD, None)
     missing, extra = expected.keys() - actual.keys(), actual.keys() - expected.keys()
     if missing:
         raise ConfigError(f"{source.where}: missing {_some(missing)} of a Gemma 3 of {_size(config)}")

@@ -7,6 +7,7 @@ touches caches and counters.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,9 @@ class TransferCounters:
     """Totals of one rank since the start; by their names in ``stats``.
 
     ``transfers`` brought all their blocks. ``transfer_seconds`` they took: on a decode worker from the
-    connection to the last block, on a prefill worker as long as their blocks were held.
+    connection to the last block, on a prefill worker as long as their blocks were held. Prompts that nobody
+    fetched are ``transfers_expired`` at their deadline, ``transfers_released`` where a router said that
+    nobody would, and ``transfers_displaced`` where others needed their blocks.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
@@ -49,6 +52,8 @@ class TransferCounters:
         self.transfers = 0
         self.failures = 0
         self.expired = 0
+        self.released = 0
+        self.displaced = 0
         self._seconds = 0.0
 
     def complete(self, bytes_per_group: Sequence[int], seconds: float) -> None:
@@ -65,6 +70,8 @@ class TransferCounters:
             "transfers": float(self.transfers),
             "transfer_failures": float(self.failures),
             "transfers_expired": float(self.expired),
+            "transfers_released": float(self.released),
+            "transfers_displaced": float(self.displaced),
             "transfer_seconds": self._seconds,
         }
 
@@ -76,23 +83,35 @@ class _HeldPrompt:
     cache: CacheSequence
     output: list[int]
     since: float
+    ticket: str = ""
 
 
 class KeptPrompts:
     """Of a prefill rank: what its scheduler hands finished prompts to.
 
     :param timeout_s: how long a prompt waits to be fetched before it is freed.
+    :param patience_s: how long, where others need its blocks.
     """
 
     def __init__(
-        self, server: TransferServer, contract: Contract, post: Post, dp_rank: int, timeout_s: float
+        self,
+        server: TransferServer,
+        contract: Contract,
+        post: Post,
+        dp_rank: int,
+        timeout_s: float,
+        patience_s: float,
     ) -> None:
         self._server = server
         self._contract = contract
         self._post = post
         self._dp_rank = dp_rank
         self._timeout_s = timeout_s
-        self._kept: set[_HeldPrompt] = set()
+        self._patience_s = patience_s
+        #: In the order in which they were finished.
+        self._kept: dict[_HeldPrompt, None] = {}
+        #: When a prompt was last fetched.
+        self._fetched_at = -math.inf
         self._counters = TransferCounters([group.label for group in contract.groups])
 
     def keep(self, generation: Generation, first: Sampled) -> dict[str, Any]:
@@ -110,8 +129,8 @@ class KeptPrompts:
             partial(self._contract.read, tables),
             lambda _, outcome, sent: self._post(partial(self._released, held, outcome, sent)),
         )
-        ticket = self._server.offer(offer, self._timeout_s)
-        self._kept.add(held)
+        ticket = held.ticket = self._server.offer(offer, self._timeout_s)
+        self._kept[held] = None
         generation.cache = None
         generation.finished = True
         host, port = _reachable(self._server.address)
@@ -128,6 +147,24 @@ class KeptPrompts:
             prefill_dp_rank=self._dp_rank,
         ).to_json()
 
+    def make_room(self) -> float | None:
+        """Others need blocks: displace the prompt that has waited longest, if it has waited long enough.
+
+        While prompts are fetched, the decode workers are there and the others get their turn: a busy decode
+        worker is no reason to have it compute the prompts as well. Where none has been fetched for
+        ``patience_s``, the call of the decode worker has probably failed.
+
+        :returns: after how many seconds to try again; None: not before one is freed.
+        """
+        now = time.monotonic()
+        for held in self._kept:
+            wait_s = max(held.since, self._fetched_at) + self._patience_s - now
+            if wait_s > 0:
+                return wait_s
+            if self._server.withdraw(held.ticket, Outcome.DISPLACED):
+                return None
+        return None  # all are being fetched, or are about to be freed
+
     def close_all(self) -> None:
         for held in self._kept:
             held.cache.close(held.output)
@@ -143,14 +180,23 @@ class KeptPrompts:
     def _released(self, held: _HeldPrompt, outcome: Outcome, sent: tuple[int, ...]) -> None:
         if held not in self._kept:
             return
-        self._kept.remove(held)
+        del self._kept[held]
         held.cache.close(held.output)
         if outcome is Outcome.ACKNOWLEDGED:
+            self._fetched_at = time.monotonic()
             # Nothing sent: the decode worker needed no blocks.
             if any(sent):
                 self._counters.complete(sent, time.monotonic() - held.since)
         elif outcome is Outcome.EXPIRED:
             self._counters.expired += 1
+        elif outcome is Outcome.RELEASED:
+            self._counters.released += 1
+        elif outcome is Outcome.DISPLACED:
+            self._counters.displaced += 1
+            logger.warning(
+                "a prompt that no decode worker has fetched for %.1f s is given up: others need its blocks",
+                time.monotonic() - held.since,
+            )
         elif outcome is Outcome.FAILED:
             self._counters.failures += 1
 
@@ -167,7 +213,7 @@ class FetchedPrompts:
         self._counters = TransferCounters([group.label for group in contract.groups])
 
     def accepts(self, generation: Generation) -> bool:
-        """Whether what a prefill worker computed can be used here; says in the log why not."""
+        """Whether what a prefill worker computed can be used here; the log has the reason if not."""
         params = _params(generation)
         expected, actual = len(generation.request.prompt), params.prompt_len
         if expected != actual:
@@ -267,7 +313,7 @@ def _reachable(address: tuple[str, int]) -> tuple[str, int]:
 
 
 def _write_nothing(group: int, first: int, data: memoryview, /) -> None:
-    """Do nothing: the pull asks for no blocks."""
+    """Do nothing: the pull requests no blocks."""
 
 
 def _ignore(result: PullResult | TransferError) -> None:

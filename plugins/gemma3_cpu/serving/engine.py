@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from vswa_plugin import __version__
 from vswa_plugin.blocks import CacheLayout
@@ -30,8 +31,10 @@ from ..model.blas import choose_threads, set_threads
 from ..model.config import Gemma3Config
 from ..model.model import Gemma3Model
 from ..name import NAME
+from ..transfer.params import parse_params
 from ..transfer.puller import Puller
 from ..transfer.server import ServerOptions, TransferServer
+from ..transfer.tickets import Outcome
 from ..transfer.wire import Timeouts
 from ..weights.source import find_model, load_model
 from .contract import Contract
@@ -43,9 +46,21 @@ from .pages import PageStore
 from .pools import CachePlan, model_shape, plan_cache
 from .rank import EngineRank, PagedForward, describe, make_budget
 from .request import Limits, parse_request
-from .scheduler import Scheduler
+from .scheduler import Counters, Scheduler
 
 logger = logging.getLogger(__name__)
+
+#: What of :meth:`Gemma3CpuEngine.stats` only grows.
+TOTALS = frozenset(Counters.__slots__) | {
+    "kv_events_dropped",
+    "transfers",
+    "transfer_bytes",
+    "transfer_failures",
+    "transfer_seconds",
+    "transfers_expired",
+    "transfers_released",
+    "transfers_displaced",
+}
 
 
 class Gemma3CpuEngine:
@@ -77,6 +92,8 @@ class Gemma3CpuEngine:
             model_dir=self._source.converted_dir,
             engine_version=__version__,  # it comes with this package
             engine=NAME,
+            reason="" if settings.engine else "no engine was named, and this one needs no GPU",
+            totals=TOTALS,
         )
         self._limits = _limits(self._config, self._plan, self._mode, self.info.data_parallel_size)
         self._ranks = [self._make_rank(number) for number in range(self.info.data_parallel_size)]
@@ -119,7 +136,7 @@ class Gemma3CpuEngine:
         A chunk holds the token of one step; a stop token is part of the answer. Closing the generator frees
         the request's blocks before the engine's next step.
 
-        :raises InvalidRequest: it can never be served: the message says what was expected.
+        :raises InvalidRequest: it can never be served; the message states what was expected.
         :raises Overloaded: the queue is full.
         :raises Unavailable: the engine has not started, stops, or has failed.
         :raises RequestError: the engine failed while it ran this request.
@@ -128,11 +145,17 @@ class Gemma3CpuEngine:
         rank = self._choose(parsed.dp_rank)
         rank.manager.check_fits(len(parsed.prompt), parsed.max_new_tokens)
         outputs: asyncio.Queue[Output] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        loop, reader_gone = asyncio.get_running_loop(), False
+
+        def deliver(output: Output) -> None:
+            if reader_gone:
+                self._take_back(output)
+            else:
+                outputs.put_nowait(output)
 
         def emit(output: Output) -> None:
             try:
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+                loop.call_soon_threadsafe(deliver, output)
             except RuntimeError:
                 # The loop is closed: the answer has no reader any more.
                 generation.cancelled = True
@@ -153,8 +176,24 @@ class Gemma3CpuEngine:
                 if "finish_reason" in output:
                     return
         finally:
+            reader_gone = True
+            while not outputs.empty():
+                self._take_back(outputs.get_nowait())
             if not generation.finished:
                 rank.cancel(generation)
+
+    def release(self, params: Mapping[str, Any]) -> bool:
+        """See ``vswa_plugin.engine.PromptHolder``; a prompt that is being fetched stays until it has been.
+
+        :raises InvalidRequest: not what a prefill worker of this engine hands over.
+        """
+        ticket = parse_params(params).ticket
+        return self._server is not None and self._server.withdraw(ticket, Outcome.RELEASED)
+
+    def _take_back(self, output: Output) -> None:
+        """Nobody reads this: a prompt that was to be fetched with it will not be."""
+        if isinstance(output, dict) and (params := output.get("disaggregated_params")) is not None:
+            self.release(params)
 
     def failure(self) -> str | None:
         """Why the engine cannot go on, or None."""
@@ -213,8 +252,14 @@ class Gemma3CpuEngine:
         keeper, arrivals = None, None
         contract = Contract(self._config, self._plan, model.digest(), rank.store)
         if self._server is not None:
-            timeout_s = self._options.transfer_timeout_s
-            keeper = KeptPrompts(self._server, contract, rank.post, rank.dp_rank, timeout_s)
+            keeper = KeptPrompts(
+                self._server,
+                contract,
+                rank.post,
+                rank.dp_rank,
+                self._options.transfer_timeout_s,
+                self._options.transfer_patience_s,
+            )
         if self._puller is not None:
             arrivals = FetchedPrompts(self._puller, contract, rank.post)
         return Scheduler(

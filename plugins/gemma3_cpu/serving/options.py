@@ -14,31 +14,10 @@ from typing import Any
 from vswa_plugin.engine import ANY_ENGINE, Section
 from vswa_plugin.errors import ConfigError
 
+from ...trtllm_events import indented, misplaced, option_names
+
 SECTION = "gemma3_cpu"
 
-#: Options that TensorRT-LLM has and that mean nothing here.
-_IGNORED_TOP = """
-    allreduce_strategy attention_dp_config attn_backend autotuner_enabled backend batch_wait_max_tokens_ratio
-    batch_wait_timeout_iters batch_wait_timeout_ms batched_logits_processor cache_transceiver_config
-    checkpoint_format checkpoint_loader cp_config cuda_graph_config disable_overlap_scheduler dtype
-    enable_autotuner enable_chunked_prefill enable_iter_perf_stats enable_iter_req_stats
-    enable_layerwise_nvtx_marker enable_min_latency enable_trtllm_sampler env_overrides
-    extended_runtime_perf_knob_config fail_fast_on_attention_window_too_large force_dynamic_quantization
-    garbage_collection_gen0_threshold gather_generation_logits gpus_per_node guided_decoding_backend
-    iter_stats_max_iterations kv_connector_config load_format max_input_len max_stats_len mm_encoder_only
-    model model_kwargs moe_backend moe_cluster_parallel_size moe_config moe_expert_parallel_size
-    moe_tensor_parallel_size num_postprocess_workers nvfp4_gemm_config orchestrator_type otlp_traces_endpoint
-    peft_cache_config perf_metrics_max_requests postprocess_tokenizer_dir print_iter_log
-    ray_worker_extension_cls reasoning_parser request_stats_max_iterations return_perf_metrics revision
-    sampler_type scheduler_config skip_tokenizer_init stream_interval tokenizer tokenizer_mode
-    tokenizer_revision torch_compile_config trust_remote_code use_cuda_graph
-"""
-_IGNORED_KV = """
-    attention_dp_events_gather_period_ms avg_seq_len block_reuse_config copy_on_partial_reuse
-    cross_kv_cache_fraction disk_cache_path disk_cache_size dtype enable_swa_scratch_reuse
-    free_gpu_memory_fraction kv_events_config mamba_ssm_cache_dtype max_gpu_total_bytes max_util_for_resume
-    onboard_blocks pool_ratio secondary_offload_min_priority use_uvm
-"""
 #: Values other than these would change answers or placement; this engine has nothing to do them with.
 _ONLY_TOP: dict[str, tuple[Any, ...]] = {
     "tensor_parallel_size": (1,),
@@ -50,6 +29,8 @@ _ONLY_TOP: dict[str, tuple[Any, ...]] = {
     "lora_config": (),
     "speculative_config": (),
     "sparse_attention_config": (),
+    "kv_cache_compression_config": (),
+    "encode_only": (False,),
 }
 _ONLY_KV: dict[str, tuple[Any, ...]] = {
     "sink_token_length": (0,),
@@ -70,6 +51,9 @@ _USED_KV = frozenset(
         "tokens_per_block",
     }
 )
+#: Options that TensorRT-LLM has and that mean nothing here.
+_IGNORED_TOP = sorted((option_names() | {"model"}) - _USED_TOP - _ONLY_TOP.keys())
+_IGNORED_KV = sorted(option_names("kv_cache_config") - _USED_KV - _ONLY_KV.keys())
 _USED_OWN = frozenset(
     {
         "debug_step_delay_s",
@@ -81,6 +65,7 @@ _USED_OWN = frozenset(
         "reuse_rule",
         "threads",
         "transfer_host",
+        "transfer_patience_s",
         "transfer_port",
         "transfer_timeout_s",
     }
@@ -92,7 +77,7 @@ RULES = ("trtllm_v2", "trtllm_v1", "trtllm_v1_contiguous")
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What was asked for, checked as far as it can be without the model.
+    """The given options, checked as far as it can be without the model.
 
     :param max_batch_size: requests that run at once.
     :param max_num_tokens: tokens computed per step, of all requests.
@@ -117,6 +102,8 @@ class EngineOptions:
     :param transfer_port: its port; 0 for any.
     :param transfer_timeout_s: how long a prefill worker holds the blocks of a finished prompt, and how long a
         decode worker waits for them.
+    :param transfer_patience_s: how long it holds them at least while other prompts need the blocks and the
+        decode workers fetch none.
     :param ignored: dotted names of given options that mean nothing on a CPU.
     :param source: where the options came from.
     """
@@ -143,6 +130,7 @@ class EngineOptions:
     transfer_host: str = "127.0.0.1"
     transfer_port: int = 0
     transfer_timeout_s: float = 30.0
+    transfer_patience_s: float = 2.0
     ignored: tuple[str, ...] = ()
     source: str = "no --extra-engine-args"
 
@@ -159,8 +147,9 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
     any_pools = any_engine.section("kv_blocks")
     any_pools.check({"sliding", "global"})
     any_global = any_pools.integer("global", None)
-    _check(top, _USED_TOP, _IGNORED_TOP.split(), _ONLY_TOP)
-    _check(kv, _USED_KV, _IGNORED_KV.split(), _ONLY_KV)
+    at_top, in_kv = ((*_USED_TOP, *_IGNORED_TOP), (*_USED_KV, *_IGNORED_KV))
+    _check(top, _USED_TOP, _IGNORED_TOP, _ONLY_TOP, misplaced("kv_cache_config", in_kv))
+    _check(kv, _USED_KV, _IGNORED_KV, _ONLY_KV, indented(at_top))
     _check(own, _USED_OWN)
     options = EngineOptions(
         max_batch_size=top.integer("max_batch_size", 8),
@@ -187,7 +176,8 @@ def parse_options(data: Mapping[str, Any], source: str = "no --extra-engine-args
         transfer_host=own.text("transfer_host", "127.0.0.1"),
         transfer_port=own.integer("transfer_port", 0, low=0, high=65_535),
         transfer_timeout_s=own.seconds("transfer_timeout_s", 30.0, above_zero=True),
-        ignored=tuple(sorted([*top.given(_IGNORED_TOP.split()), *kv.given(_IGNORED_KV.split())])),
+        transfer_patience_s=own.seconds("transfer_patience_s", 2.0),
+        ignored=tuple(sorted([*top.given(_IGNORED_TOP), *kv.given(_IGNORED_KV)])),
         source=source,
     )
     if options.max_num_tokens < options.max_batch_size:
@@ -203,16 +193,17 @@ def _check(
     used: Collection[str],
     ignored: Collection[str] = (),
     only: Mapping[str, tuple[Any, ...]] = {},
+    elsewhere: Mapping[str, str] = {},
 ) -> None:
     """Refuse unknown keys, and values that this engine has nothing for."""
     reads = f"gemma3_cpu reads {', '.join(sorted(used))}"
-    section.check({*used, *ignored, *only}, otherwise=reads, with_path=False)
+    section.check({*used, *ignored, *only}, otherwise=reads, with_path=False, elsewhere=elsewhere)
     for key, values in only.items():
         section.only(key, values, "gemma3_cpu has nothing else")
 
 
 def _reuse_rule(kv: Section, own: Section, any_engine: Section) -> str:
-    """What the option for any engine says, else the own one, else what the choice of a manager means."""
+    """The option for any engine, else the own one, else what the choice of a manager means."""
     by_manager = "trtllm_v1" if kv.data.get("use_kv_cache_manager_v2") is False else RULES[0]
     return any_engine.choice("reuse_rule", RULES, own.choice("reuse_rule", RULES, by_manager))
 
@@ -222,7 +213,7 @@ def _pool_sizes(section: Section, low: int = 1) -> dict[int | None, int]:
     sizes: dict[int | None, int] = {}
     for key in section.data:
         text = str(key)
-        if text != "global" and not text.isdigit():
+        if text != "global" and not (text.isascii() and text.isdigit() and len(text) <= 18):
             raise section.error(
                 str(key), "a window in tokens or 'global'", key, "write e.g. {512: 200, global: 600}"
             )

@@ -3,8 +3,9 @@
 A pool that ``vswa.kv_blocks`` or ``gemma3_cpu.kv_blocks`` names has the size given there. The others:
 
 * global: ``kv_cache_config.max_tokens``, else four whole contexts (``max_seq_len``);
-* sliding: the larger of half the global pool's blocks, and ``max_batch_size`` times what one running request
-  needs (its window, one chunk, and the edges);
+* sliding: the largest of half the global pool's blocks, ``max_batch_size`` times what one running request
+  needs (its window, one chunk, and the edges), and under V1's rules, which hold a whole prompt in every
+  window until it is computed, one request of ``max_seq_len`` tokens;
 * where ``max_tokens`` is not given and all this exceeds ``gemma3_cpu.kv_memory_mb``, the pools that were not
   given shrink in proportion, but not below what one request of ``max_seq_len`` tokens needs.
 
@@ -22,7 +23,7 @@ from vswa_plugin.errors import ConfigError
 
 from ..cache.spec import GroupSpec
 from ..model.config import Gemma3Config
-from .options import EngineOptions
+from .options import RULES, EngineOptions
 
 _MIB = 1 << 20
 
@@ -154,13 +155,16 @@ def _pool_sizes(
     configured = dict(options.kv_blocks)
     if options.sliding_blocks is not None:
         configured |= dict.fromkeys((w for w in layers if w is not None), options.sliding_blocks)
-    per_request = {w: _request_blocks(w, options, context) for w in layers}
+    running = {w: _running_blocks(w, options, context) for w in layers}
+    per_request = (
+        running if options.reuse_rule == RULES[0] else dict.fromkeys(layers, _blocks(context, block))
+    )
     global_blocks = configured.get(None, _blocks(options.max_tokens or 4 * context, block))
     sizes: dict[int | None, int] = {}
     for window in layers:
         rule = global_blocks
         if window is not None:
-            rule = max(options.max_batch_size * per_request[window], global_blocks // 2)
+            rule = max(options.max_batch_size * running[window], global_blocks // 2, per_request[window])
         sizes[window] = configured.get(window, rule)
     if options.max_tokens is None:
         free = [window for window in layers if window not in configured]
@@ -208,7 +212,7 @@ def _shrink(
         sizes[window] = per_request[window] + int(spare * share)
 
 
-def _request_blocks(window: int | None, options: EngineOptions, context: int) -> int:
+def _running_blocks(window: int | None, options: EngineOptions, context: int) -> int:
     """Blocks that one request holds at most: all of the context, or its window, one chunk and the edges."""
     group = GroupSpec(0, window, 0)
     return group.most_held(context, options.tokens_per_block, options.max_chunk_tokens)

@@ -159,13 +159,14 @@ class EngineRank:
         self._end_requests(scheduler)
 
     def _take(self, scheduler: Scheduler, more: bool) -> bool:
-        """Wait for something to do and take it over; False when the engine stops.
+        """Wait for something to do, or for the time to try again, and take it over; False at the end.
 
         :param more: the last step did something, so that the next may.
         """
         with self._wake:
             self._wake.wait_for(
-                lambda: self._stopping.is_set() or self._notified or (more and scheduler.has_work)
+                lambda: self._stopping.is_set() or self._notified or (more and scheduler.has_work),
+                scheduler.retry_s,
             )
             self._notified = False
             posted, self._posted = self._posted, deque()

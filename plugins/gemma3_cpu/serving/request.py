@@ -1,6 +1,6 @@
 """A request as this engine runs it, read from Dynamo's ``PreprocessedRequest``.
 
-Everything that the engine does not have (images, LoRA, constrained decoding) is refused here: an answer that
+What the engine does not have (images, LoRA, guided decoding) is refused, see fields.py: an answer that
 ignores half of the request would be worse than none.
 """
 
@@ -13,11 +13,7 @@ from vswa_plugin.errors import InvalidRequest
 
 from ..model.sampling import SamplingParams, parse_sampling
 from ..transfer.params import TransferParams, parse_params
-
-_NOT_SERVED = {
-    "multi_modal_data": "none; no images or audio are taken: gemma3_cpu serves the text part of the model",
-    "prompt_embeds": "none; no prompt embeddings are taken: send token ids",
-}
+from .fields import FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +61,14 @@ class GenerationRequest:
 def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
     """Check and read one request; None anywhere means the default.
 
-    :raises InvalidRequest: says what was expected and what came.
+    :raises InvalidRequest: states what was expected and what came.
     """
+    FIELDS.check(request)
     fields = Fields(request)
-    fields.refuse(_NOT_SERVED)
     prompt = token_ids(fields, limits.context_length)
     if out_of_range := outside(prompt, limits.vocab_size):
         raise fields.error("token_ids", f"ids in [0, {limits.vocab_size - 1}]", out_of_range)
     routing, stop = fields.object("routing"), fields.object("stop_conditions")
-    routing.refuse({"lora_name": "none; gemma3_cpu has no LoRA adapters"})
     max_new = stop.integer("max_tokens", None, low=1)
     if limits.mode == "prefill":
         max_new = 1
@@ -107,7 +102,8 @@ def _handover(request: Fields, limits: Limits) -> TransferParams | None:
 
 
 def _stop_ids(request: Fields, stop: Fields, limits: Limits) -> frozenset[int]:
-    own = {*stop.ids("stop_token_ids"), *stop.ids("stop_token_ids_hidden")}
+    kinds = ("stop_token_ids", "stop_token_ids_visible", "stop_token_ids_hidden")
+    own = {token for kind in kinds for token in stop.ids(kind)}
     eos = set(request.ids("eos_token_ids")) or limits.eos_ids
     if stop.data.get("ignore_eos"):
         # Dynamo lists the eos ids among the hidden stop ids as well.

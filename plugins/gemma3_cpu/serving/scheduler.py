@@ -110,6 +110,8 @@ class Scheduler:
         self.counters = Counters()
         self._failed_in_a_row = 0
         self._fatal: Exception | None = None
+        #: After how many seconds a step may do something though nothing has happened; None: never.
+        self.retry_s: float | None = None
 
     @property
     def has_work(self) -> bool:
@@ -142,6 +144,7 @@ class Scheduler:
             :data:`MAX_FAILED_STEPS` steps failed in a row. Call :meth:`end_all` then.
         """
         began = time.perf_counter()
+        self.retry_s = None
         outputs: list[tuple[Generation, Output]] = []
         self._drop_cancelled()
         self._land(outputs)
@@ -268,6 +271,8 @@ class Scheduler:
         if generation.cache is None:
             if not self.in_cache and (self._keeper is None or not len(self._keeper)):
                 raise InvariantError("an empty cache has no room for a request that was found to fit")
+            if self._keeper is not None:
+                self.retry_s = self._keeper.make_room()
             return False
         if handover is not None:
             self._elsewhere.begin(generation)

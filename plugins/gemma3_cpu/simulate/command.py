@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 
 from vswa_plugin.errors import ConfigError, InvalidRequest
+from vswa_plugin.files import read_json_lines
 
 from ..serving.options import RULES
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Run requests through the cache managers of gemma3_cpu without computing anything: what is reused, what every
 window stores, evicts and moves, and the KV events an engine would send. The layers are those of gemma-3-1b
-by default. trtllm_v2 has been run beside the real manager; the V1 rules have only been read."""
+by default. trtllm_v2 has been compared with the real manager, the V1 rules with a transcription of theirs."""
 
 _EXAMPLES = """\
 examples:
@@ -49,7 +50,7 @@ _GLOBAL = "global"
 
 class _RequestLine(msgspec.Struct):
     token_ids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...]
-    output_len: Annotated[int, msgspec.Meta(ge=1)]
+    output_len: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 def configure_simulate(parser: argparse.ArgumentParser) -> None:
@@ -145,12 +146,12 @@ def _groups(windows: Sequence[int | None], args: argparse.Namespace) -> list[Gro
 
 
 def _per_window(text: str, windows: Sequence[int | None], option: str) -> dict[int | None, int]:
-    if text.isdigit():
+    if _is_number(text):
         return dict.fromkeys(windows, int(text))
     counts: dict[int | None, int] = {}
     for part in text.split(","):
         label, _, count = part.strip().partition("=")
-        if not count.isdigit():
+        if not _is_number(count):
             raise ConfigError(f"{option}: expected a number, or window=number for each, got {part!r}")
         counts[_window(label, option)] = int(count)
     if set(counts) != set(windows):
@@ -159,10 +160,15 @@ def _per_window(text: str, windows: Sequence[int | None], option: str) -> dict[i
     return counts
 
 
+def _is_number(text: str) -> bool:
+    """Whether ``text`` is a whole number in ASCII digits that some cache could have of something."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
 def _window(word: str, option: str) -> int | None:
     if word == _GLOBAL:
         return None
-    if not word.isdigit() or int(word) < 1:
+    if not _is_number(word) or int(word) < 1:
         raise ConfigError(f"{option}: expected a window in tokens or 'global', got {word!r}")
     return int(word)
 
@@ -183,9 +189,7 @@ def _requests(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator
 def _read(lines: IO[bytes], name: str) -> Iterator[Request]:
     decoder = msgspec.json.Decoder()
     try:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, line in read_json_lines(lines, name, "a JSON object"):
             where = f"{name}, line {number}"
             try:
                 record = decoder.decode(line)
@@ -205,7 +209,7 @@ def _request(record: object, where: str) -> Request:
     except msgspec.ValidationError as error:
         raise ConfigError(
             f'{where}: expected {{"token_ids": [...], "output_len": n}} with token ids in [0, 2**32) and n '
-            f"of 1 or more: {error}"
+            f"from 1 to {1 << 24}: {error}"
         ) from error
     return Request(read.token_ids, read.output_len)
 

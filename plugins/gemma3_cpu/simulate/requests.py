@@ -123,17 +123,19 @@ class SimulatedWorker:
     def serve(self, prompt: Sequence[int], output_len: int, cache_salt: str | None = None) -> int:
         """Run one request to its end; how many tokens of its prompt were reused.
 
-        :raises InvalidRequest: it can never run; says why.
+        :raises InvalidRequest: it can never run; the message gives the reason.
         """
         sequence = self.manager.open(prompt, output_len, cache_salt)
         if sequence is None:
             raise InvariantError("a request that fits was not admitted though it is alone")
         self._compute(sequence, len(prompt), self._chunk_size)
-        # A token at a time takes and gives back the same pages in the same order as a block at a time.
+        # The same pages are taken and given back in the same order as a token at a time: managers give some
+        # back before the last token of a block, and take others before the first of the next one.
         last = len(prompt) + output_len - 1
         while sequence.computed_tokens < last:
             block_end = (sequence.computed_tokens // self._block_size + 1) * self._block_size
-            self._compute(sequence, min(block_end, last), self._chunk_size)
+            last_token = block_end - 1 > sequence.computed_tokens
+            self._compute(sequence, min(block_end - last_token, last), self._chunk_size)
         sequence.close(answer(prompt, output_len))
         self._events += self.manager.flush_events()
         return sequence.cached_tokens
@@ -170,7 +172,7 @@ class Simulation:
     def run(self, requests: Iterable[Request]) -> Totals:
         """Serve ``requests``, the next one by the next worker.
 
-        :raises InvalidRequest: one of them can never run; says which.
+        :raises InvalidRequest: one of them can never run; the message names it.
         """
         for request in requests:
             rank = self.totals.requests % len(self.workers)

@@ -95,7 +95,7 @@ def pull(
 ) -> PullResult:
     """Fetch, check and store all blocks of ``request``; acknowledged only after the last is stored. Blocks.
 
-    :raises TransferError: says what happened; some of the blocks may have been written.
+    :raises TransferError: the message states the reason; some of the blocks may have been written.
     """
     started = time.monotonic()
     cancellation = cancellation or Cancellation()

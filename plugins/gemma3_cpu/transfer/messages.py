@@ -64,7 +64,7 @@ class BlocksHeader(msgspec.Struct, frozen=True, array_like=True, tag="blocks"):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
-    """Everything that was asked for has been sent: ``total`` raw bytes."""
+    """Everything that was requested has been sent: ``total`` raw bytes."""
 
     total: U64
 

@@ -135,6 +135,15 @@ class TransferServer:
             self._changed.notify_all()
             return ticket
 
+    def withdraw(self, ticket: str, outcome: Outcome) -> bool:
+        """Take back an offer that nobody has begun to fetch; whether it was there. From any thread."""
+        with self._lock:
+            offer = self._book.withdraw(ticket, outcome)
+        if offer is None:
+            return False
+        _call_released(ticket, offer, outcome, (0,) * len(offer.groups))
+        return True
+
     def counts(self) -> TicketCounts:
         """From any thread."""
         with self._lock:

@@ -1,4 +1,4 @@
-"""One pull from the prefill side: what is offered, what may be asked for, how it is sent."""
+"""One pull from the prefill side: what is offered, what may be requested, how it is sent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Refusal(VswaError):
 
 
 def wanted_groups(pull: Pull, offer: Offer) -> list[GroupBlocks]:
-    """What the pull asks for.
+    """The blocks that the pull requests.
 
     :raises Refusal: another fingerprint, or blocks that are not offered.
     """
@@ -72,7 +72,7 @@ def _within(index: int, wanted: tuple[int, int], offered: GroupBlocks) -> GroupB
 
 
 def send_blocks(connection: Connection, pull: Pull, offer: Offer, sent: list[int]) -> None:
-    """Send all that the pull asks for and wait for the acknowledgement.
+    """Send all that the pull requests and wait for the acknowledgement.
 
     :param sent: bytes per group, counted up as they go.
     :raises Refusal: not served, or not acknowledged.

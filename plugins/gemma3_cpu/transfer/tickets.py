@@ -1,7 +1,7 @@
 """Tickets: each is good for one fetch of its blocks until a deadline. Pure: no I/O, no thread, a given clock.
 
     offered ── take ──► taken ── finish ──► gone (acknowledged or failed)
-       └─ expire, close ──► gone (expired, stopped)
+       └─ expire, withdraw, close ──► gone (expired; released or displaced; stopped)
 
 A ticket that is gone is forgotten: a request with a used ticket gets the same answer as one with a false one.
 """
@@ -32,6 +32,10 @@ class Outcome(StrEnum):
     ACKNOWLEDGED = "acknowledged"
     FAILED = "failed"
     EXPIRED = "expired"
+    #: Nobody will fetch it, as a router says whose call of a decode worker failed.
+    RELEASED = "released"
+    #: Nobody had fetched it for a while, and another prompt needed its blocks.
+    DISPLACED = "displaced"
     STOPPED = "stopped"
 
 
@@ -43,6 +47,8 @@ class TicketCounts(msgspec.Struct):
     acknowledged: int = 0
     failed: int = 0
     expired: int = 0
+    released: int = 0
+    displaced: int = 0
     stopped: int = 0
     #: Asked for with a ticket that is unknown, used or past its deadline.
     refused: int = 0
@@ -92,6 +98,16 @@ class TicketBook(Generic[T]):
         key = _digest(ticket)
         entry = self._entries.get(key)
         if entry is None or entry.state is not State.TAKEN:
+            return None
+        del self._entries[key]
+        self._count(outcome)
+        return entry.item
+
+    def withdraw(self, ticket: str, outcome: Outcome) -> T | None:
+        """Forget a ticket that was not taken. What it stood for, to be freed now; None: taken or gone."""
+        key = _digest(ticket)
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not State.OFFERED:
             return None
         del self._entries[key]
         self._count(outcome)

@@ -110,7 +110,7 @@ def make_checkpoint(
     if root.exists() and not root.is_dir():
         raise ConfigError(f"{root}: expected a directory to write a checkpoint to, found a file")
     if root.is_dir() and any(root.iterdir()) and not overwrite:
-        raise ConfigError(f"{root}: not empty; choose a new directory, or ask to overwrite")
+        raise ConfigError(f"{root}: not empty; choose a new directory, or give --overwrite")
     root.mkdir(parents=True, exist_ok=True)
     _write_json(root / CONFIG_FILE, raw)
     _write_json(root / GENERATION_CONFIG_FILE, _generation_config())

@@ -7,6 +7,7 @@ laborious: it undoes the quantization.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from importlib import import_module
@@ -17,13 +18,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 
 from ..model.tensors import Float32
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
+#: What a header may hold: bytes of it, values, tensors, members of an array; of a model with a vocabulary of
+#: 262,144 pieces it has 6 MB. Dimensions are GGML's.
+_MAX_HEADER, _MAX_ENTRIES, _MAX_ARRAY, _MAX_DIMENSIONS = 64 << 20, 1 << 16, 1 << 24, 4
+#: The densest of all types has less than two bits a value.
+_MOST_VALUES_PER_BYTE = 8
+_MAX_ALIGNMENT = 1 << 16
 _INSTALL = "pip install 'vswa-plugin[gguf]'"
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -49,7 +56,7 @@ class GgufTensor(NamedTuple):
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether ``path`` is a file that begins like a GGUF file, or says so by its name."""
+    """Whether ``path`` is a file that begins like a GGUF file, or is named like one."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -86,10 +93,13 @@ class GgufFile:
             raise self._error(f"expected a GGUF file, got: {error}") from error
         except (struct.error, EOFError) as error:
             raise self._error(
-                f"the file ends after {self._size} bytes within its header: copy it again"
+                f"the file ends after {self._size} bytes within its header, or that is longer than "
+                f"{_MAX_HEADER} bytes: copy it again"
             ) from error
         except (UnicodeDecodeError, KeyError) as error:
-            raise self._error(f"expected a GGUF file, got metadata that cannot be read: {error!r}") from error
+            raise self._error(
+                f"expected a GGUF file, got metadata that cannot be read: {shown(error)}"
+            ) from error
 
     def read(self, name: str) -> Float32:
         """One tensor, dequantized, as a float32 array that the caller may keep and change.
@@ -98,17 +108,7 @@ class GgufFile:
             ends early.
         """
         gguf, tensor = _package(), self.tensors[name]
-        quant, blocks, block_bytes = self._type(gguf, name, tensor)
-        columns = tensor.shape[-1]
-        if columns % blocks:
-            raise self._error(f"tensor {name}: expected rows of whole blocks of {blocks}, got {columns}")
-        shape = (*tensor.shape[:-1], columns // blocks * block_bytes)
-        size = int(np.prod(shape, dtype=np.int64))
-        if tensor.offset + size > self._size:
-            raise self._error(
-                f"tensor {name}: expected {size} bytes at {tensor.offset}, the file has {self._size}: "
-                "it is truncated; copy it again"
-            )
+        quant, shape = self._stored(gguf, name)
         raw = np.memmap(self.path, np.uint8, "r", tensor.offset, shape)
         try:
             values = gguf.quants.dequantize(_as_stored(raw, quant.name), quant)
@@ -117,6 +117,36 @@ class GgufFile:
                 f"tensor {name}: the package gguf cannot dequantize type {quant.name}"
             ) from error
         return np.array(values, dtype=np.float32).reshape(tensor.shape)
+
+    def check_places(self) -> None:
+        """Check that each tensor lies within the file, behind the one before it.
+
+        :raises ConfigError: names the one that does not; or the package ``gguf`` is missing.
+        """
+        gguf, end, before = _package(), 0, ""
+        for name, tensor in sorted(self.tensors.items(), key=lambda each: each[1].offset):
+            if tensor.offset < end:
+                raise self._error(
+                    f"tensor {name}: expected it behind {before}, which ends at {end}, got {tensor.offset}: "
+                    "the file is damaged"
+                )
+            end, before = tensor.offset + math.prod(self._stored(gguf, name)[1]), name
+
+    def _stored(self, gguf: Any, name: str) -> tuple[Any, tuple[int, ...]]:
+        """The type of a tensor, and the shape of its bytes, which are in the file."""
+        tensor = self.tensors[name]
+        quant, blocks, block_bytes = self._type(gguf, name, tensor)
+        columns = tensor.shape[-1]
+        if columns % blocks:
+            raise self._error(f"tensor {name}: expected rows of whole blocks of {blocks}, got {columns}")
+        shape = (*tensor.shape[:-1], columns // blocks * block_bytes)
+        size = math.prod(shape)
+        if tensor.offset + size > self._size:
+            raise self._error(
+                f"tensor {name}: expected {size} bytes at {tensor.offset}, the file has {self._size}: "
+                "it is truncated; copy it again"
+            )
+        return quant, shape
 
     def type_name(self, name: str) -> str:
         """GGML's name of a tensor's type, e.g. ``Q8_0``."""
@@ -139,17 +169,50 @@ class GgufFile:
         if version not in _VERSIONS:
             raise self._error(f"expected GGUF version 2 or 3 (little-endian), got {version}")
         tensors, entries = cursor.u64(), cursor.u64()
+        if max(tensors, entries) > _MAX_ENTRIES:
+            raise self._error(
+                f"expected at most {_MAX_ENTRIES} tensors and as many values, got {tensors} and {entries}"
+            )
         for _ in range(entries):
             key = cursor.string()
+            if key in self.metadata:
+                raise self._error(f"expected each key once, got {shown(key)} again")
             self.metadata[key] = cursor.value(cursor.u32())
-        headers = []
-        for _ in range(tensors):
-            name = cursor.string()
-            shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
-            headers.append((name, shape, cursor.u32(), cursor.u64()))
-        alignment = int(self.metadata.get("general.alignment", _ALIGNMENT))
+        headers = [self._read_tensor(cursor) for _ in range(tensors)]
+        alignment = self._alignment()
         data = -(-cursor.at // alignment) * alignment
-        self.tensors = {name: GgufTensor(shape, kind, data + offset) for name, shape, kind, offset in headers}
+        for name, shape, kind, offset in headers:
+            if name in self.tensors:
+                raise self._error(f"tensor {shown(name)}: expected each name once, got it again")
+            if data + offset >= self._size:
+                raise self._error(
+                    f"tensor {name}: expected its bytes at {data + offset}, the file has {self._size}: "
+                    "it is truncated; copy it again"
+                )
+            self.tensors[name] = GgufTensor(shape, kind, data + offset)
+
+    def _read_tensor(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, type and offset."""
+        name, count = cursor.string(), cursor.u32()
+        if not 1 <= count <= _MAX_DIMENSIONS:
+            raise self._error(
+                f"tensor {shown(name)}: expected 1 to {_MAX_DIMENSIONS} dimensions, got {count}"
+            )
+        shape = tuple(cursor.u64() for _ in range(count))[::-1]
+        if not 0 < math.prod(shape) <= self._size * _MOST_VALUES_PER_BYTE:
+            raise self._error(
+                f"tensor {shown(name)}: expected a shape whose values fit into a file of {self._size} bytes, "
+                f"got {list(shape)}: it is truncated or damaged; copy it again"
+            )
+        return name, shape, cursor.u32(), cursor.u64()
+
+    def _alignment(self) -> int:
+        value = self.metadata.get("general.alignment", _ALIGNMENT)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_ALIGNMENT:
+            raise self._error(
+                f"general.alignment: expected a number from 1 to {_MAX_ALIGNMENT}, got {shown(value)}"
+            )
+        return value
 
     def _error(self, message: str) -> ConfigError:
         return ConfigError(f"{self.path}: {message}")
@@ -184,13 +247,15 @@ class _Cursor:
         return np.frombuffer(self._take(dtype.itemsize), dtype)[0].item()
 
     def _array(self, kind: int, count: int) -> list[str] | NDArray[Any]:
+        if count > _MAX_ARRAY:
+            raise EOFError
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         dtype = np.dtype(_NUMBERS[kind])
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
 
     def _take(self, size: int) -> bytes:
-        if size > len(self._data) - self.at:
+        if size > min(len(self._data), _MAX_HEADER) - self.at:
             raise EOFError
         data = self._data[self.at : self.at + size]
         self.at += size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 
 from ..model.config import (
     CONFIG_FILE,
     FULL,
     GENERATION_CONFIG_FILE,
+    MOST,
     SLIDING,
     TEXT_MODEL_TYPE,
     TOKENIZER_FILE,
@@ -44,6 +46,7 @@ _PATTERN = 6
 _LOCAL_ROPE_BASE = 10_000.0
 #: The 27B scales queries by hidden_size / heads; the others by head_dim. Only its depth tells them apart.
 _LAYERS_OF_27B = 62
+_MOST = max(MOST.values())
 
 _LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -80,12 +83,13 @@ def import_gguf(file: str | Path, directory: str | Path, overwrite: bool = False
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target}: expected a directory to write a model to, found a file")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ConfigError(f"{target}: not empty; choose a new directory, or ask to overwrite")
+        raise ConfigError(f"{target}: not empty; choose a new directory, or give --overwrite")
     source = GgufFile(file)
     raw, vocabulary = read_config(source), read_vocabulary(source.metadata, source.path)
     config = parse_config(raw, str(source.path))
     names = check_tensors(source, config)
     require_gguf()
+    source.check_places()
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename within one file system.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -113,16 +117,16 @@ def read_config(source: GgufFile) -> dict[str, Any]:
             f"{source.path}: expected general.architecture {ARCHITECTURE!r}, the text part of a Gemma 3, "
             f"got {architecture!r}"
         )
-    if source.metadata.get("split.count", 1) > 1:
+    if (parts := source.metadata.get("split.count", 1)) not in (0, 1):
         raise ConfigError(
-            f"{source.path}: expected a whole file, got one of {source.metadata['split.count']} parts; "
+            f"{source.path}: expected a whole file, got one of {shown(parts)} parts; "
             "join them first: llama-gguf-split --merge FIRST-PART OUT"
         )
     vocabulary = read_vocabulary(source.metadata, source.path)
-    layers, hidden = fields.number("block_count"), fields.number("embedding_length")
-    heads = fields.number("attention.head_count")
-    head_dim = fields.number("attention.key_length")
-    if fields.number("attention.value_length", head_dim) != head_dim:
+    layers, hidden = fields.count("block_count"), fields.count("embedding_length")
+    heads = fields.count("attention.head_count")
+    head_dim = fields.count("attention.key_length")
+    if fields.count("attention.value_length", head_dim) != head_dim:
         raise fields.fail("attention.value_length", f"expected key_length ({head_dim})")
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -133,20 +137,20 @@ def read_config(source: GgufFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": hidden,
-        "intermediate_size": fields.number("feed_forward_length"),
+        "intermediate_size": fields.count("feed_forward_length"),
         "layer_types": _layer_types(fields, layers),
-        "max_position_embeddings": fields.number("context_length"),
+        "max_position_embeddings": fields.count("context_length"),
         "model_type": TEXT_MODEL_TYPE,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
-        "num_key_value_heads": fields.number("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.count("attention.head_count_kv", heads),
         "pad_token_id": vocabulary.special.get("pad_token"),
         "query_pre_attn_scalar": hidden // heads if layers == _LAYERS_OF_27B else head_dim,
         "rms_norm_eps": _shortest(fields.number("attention.layer_norm_rms_epsilon")),
         "rope_local_base_freq": fields.number("rope.freq_base_swa", _LOCAL_ROPE_BASE),
         "rope_scaling": _rope_scaling(fields),
         "rope_theta": fields.number("rope.freq_base", 1_000_000.0),
-        "sliding_window": fields.number("attention.sliding_window"),
+        "sliding_window": fields.count("attention.sliding_window"),
         "tie_word_embeddings": _TOP_NAMES["lm_head.weight"] not in source.tensors,
         "torch_dtype": "float32",
         "use_cache": True,
@@ -252,24 +256,33 @@ class _Metadata:
     def number(self, key: str, default: Any = None) -> Any:
         value = self.value(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.fail(key, "expected a positive number")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number that is no larger than any that a model is sized by."""
+        value = self.number(key, default)
+        if value != int(value) or value > _MOST:
+            raise self.fail(key, f"expected a whole number of at most {_MOST}")
+        return int(value)
+
     def fail(self, key: str, expected: str) -> ConfigError:
         value = self.value(key)
-        shown = "nothing" if value is None else repr(value)
-        return ConfigError(f"{self._source.path}: {ARCHITECTURE}.{key}: {expected}, got {shown}")
+        got = "nothing" if value is None else shown(value)
+        return ConfigError(f"{self._source.path}: {ARCHITECTURE}.{key}: {expected}, got {got}")
 
 
 def _layer_types(fields: _Metadata, layers: int) -> list[str]:
     key = "attention.sliding_window_pattern"
     value = fields.value(key)
-    if value is not None and not isinstance(value, int):
+    if isinstance(value, np.ndarray):
         if len(value) != layers:
             raise fields.fail(key, f"expected one value for each of {layers} layers")
         return [SLIDING if sliding else FULL for sliding in value]
-    pattern = fields.number(key, _PATTERN)
+    pattern = fields.count(key, _PATTERN)
+    if layers > MOST["num_hidden_layers"]:
+        raise fields.fail("block_count", f"expected at most {MOST['num_hidden_layers']} layers")
     return [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]
 
 
@@ -299,7 +312,8 @@ def _vocab_size(source: GgufFile, vocabulary: Vocabulary) -> int:
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-06, where the file holds 9.999999974752427e-07."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:

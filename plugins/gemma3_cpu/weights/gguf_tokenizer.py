@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 
 from .checkpoint import CHAT_TEMPLATE
 
@@ -31,6 +31,8 @@ _ROLES = {
     "unk_token": ("unknown_token_id", "<unk>"),
 }
 END_OF_TURN = "<end_of_turn>"
+#: Characters of a piece, as all ways to cut one are tried; by default SentencePiece makes none above 16.
+_MAX_PIECE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +74,46 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str | Path) -> Vocabular
     scores, kinds = metadata.get(f"{_PREFIX}scores"), metadata.get(f"{_PREFIX}token_type")
     if pieces is None or scores is None or kinds is None:
         raise ConfigError(f"{where}: expected {_PREFIX}tokens, scores and token_type, got no complete set")
+    if not isinstance(pieces, list) or not _is_array(scores, "fiu") or not _is_array(kinds, "iu"):
+        raise ConfigError(
+            f"{where}: expected {_PREFIX}tokens as texts, scores as numbers and token_type as whole numbers, "
+            f"got {type(pieces).__name__}, {type(scores).__name__} and {type(kinds).__name__}"
+        )
     if not len(pieces) == len(scores) == len(kinds):
         raise ConfigError(
             f"{where}: expected a score and a type for each of {len(pieces)} tokens, "
             f"got {len(scores)} scores and {len(kinds)} types"
         )
-    kinds = np.asarray(kinds).tolist()
+    if not np.isfinite(scores).all():
+        raise ConfigError(f"{where}: {_PREFIX}scores: expected finite numbers, got another one")
+    if (longest := max(map(len, pieces), default=0)) > _MAX_PIECE:
+        raise ConfigError(
+            f"{where}: {_PREFIX}tokens: expected at most {_MAX_PIECE} characters each, got {longest}"
+        )
+    kinds = kinds.tolist()
     # Some files spell the spaces of user-defined pieces as spaces; text meets them after normalization.
     pieces = [p.replace(" ", SPACE) if k == USER_DEFINED else p for p, k in zip(pieces, kinds, strict=True)]
     if len(set(pieces)) != len(pieces):
         raise ConfigError(f"{where}: expected {len(pieces)} different tokens, got {len(set(pieces))}")
     return Vocabulary(
         pieces,
-        np.asarray(scores).tolist(),
+        scores.tolist(),
         kinds,
         _special_ids(metadata, pieces, where),
         bool(metadata.get(f"{_PREFIX}add_bos_token", True)),
-        metadata.get("tokenizer.chat_template") or CHAT_TEMPLATE,
+        _chat_template(metadata, where),
     )
+
+
+def _is_array(value: object, kinds: str) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in kinds
+
+
+def _chat_template(metadata: Mapping[str, Any], where: str | Path) -> str:
+    template = metadata.get("tokenizer.chat_template") or CHAT_TEMPLATE
+    if not isinstance(template, str):
+        raise ConfigError(f"{where}: tokenizer.chat_template: expected a text, got {type(template).__name__}")
+    return template
 
 
 def derive_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
@@ -163,8 +187,10 @@ def _special_ids(metadata: Mapping[str, Any], pieces: Sequence[str], where: str 
         number = metadata.get(f"{_PREFIX}{key}", by_piece.get(piece))
         if number is None:
             continue
-        if not 0 <= number < len(pieces):
-            raise ConfigError(f"{where}: {_PREFIX}{key}: expected an id below {len(pieces)}, got {number}")
+        if not isinstance(number, int) or not 0 <= number < len(pieces):
+            raise ConfigError(
+                f"{where}: {_PREFIX}{key}: expected an id below {len(pieces)}, got {shown(number)}"
+            )
         ids[role] = int(number)
     return ids
 

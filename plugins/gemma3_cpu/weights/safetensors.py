@@ -7,30 +7,41 @@ from a memory map one tensor at a time can be widened, without the whole file in
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
+from vswa_plugin.files import parse_json_object, read_json_object
 
 from ..model.config import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from ..model.tensors import Float32
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_MAX_HEADER = 100_000_000
+#: The types of values that were packed or rounded, and need a scale that lies in another tensor.
+_QUANTISED = re.compile(r"[IU](8|16|32)|F[468]_.*|F4")
+#: Bytes of a header; that of the largest Gemma 3 in one file would have 0.3 MB.
+_MAX_HEADER = 16 << 20
+#: An object of entries, each of which holds lists.
+_HEADER_DEPTH = 3
+_MAX_DIMENSIONS = 8
+_MAX_SHARDS = 1_000
+#: Values that are compared at once.
+_COMPARED = 1 << 20
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
 # Text-only checkpoints, multimodal ones before and after transformers 4.52, and a bare text model.
 _PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 class _Tensor(msgspec.Struct, frozen=True):
-    """Where one tensor lies: file, dtype name, shape, and bytes [start, stop) after the header."""
+    """Where one tensor lies: file, dtype name, shape, and bytes [start, stop) of the file."""
 
     path: Path
     dtype: str
@@ -41,33 +52,67 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 class _Entry(msgspec.Struct):
     dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
+    shape: Annotated[list[_Natural], msgspec.Meta(max_length=_MAX_DIMENSIONS)]
+    data_offsets: tuple[_Natural, _Natural]
 
 
 class SafetensorsSource:
     """Tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` names.
 
-    :raises ConfigError: a file that is missing, truncated or not safetensors.
+    Those of the vision part are left alone, whatever they are.
+
+    :raises ConfigError: a file that is missing, truncated or not safetensors; weights that are quantised; no
+        tensor of a text model.
     """
 
     def __init__(self, directory: str | Path) -> None:
         root = Path(directory)
         self.where = str(root)
         self._tensors: dict[str, _Tensor] = {}
+        others = 0
         for path in _weight_files(root):
-            for name, tensor in read_header(path):
+            for name, tensor in read_header(path).items():
                 canonical = canonical_name(name)
-                if canonical is not None:
-                    self._tensors[canonical] = tensor
+                if canonical is None:
+                    others += 1
+                    continue
+                if (before := self._tensors.get(canonical)) is not None:
+                    raise ConfigError(
+                        f"{path}: tensor {name}: expected each tensor of the text model once, got another "
+                        f"one in {before.path.name}; remove one"
+                    )
+                _check_type(path, name, tensor)
+                self._tensors[canonical] = tensor
+        if not self._tensors:
+            raise ConfigError(
+                f"{root}: expected the weights of a text model, got {others} tensors of a vision part and no "
+                "other: the text part is missing; download the whole model"
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Float32:
         tensor = self._tensors[name]
-        raw = np.memmap(tensor.path, np.uint8, "r", tensor.start, (tensor.stop - tensor.start,))
-        return _widen(raw.view(_DTYPES[tensor.dtype]), tensor.dtype).reshape(tensor.shape)
+        return _widen(self._raw(tensor).view(_DTYPES[tensor.dtype]), tensor.dtype).reshape(tensor.shape)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values, with little of them in memory at a time."""
+        left, right = self._tensors[one], self._tensors[other]
+        return left.shape == right.shape and all(
+            np.array_equal(self._part(left, at), self._part(right, at))
+            for at in range(0, math.prod(left.shape), _COMPARED)
+        )
+
+    def _part(self, tensor: _Tensor, at: int) -> Float32:
+        return _widen(self._raw(tensor).view(_DTYPES[tensor.dtype])[at : at + _COMPARED], tensor.dtype)
+
+    @staticmethod
+    def _raw(tensor: _Tensor) -> NDArray[np.uint8]:
+        size = tensor.stop - tensor.start
+        if not size:  # no file is mapped for nothing
+            return np.zeros(0, np.uint8)
+        return np.memmap(tensor.path, np.uint8, "r", tensor.start, (size,))
 
 
 def canonical_name(name: str) -> str | None:
@@ -86,10 +131,10 @@ def canonical_name(name: str) -> str | None:
     return name
 
 
-def read_header(path: Path) -> Iterator[tuple[str, _Tensor]]:
+def read_header(path: Path) -> dict[str, _Tensor]:
     """Names and places of the tensors of one safetensors file.
 
-    :raises ConfigError: not a safetensors file, or shorter than its header says.
+    :raises ConfigError: not a safetensors file, or shorter than its header declares.
     """
     try:
         size = path.stat().st_size
@@ -97,33 +142,61 @@ def read_header(path: Path) -> Iterator[tuple[str, _Tensor]]:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(_MAX_HEADER, size - 8):
                 raise ConfigError(
-                    f"{path}: expected a safetensors file, got a header of {length} bytes in {size}"
+                    f"{path}: expected a safetensors file with a header of at most {_MAX_HEADER} bytes, got "
+                    f"one of {length} bytes in a file of {size}"
                 )
-            header = json.loads(file.read(length))
-        entries = {
-            name: msgspec.convert(entry, _Entry) for name, entry in header.items() if name != "__metadata__"
-        }
+            text = file.read(length)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not found; the weights are incomplete, download them again") from error
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except OSError as error:
         raise ConfigError(f"{path}: expected a safetensors file, got: {error}") from error
-    for name, entry in entries.items():
-        yield name, _place(path, name, entry, 8 + length, size)
+    header = parse_json_object(text, path, "a safetensors file", most_depth=_HEADER_DEPTH)
+    tensors = {
+        name: _place(path, name, entry, 8 + length)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    _check_places(path, tensors, 8 + length, size)
+    return tensors
 
 
-def _place(path: Path, name: str, entry: _Entry, data: int, size: int) -> _Tensor:
-    if entry.dtype not in _DTYPES:
-        raise ConfigError(f"{path}: tensor {name}: expected dtype {', '.join(_DTYPES)}, got {entry.dtype}")
+def _place(path: Path, name: str, raw: object, data: int) -> _Tensor:
+    try:
+        entry = msgspec.convert(raw, _Entry)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: tensor {shown(name)}: {error}") from error
     start, stop = (data + offset for offset in entry.data_offsets)
-    count = int(np.prod(entry.shape, dtype=np.int64)) * _DTYPES[entry.dtype].itemsize
-    if start < data or stop - start != count or stop > size:
-        raise ConfigError(
-            f"{path}: tensor {name}: expected {count} bytes at {start}, the file has {size}: "
-            "it is truncated; copy it again"
-        )
     return _Tensor(path, entry.dtype, tuple(entry.shape), start, stop)
+
+
+def _check_places(path: Path, tensors: Mapping[str, _Tensor], data: int, size: int) -> None:
+    """As the format has it, the tensors lie one after another, and fill the file."""
+    end = data
+    for name, tensor in sorted(tensors.items(), key=lambda each: (each[1].start, each[1].stop)):
+        dtype = _DTYPES.get(tensor.dtype)
+        count = tensor.stop - tensor.start if dtype is None else math.prod(tensor.shape) * dtype.itemsize
+        where = f"{path}: tensor {shown(name)}: expected {count} bytes at {tensor.start}"
+        if tensor.stop > size or tensor.start + count > size:
+            raise ConfigError(f"{where}, the file has {size}: it is truncated; copy it again")
+        if tensor.stop - tensor.start != count:
+            raise ConfigError(f"{where} by its shape, got {tensor.stop - tensor.start}: the file is damaged")
+        if tensor.start != end:
+            raise ConfigError(f"{where}, where the tensor before it ends at {end}: the file is damaged")
+        end = tensor.stop
+    if end != size:
+        raise ConfigError(
+            f"{path}: expected the file to end where its last tensor does, at {end}, got {size} bytes: "
+            "the file is damaged"
+        )
+
+
+def _check_type(path: Path, name: str, tensor: _Tensor) -> None:
+    if tensor.dtype in _DTYPES:
+        return
+    got = f"{path}: tensor {shown(name)}: expected dtype {', '.join(_DTYPES)}, got {shown(tensor.dtype)}"
+    if _QUANTISED.fullmatch(tensor.dtype):
+        got += ": the weights are quantised, which gemma3_cpu does not read; use the model's own checkpoint"
+    raise ConfigError(got)
 
 
 def _weight_files(root: Path) -> list[Path]:
@@ -131,12 +204,15 @@ def _weight_files(root: Path) -> list[Path]:
     if (root / WEIGHTS_FILE).is_file() or not index.is_file():
         return [root / WEIGHTS_FILE]
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [root / Path(shard).name for shard in sorted(set(shards))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = msgspec.convert(read_json_object(index)["weight_map"], dict[str, str]).values()
+    except (OSError, KeyError, msgspec.ValidationError) as error:
         raise ConfigError(
             f"{index}: expected an object 'weight_map' of tensor name to file, got: {error!r}"
         ) from error
+    names = sorted(set(shards))
+    if len(names) > _MAX_SHARDS:
+        raise ConfigError(f"{index}: expected at most {_MAX_SHARDS} files of weights, got {len(names)}")
+    return [root / Path(name).name for name in names]
 
 
 def _widen(raw: NDArray[Any], dtype: str) -> Float32:

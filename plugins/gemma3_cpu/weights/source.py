@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from vswa_plugin.errors import ConfigError
+
 from ..model.config import CONFIG_FILE, Gemma3Config, load_config, parse_config
 from ..model.model import Gemma3Model
+from ..model.tensors import EMBEDDING, HEAD
+from ..model.tensors import check_tensors as check_names_and_shapes
 from .gguf_file import GgufFile, is_gguf, require_gguf
 from .gguf_import import check_tensors, import_gguf, read_config
 from .safetensors import SafetensorsSource
@@ -60,7 +64,9 @@ def find_model(path: str | Path) -> ModelSource:
         converted because the extra ``gguf`` is missing.
     """
     if not is_gguf(path):
-        return ModelSource(Path(path), load_config(path))
+        config = load_config(path)
+        open_weights(path, config)
+        return ModelSource(Path(path), config)
     source = GgufFile(path)
     config = parse_config(read_config(source), str(path))
     check_tensors(source, config)
@@ -75,7 +81,23 @@ def load_model(model_dir: str | Path, config: Gemma3Config | None = None) -> Gem
 
     :raises ConfigError: the directory, its config.json or its tensors do not fit.
     """
-    return Gemma3Model(config or load_config(model_dir), SafetensorsSource(model_dir))
+    config = config or load_config(model_dir)
+    return Gemma3Model(config, open_weights(model_dir, config))
+
+
+def open_weights(model_dir: str | Path, config: Gemma3Config) -> SafetensorsSource:
+    """The tensors of a Hugging Face directory, none of them read yet but for a comparison.
+
+    :raises ConfigError: they are not those of ``config``, which is then no measure of anything.
+    """
+    source = SafetensorsSource(model_dir)
+    check_names_and_shapes(config, source)
+    if config.tie_word_embeddings and HEAD in source.shapes() and not source.same(HEAD, EMBEDDING):
+        raise ConfigError(
+            f"{source.where}: tensor {HEAD}: expected the values of {EMBEDDING} by tie_word_embeddings in "
+            "config.json, got others; set tie_word_embeddings to false to use this head, or remove the tensor"
+        )
+    return source
 
 
 def cache_root() -> Path:

@@ -230,7 +230,7 @@ def test_the_gauges_follow() -> None:
     assert 'vswa_dynamo_events_nodes{dp_rank="0"} 6.0' in lines
     assert 'vswa_dynamo_events_published_blocks{dp_rank="0"} 3.0' in lines
     assert 'vswa_dynamo_events_batches_total{dp_rank="0"} 1.0' in lines
-    assert 'vswa_dynamo_events_refused_total{dp_rank="0"} 0.0' in lines
+    assert 'vswa_dynamo_events_refused_batches_total{dp_rank="0"} 0.0' in lines
 
 
 def test_ranks_are_kept_apart() -> None:

@@ -262,7 +262,7 @@ def test_a_directory_that_is_not_complete_names_what_is_missing(small_dir: Path,
     ):
         load_config(small_dir)
     (small_dir / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"small/config.json: expected a JSON file"):
+    with pytest.raises(ConfigError, match=r"small/config.json: expected a JSON object, got: Expecting"):
         load_config(small_dir)
     (small_dir / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"small/config.json: not found"):
@@ -304,7 +304,7 @@ def test_a_damaged_weights_file_is_named(small_dir: Path) -> None:
         (whole[:4], "expected a safetensors file"),
         (b"\xff" * 100, "expected a safetensors file"),
         (b"\x04" + b"\0" * 7 + b"null", "expected a safetensors file"),
-        (whole.replace(b'"BF16"', b'"F8XX"', 1), "expected dtype F32, F16, BF16, got F8XX"),
+        (whole.replace(b'"BF16"', b'"F8XX"', 1), "expected dtype F32, F16, BF16, got 'F8XX'"),
     ]:
         file.write_bytes(damaged)
         with pytest.raises(ConfigError, match=message) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.gemma3_cpu.serving.engine import Gemma3CpuEngine
+from vswa_plugins.gemma3_cpu.serving.engine import TOTALS, Gemma3CpuEngine
 
 from tests.gemma3_engine_helpers import (
     CONTEXT,
@@ -71,7 +71,8 @@ def test_it_says_what_it_is_before_it_starts(small: Path) -> None:
 
     name = {"engine": "gemma3_cpu", "engine_version": __version__}
 
-    assert EngineInfo(layout, CONTEXT, 8, 64, total_kv_blocks=4 * CONTEXT // 8, **name) == engine.info
+    info = EngineInfo(layout, CONTEXT, 8, 64, total_kv_blocks=4 * CONTEXT // 8, totals=TOTALS, **name)
+    assert info == engine.info
     assert "trtllm" == engine.event_format
     assert engine.failure() is None
 
@@ -195,7 +196,7 @@ def test_a_slow_step_blocks_neither_the_event_loop_nor_the_end(small: Path) -> N
             request_for([1], routing={"dp_rank": 1}),
             r"dp_rank: expected a rank in \[0, 0\], got 1; .*--data-parallel-size is 1",
         ),
-        (request_for([1], multi_modal_data={"image_url": []}), "multi_modal_data: expected none"),
+        (request_for([1], multi_modal_data={"image_url": []}), r"\(multi_modal_data\): expected no images"),
         ({**request_for([1]), "routing": []}, "routing: expected an object, got list"),
     ],
 )

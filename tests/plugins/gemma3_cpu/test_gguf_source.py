@@ -38,7 +38,7 @@ def test_a_directory_that_is_not_empty_is_left_alone_unless_asked(gguf_file: Pat
     mine = tmp_path / "model" / "mine.txt"
     mine.write_text("mine")
 
-    with pytest.raises(ConfigError, match="not empty; choose a new directory, or ask to overwrite"):
+    with pytest.raises(ConfigError, match="not empty; choose a new directory, or give --overwrite"):
         import_gguf(gguf_file, tmp_path / "model")
     assert 0 == main(["import-gguf", str(gguf_file), str(tmp_path / "model"), "--overwrite"])
 

@@ -230,6 +230,17 @@ def test_pools_follow_the_rule() -> None:
     assert {None: 600, 512: 7} == blocks(plan({"gemma3_cpu": {"kv_blocks": {"global": 600, "512": 7}}}))
 
 
+@pytest.mark.parametrize("rule", ["trtllm_v1", "trtllm_v1_contiguous"])
+def test_a_sliding_pool_of_manager_v1_holds_the_longest_prompt(rule: str) -> None:
+    own = {"reuse_rule": rule}
+
+    small = {"kv_cache_config": {"max_tokens": 3200}, "max_batch_size": 2}
+    assert {None: 100, 512: 66} == blocks(plan(small))
+    assert {None: 100, 512: 256} == blocks(plan({**small, "gemma3_cpu": own}))
+    with pytest.raises(ConfigError, match="needs 1664 MiB"):
+        plan({"gemma3_cpu": {**own, "kv_memory_mb": 1}}, GEMMA_1B)
+
+
 def test_pools_shrink_to_the_memory_bound_but_not_below_one_request() -> None:
     sizes = blocks(plan({}, GEMMA_1B))
     used = (4 * sizes[None] + 22 * sizes[512]) * 2048 * 32  # type: ignore[operator]

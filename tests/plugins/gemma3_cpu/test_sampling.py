@@ -19,6 +19,7 @@ from vswa_plugins.gemma3_cpu.model.sampling import (
     sample,
 )
 
+from tests.properties import examples
 from vswa_plugin.errors import InvalidRequest
 
 VOCAB = 40
@@ -175,7 +176,7 @@ def test_none_means_default_and_zero_logprobs_is_asked_for() -> None:
 
 
 def test_values_are_read() -> None:
-    given_values = {"temperature": 1, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "seed": -3, "n": 1}
+    given_values = {"temperature": 1, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "seed": -3}
 
     assert SamplingParams(1.0, 0.9, 0, 0.1, seed=-3) == parse_sampling(given_values, {})
 
@@ -192,10 +193,6 @@ def test_values_are_read() -> None:
         ({"presence_penalty": 3}, r"presence_penalty: expected a number in \[-2, 2\]"),
         ({"repetition_penalty": 0}, "repetition_penalty: expected a number above 0, got 0"),
         ({"seed": "a"}, "seed: expected an integer, got 'a'"),
-        ({"n": 2}, "n: expected 1, got 2; gemma3_cpu gives one answer per request"),
-        ({"best_of": 3}, "best_of: expected 1"),
-        ({"use_beam_search": True}, "no beam search"),
-        ({"guided_decoding": {"json": {}}}, "no constrained decoding"),
     ],
 )
 def test_a_value_out_of_range_names_the_range(options: dict[str, Any], message: str) -> None:
@@ -206,3 +203,34 @@ def test_a_value_out_of_range_names_the_range(options: dict[str, Any], message: 
 def test_too_many_logprobs_name_the_range() -> None:
     with pytest.raises(InvalidRequest, match=r"logprobs: expected an integer in \[0, 20\], got 21"):
         parse_sampling({}, {"logprobs": 21})
+
+
+EXTREME = st.sampled_from([5e-324, 1e-300, 1e-5, 0.5, 1.0, 2.0, 1e5, 1e300, 1.7e308])
+
+
+@given(
+    st.fixed_dictionaries(
+        {"temperature": st.one_of(st.none(), st.just(0), EXTREME)},
+        optional={
+            "repetition_penalty": EXTREME,
+            "presence_penalty": st.floats(-2, 2),
+            "frequency_penalty": st.floats(-2, 2),
+            "top_p": st.sampled_from([0, 5e-324, 0.5, 1]),
+            "top_k": st.sampled_from([-1, 0, 1, 2, 2**70]),
+            "min_p": st.sampled_from([0, 5e-324, 1]),
+            "seed": st.sampled_from([0, -1, 2**70]),
+        },
+    )
+)
+@examples(300)
+def test_whatever_a_client_may_ask_for_a_token_is_drawn_and_its_log_probability_is_finite(
+    options: dict[str, Any],
+) -> None:
+    logits = np.array([-30.0, 0.0, 2.0, 30.0], dtype=np.float32)
+    params = parse_sampling(options, {"logprobs": 2})
+
+    with np.errstate(all="raise", under="ignore"):
+        drawn = sample(logits, params, make_rng(params.seed), [0, 1], [2, 2, 3])
+
+    assert drawn.token in range(4)
+    assert drawn.logprob is not None and math.isfinite(drawn.logprob)

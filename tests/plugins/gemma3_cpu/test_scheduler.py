@@ -27,14 +27,17 @@ TIGHT: dict[str, Any] = {
 }
 
 
+#: V1 holds the whole prompt in every window until it has computed it.
+V1 = {"reuse_rule": "trtllm_v1", "kv_blocks": {32: 21, "global": 34}}
+
 #: The same under other rules, without parts of blocks, and with a host tier to which evicted blocks go.
 KINDS: dict[str, dict[str, Any]] = {
     "v2": {},
     "v2 on the host": {"gemma3_cpu": {"host_blocks": {32: 7, "global": 20}}},
     "v2, whole blocks": {"kv_cache_config": {"enable_partial_reuse": False}},
-    "v1": {"gemma3_cpu": {"reuse_rule": "trtllm_v1"}},
-    "v1 on the host": {"gemma3_cpu": {"reuse_rule": "trtllm_v1", "host_blocks": {32: 7, "global": 20}}},
-    "v1 contiguous": {"gemma3_cpu": {"reuse_rule": "trtllm_v1_contiguous"}},
+    "v1": {"gemma3_cpu": V1},
+    "v1 on the host": {"gemma3_cpu": {**V1, "host_blocks": {32: 7, "global": 20}}},
+    "v1 contiguous": {"gemma3_cpu": {**V1, "reuse_rule": "trtllm_v1_contiguous"}},
 }
 
 
@@ -265,15 +268,19 @@ def test_the_layout_of_the_cache_does_not_change_the_answer(
 
 
 @pytest.mark.parametrize(
-    ("rule", "reused"), [("trtllm_v2", 119), ("trtllm_v1", 119), ("trtllm_v1_contiguous", 0)]
+    ("rule", "sliding", "reused"),
+    [("trtllm_v2", 9, 119), ("trtllm_v1", 18, 119), ("trtllm_v1_contiguous", 18, 0)],
 )
 def test_the_rule_decides_what_is_resumed_without_the_first_sliding_blocks(
-    model: Gemma3Model, cold: Cold, rule: str, reused: int
+    model: Gemma3Model, cold: Cold, rule: str, sliding: int, reused: int
 ) -> None:
-    own = {**OPTIONS["gemma3_cpu"], "reuse_rule": rule, "kv_blocks": {32: 9, "global": 34}}
+    own = {**OPTIONS["gemma3_cpu"], "reuse_rule": rule, "kv_blocks": {32: sliding, "global": 34}}
     bench = Bench(model, {**OPTIONS, "gemma3_cpu": own})
 
-    bench.run(request_for(prompt_of(120), 1))
+    bench.run(request_for(prompt_of(120), 2))
+    if rule != "trtllm_v2":
+        # V1 holds the whole prompt in every window until it has computed it: others take the first blocks.
+        bench.run(request_for(prompt_of(60, 1), 1))
     [again] = bench.run(request_for(prompt_of(120), 4))
 
     assert reused == again.cached_tokens

@@ -10,6 +10,7 @@ from vswa_plugins.gemma3_cpu.transfer.tickets import Outcome, State, TicketBook
 from tests.properties import examples
 
 FINISHES = st.sampled_from([Outcome.ACKNOWLEDGED, Outcome.FAILED, Outcome.STOPPED])
+WITHDRAWALS = st.sampled_from([Outcome.RELEASED, Outcome.DISPLACED])
 
 
 class Tickets(RuleBasedStateMachine):
@@ -63,6 +64,14 @@ class Tickets(RuleBasedStateMachine):
             self.moving.remove(item)
             self.freed.append(item)
 
+    @rule(ticket=tickets, outcome=WITHDRAWALS)
+    def withdraw(self, ticket: str, outcome: Outcome) -> None:
+        item = self.item_of[ticket]
+        assert (item if item in self.waiting else None) == self.book.withdraw(ticket, outcome)
+        if item in self.waiting:
+            self.waiting.remove(item)
+            self.freed.append(item)
+
     @rule(seconds=st.integers(0, 3))
     def wait(self, seconds: int) -> None:
         self.now += seconds
@@ -85,7 +94,7 @@ class Tickets(RuleBasedStateMachine):
     @invariant()
     def each_offer_is_in_one_state_and_freed_once(self) -> None:
         counts = self.book.counts()
-        ended = counts.acknowledged + counts.failed + counts.expired + counts.stopped
+        ended = sum(getattr(counts, outcome) for outcome in Outcome)
         assert len(self.freed) == len(set(self.freed)) == ended
         assert (counts.waiting, counts.moving) == (len(self.waiting), len(self.moving))
         assert counts.offered == len(self.item_of) == ended + counts.waiting + counts.moving
@@ -110,6 +119,16 @@ def test_a_ticket_is_128_random_bits_in_hex() -> None:
     assert all(len(ticket) == 32 and not set(ticket) - set("0123456789abcdef") for ticket in tickets)
     ones = sum(bin(int(ticket, 16)).count("1") for ticket in tickets)
     assert 0.48 < ones / (500 * 128) < 0.52
+
+
+def test_only_what_nobody_has_taken_can_be_withdrawn() -> None:
+    book: TicketBook[int] = TicketBook(lambda: 0.0)
+    taken, waiting = (book.offer(i, 1.0) for i in range(2))
+    book.take(taken)
+
+    assert (None, 1) == tuple(book.withdraw(ticket, Outcome.DISPLACED) for ticket in (taken, waiting))
+    assert (None, None) == (book.withdraw(waiting, Outcome.RELEASED), book.take(waiting))
+    assert 0 == book.finish(taken, Outcome.ACKNOWLEDGED)
 
 
 @given(st.text(alphabet=st.characters(), max_size=10))

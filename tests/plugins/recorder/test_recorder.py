@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import stat
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -203,6 +204,37 @@ def test_each_rank_has_its_file_and_only_requests_whose_rank_is_known(tmp_path: 
 
     assert [("request", [3])] == [(line["type"], line.get("token_ids")) for line in lines_of(first)[1:]]
     assert ["request", "result", "event"] == [line["type"] for line in lines_of(second)[1:]]
+
+
+def test_a_prompt_may_come_packed(tmp_path: Path) -> None:
+    recorder = begin(context(), str(tmp_path), "plain")
+    recorder.arrived("packed", {"token_ids": struct.pack("<3I", 1, 2, 70_000)})
+    recorder.arrived("array", {"token_ids": bytearray(struct.pack("<I", 9))})
+    recorder.close()
+    requests = [line for line in lines_of(only_file(tmp_path)) if line["type"] == "request"]
+
+    assert [[1, 2, 70_000], [9]] == [line["token_ids"] for line in requests]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"token_ids": b"12345"},
+        {"token_ids": "one"},
+        {"token_ids": [1], "routing": [1]},
+        {"token_ids": [1], "routing": {"dp_rank": "0"}},
+        {"token_ids": [1], "routing": {"dp_rank": -1}},
+        {"token_ids": [1], "routing": {"dp_rank": 1}},
+        {"token_ids": [1], "routing": {"cache_salt": 7}},
+    ],
+)
+def test_a_request_that_no_engine_serves_is_left_out(tmp_path: Path, request_: dict[str, Any]) -> None:
+    recorder = begin(context(), str(tmp_path), "plain")
+    recorder.arrived("a", request_)
+    recorder.finished(record("a", 0))
+    recorder.close()
+
+    assert ["header"] == [line["type"] for line in lines_of(only_file(tmp_path))]
 
 
 # -- too slow ----------------------------------------------------------------------------------------

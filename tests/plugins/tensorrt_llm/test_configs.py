@@ -41,9 +41,10 @@ def test_a_file_says_source_and_date_and_agrees_with_the_models_windows(path: Pa
     options = parse_options(loaded, source, mode)
     shape = parse_shape(gemma3_config(size), "config.json")
     decision = decide(options, RC29, shape.architecture, {})
-    plan = make_plan(options, shape, RC29, decision)
+    plan = make_plan(options, shape, decision)
 
     assert f"gemma-3-{size}-it" in head[0]
+    assert any(line.startswith("# Engine: tensorrt_llm, ") for line in head)
     assert {"Source", "date 2026-11-23"} <= {
         word for word in ("Source", "date 2026-11-23") if word in " ".join(head)
     }

@@ -12,7 +12,9 @@ import inspect
 from typing import Any
 
 import pytest
-from vswa_plugins.tensorrt_llm import options, package, request
+from vswa_plugins.tensorrt_llm import package
+from vswa_plugins.tensorrt_llm.fields import GUIDED, NOT_SET, SAMPLING
+from vswa_plugins.trtllm_events import option_names
 from vswa_plugins.trtllm_events.hashing import block_key
 
 from tests import tensorrt_llm_package as standin
@@ -21,6 +23,11 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_llm") is None,
     reason="tensorrt_llm is not installed; the docstring of this file says how to run it",
 )
+
+
+#: Sampling parameters that a request can set.
+OURS = {*SAMPLING.values(), "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"}
+OURS |= {"detokenize", "logprobs", "guided_decoding"}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +70,11 @@ def test_events_can_be_fetched_by_a_thread() -> None:
 
 
 def test_sampling_parameters_have_the_names_that_we_map_to(api: package.Api) -> None:
-    ours = {*request.SAMPLING.values(), "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"}
-    ours |= {"detokenize", "logprobs", "guided_decoding"}
+    theirs = fields(api.SamplingParams) | parameters(api.SamplingParams)
 
-    assert ours <= fields(api.SamplingParams) | parameters(api.SamplingParams)
-    assert set(request._GUIDED) <= fields(api.GuidedDecodingParams) | parameters(api.GuidedDecodingParams)
+    assert OURS <= theirs
+    assert set() == {name for name in theirs - OURS - set(NOT_SET) if not name.startswith("_")}
+    assert set(GUIDED) <= fields(api.GuidedDecodingParams) | parameters(api.GuidedDecodingParams)
 
 
 def test_the_standin_promises_nothing_that_is_not_there(api: package.Api) -> None:
@@ -90,12 +97,13 @@ def test_the_standin_promises_nothing_that_is_not_there(api: package.Api) -> Non
 
 
 def test_all_options_of_the_release_are_known() -> None:
-    """A new one is added to options.py; until then vswa.allow_unknown lets it pass."""
+    """A new one is added to trtllm_events/names.py; until then vswa.allow_unknown lets it pass."""
     from tensorrt_llm.llmapi import llm_args
 
-    assert set() == set(llm_args.TorchLlmArgs.model_fields) - options._TOP - {"model"}
-    assert set() == set(llm_args.KvCacheConfig.model_fields) - options._KV
-    assert set() == set(llm_args.CacheTransceiverConfig.model_fields) - options._TRANSCEIVER
+    assert set() == set(llm_args.TorchLlmArgs.model_fields) - option_names() - {"model", "mpi_session"}
+    assert set() == set(llm_args.KvCacheConfig.model_fields) - option_names("kv_cache_config")
+    transceiver = set(llm_args.CacheTransceiverConfig.model_fields)
+    assert set() == transceiver - option_names("cache_transceiver_config")
 
 
 def test_block_hashes_are_the_engines_own() -> None:

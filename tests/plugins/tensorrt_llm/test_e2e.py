@@ -66,4 +66,5 @@ def test_dynamos_prefill_router_takes_what_the_prefill_worker_hands_over(
     prompt_len = usages[0]["prompt_tokens"]
     assert [6, 6] == [usage["completion_tokens"] for usage in usages]
     assert [0, prompt_len - 1] == [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
-    assert (400, "sampling_options.n: expected 1, got 2") == (refused[0], refused[1]["message"])
+    assert 400 == refused[0]
+    assert refused[1]["message"].startswith("n: expected 1: ")

@@ -14,6 +14,7 @@ import vswa_plugins.tensorrt_llm as plugin
 from vswa_plugins.tensorrt_llm import engine, health
 from vswa_plugins.tensorrt_llm.engine import TensorRtLlmEngine
 
+from tests.metrics_helpers import documented
 from tests.tensorrt_llm_helpers import OPTIONS, Started, asked, cached_of, settings_for, tokens_of
 from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
@@ -143,6 +144,16 @@ def test_a_repeated_prompt_is_cached_but_for_its_last_token(started: Started) ->
     assert {"requests": 2.0, "prompt_tokens": 48.0, "cached_tokens": 23.0} == {
         name: started.engine.stats()[name] for name in ("requests", "prompt_tokens", "cached_tokens")
     }
+
+
+def test_what_it_states_is_in_the_docs_as_counters_and_gauges(started: Started) -> None:
+    rows = {row.name: row.type for row in documented()}
+    stats, totals = started.engine.stats(), started.engine.info.totals
+
+    assert {"prompt_tokens", "kv_events"} <= totals <= stats.keys()
+    for name in stats:
+        shown, kind = (f"{name}_total", "counter") if name in totals else (name, "gauge")
+        assert kind == rows[f"vswa_engine_{shown}"]
 
 
 def test_a_stop_token_ends_the_answer(started: Started) -> None:
@@ -302,3 +313,39 @@ def test_events_are_handed_over_by_rank(two_ranks: Started) -> None:
     for rank, events in two_ranks.events.items():
         assert list(range(len(events))) == [event["event_id"] for event in events]
         assert {rank} == {event["attention_dp_rank"] for event in events}
+
+
+# -- where no engine was named ---------------------------------------------------------------------
+
+
+def test_it_serves_where_the_package_and_a_gpu_are_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnamed = type(settings_for(model))("", "agg", str(model), "gemma", OPTIONS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    without = plugin.vswa_engine(unnamed)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    chosen = plugin.vswa_engine(unnamed)
+
+    assert without is None
+    assert chosen is not None and chosen.info.engine == "tensorrt_llm"
+    assert chosen.info.reason.startswith(
+        "no engine was named, tensorrt_llm is installed and 2 GPUs are visible"
+    )
+    assert TensorRtLlmEngine(settings_for(model)).info.reason == ""
+
+
+def test_the_host_prefers_it_to_the_embedded_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vswa_plugin.host.loading import load_host
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with load_host() as host:
+        unnamed = type(settings_for(model))("", "agg", str(model), "gemma", OPTIONS)
+        assert "tensorrt_llm" == host.engine(unnamed).info.engine
+
+
+def test_without_the_package_a_gpu_changes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    assert plugin.vswa_engine(type(settings_for(model))("", "agg", str(model), "gemma")) is None

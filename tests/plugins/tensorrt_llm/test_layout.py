@@ -10,7 +10,7 @@ from vswa_plugins.tensorrt_llm.engine import TensorRtLlmEngine
 from vswa_plugins.tensorrt_llm.package import Version
 from vswa_plugins.tensorrt_llm.rules import decide
 
-from tests.tensorrt_llm_helpers import NIXL, OPTIONS, settings_for
+from tests.tensorrt_llm_helpers import OPTIONS, settings_for
 from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
 from tests.tensorrt_llm_helpers import standin as standin
@@ -30,7 +30,7 @@ def test_windows_are_clamped_to_the_longest_sequence() -> None:
 
 
 def test_without_windows_an_old_release_keeps_one_global_pool_and_that_is_said() -> None:
-    plan = planned({})
+    plan = planned({}, STABLE)
 
     assert [None] == [group.window_size for group in plan.groups]
     assert "max_attention_window" not in plan.llm_args["kv_cache_config"]
@@ -81,33 +81,21 @@ def test_a_block_size_that_does_not_divide_the_window_is_refused(standin: None, 
 
 V1, V2 = kv(use_kv_cache_manager_v2=False), kv(use_kv_cache_manager_v2=True)
 CPP = {"cache_transceiver_config": {"backend": "nixl", "transceiver_runtime": "CPP"}}
-DEFAULT = {"cache_transceiver_config": {"backend": "DEFAULT"}}
-RULES = [
-    (RC29, GEMMA, {}, {}, "trtllm_v2"),
-    (NEW, "Gemma3ForConditionalGeneration", {}, {}, "trtllm_v1"),
-    (None, GEMMA, {}, {}, "trtllm_v2"),
-    (NEW, "LlamaForCausalLM", {}, {}, "trtllm_v1"),
-    (NEW, "LlamaForCausalLM", V2, {}, "trtllm_v2"),
-    (RC29, GEMMA, V1, {}, "trtllm_v1"),
-    (Version(1, 3, 0, 25), GEMMA, {}, {}, "trtllm_v1"),
-    (Version(1, 3, 0, 25), GEMMA, V2, {}, "trtllm_v2"),
-    (Version(1, 3, 0, 5), GEMMA, {}, {}, "trtllm_v1_contiguous"),
-    (STABLE, GEMMA, {}, {}, "trtllm_v1_contiguous"),
-    (RC29, GEMMA, UCX, {}, "trtllm_v1"),
-    (RC29, GEMMA, NIXL, {}, "trtllm_v2"),
-    (RC29, GEMMA, CPP, {}, "trtllm_v1"),
-    (RC29, GEMMA, DEFAULT, {}, "trtllm_v2"),
-    (RC29, GEMMA, DEFAULT, {"TRTLLM_USE_UCX_KVCACHE": "1"}, "trtllm_v1"),
-    (STABLE, GEMMA, NIXL, {}, "trtllm_v1_contiguous"),
-    (STABLE, GEMMA, {"vswa": {"reuse_rule": "trtllm_v2"}}, {}, "trtllm_v2"),
-]
 
 
-@pytest.mark.parametrize(("version", "architecture", "data", "env", "rule"), RULES)
-def test_the_rule_follows_from_release_model_and_transceiver(
-    version: Version | None, architecture: str, data: dict[str, Any], env: dict[str, str], rule: str
+@pytest.mark.parametrize(
+    ("version", "architecture", "data", "rule"),
+    [
+        (None, GEMMA, {}, "trtllm_v2"),
+        (RC29, GEMMA, V1, "trtllm_v1"),
+        (NEW, "LlamaForCausalLM", V2, "trtllm_v2"),
+        (STABLE, GEMMA, {"vswa": {"reuse_rule": "trtllm_v2"}}, "trtllm_v2"),
+    ],
+)
+def test_what_the_user_sets_decides_before_the_table_of_releases(
+    version: Version | None, architecture: str, data: dict[str, Any], rule: str
 ) -> None:
-    decision = decide(options_of(data), version, architecture, env)
+    decision = decide(options_of(data), version, architecture, {})
 
     assert rule == decision.rule
     assert decision.reasons
@@ -120,8 +108,8 @@ def test_the_reasons_are_said_in_the_log(
         TensorRtLlmEngine(settings_for(model, OPTIONS | UCX, "decode"))
 
     assert (
-        "reuse rule trtllm_v1 (KV cache manager V1): TensorRT-LLM 1.3.0rc29: V2 is the default of "
-        "Gemma3ForCausalLM; the cache transceiver UCX cannot hand over V2's blocks: that takes NIXL"
+        "reuse rule trtllm_v1 (KV cache manager V1): TensorRT-LLM 1.3.0rc29: Gemma3ForCausalLM, any, runtime "
+        "CPP: V1"
     ) in [record.getMessage() for record in caplog.records]
 
 
@@ -134,9 +122,3 @@ def test_a_manager_that_cannot_hand_over_its_blocks_is_refused(transceiver: dict
 def test_an_unknown_rule_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"vswa.reuse_rule: unknown rule 'trtllm_v3': did you mean"):
         decide(options_of({"vswa": {"reuse_rule": "trtllm_v3"}}), RC29, GEMMA, {})
-
-
-@pytest.mark.parametrize("version", [STABLE, Version(1, 1, 0)])
-def test_manager_v2_of_releases_in_which_it_gives_no_events_is_refused(version: Version) -> None:
-    with pytest.raises(ConfigError, match=r"expected false or 'auto' with TensorRT-LLM 1\.[12]\.[01], whose"):
-        decide(options_of(V2), version, GEMMA, {})

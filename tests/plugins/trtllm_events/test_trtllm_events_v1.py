@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, chains, salt_id
-from vswa_plugins.trtllm_events.chains import MAX_SEARCHED
+from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, prefixes, salt_id
 from vswa_plugins.trtllm_events.hashing import block_key
+from vswa_plugins.trtllm_events.prefixes import MAX_SEARCHED
 
 from tests.trtllm_events_helpers import DATA, ONE, TWO, Engine, block, feed
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
@@ -207,7 +207,7 @@ def test_the_search_for_a_parent_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     feed(adapter, *(engine.store(None, each) for each in siblings))
 
     looked_at = []
-    monkeypatch.setattr(chains, "block_key", lambda *block: looked_at.append(block))
+    monkeypatch.setattr(prefixes, "block_key", lambda *block: looked_at.append(block))
 
     assert [] == feed(adapter, engine.store(None, (12345, [9, 9, 9, 9])))
     assert MAX_SEARCHED == len(looked_at)
@@ -274,13 +274,15 @@ def test_a_block_that_comes_back_brings_nothing_back_with_it() -> None:
 
 
 def test_what_is_remembered_of_chains_goes_with_the_blocks() -> None:
-    adapter, engine = adapter_of("trtllm_v1"), V1Engine()
+    adapter, engine = adapter_of("trtllm_v1_contiguous"), V1Engine()
     blocks = chain(6)
     feed(adapter, engine.store(None, *blocks), engine.store(None, *blocks, window=8))
     feed(adapter, *(engine.remove(key, window=window) for window in (8, LONGEST) for key, _ in blocks))
-    known = adapter._ranks[0].chains
+    held = adapter._ranks[0].chains._held
 
-    assert ({}, {}) == (known._children, {k: v for k, v in known._parents.items() if v})
+    assert {0: ({}, {}), 1: ({}, {})} == {
+        group: (links.parents, links.children) for group, links in held.items()
+    }
 
 
 # -- through the residency -------------------------------------------------------------------------
@@ -317,3 +319,12 @@ def test_a_sliding_block_is_named_by_what_the_global_group_holds() -> None:
 
     assert {0: 1, 1: 3} == residency.counts()
     assert 1 == residency.unattributed, "its parent was never announced by any group"
+
+
+def test_a_block_that_was_believed_goes_by_its_removal_though_it_is_left_out_later() -> None:
+    """Before any name was seen to be what its tokens make of it, an engine's names are believed."""
+    adapter, engine = adapter_of("trtllm_v1"), V1Engine()
+    odd = (11, TWO)
+    feed(adapter, engine.store(None, odd), engine.store(None, *chain(1)), engine.store(None, odd))
+
+    assert [BlocksRemoved(1, (11,))] == feed(adapter, engine.remove(11))

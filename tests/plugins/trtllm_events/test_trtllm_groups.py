@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
-from tests.trtllm_events_helpers import Engine, block
+from tests.trtllm_events_helpers import LAYOUT, Engine, block, feed
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import NO_SUCH_GROUP, BlocksRemoved, BlocksStored, EngineBlock, GroupCreated
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, ProtocolError
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions
 from vswa_plugin.publishing.residency import Residency, Restart
 from vswa_plugin.wire.events import Event, Layout, Source, Stored, decode
@@ -194,3 +194,15 @@ def test_readers_see_the_layout_as_it_is_and_the_first_block(late: bool) -> None
     assert isinstance(stored, Stored)
     assert layout.groups[0].group_id == stored.group_id
     assert late == len(before), "one correction, one new epoch, and none before the first batch"
+
+
+def test_what_a_refused_event_said_of_the_groups_comes_with_the_next_one() -> None:
+    """Only one group is created, so that the first block closes the list of groups; that event is refused."""
+    adapter, engine = TrtllmEventAdapter(LAYOUT), Engine()
+    feed(adapter, engine.created(8, 0))
+    with pytest.raises(ProtocolError):
+        feed(adapter, engine.stored(11, block(11, ONE)))
+
+    assert [GroupCreated(0, None), GroupCreated(1, NO_SUCH_GROUP), BlocksRemoved(0, (11,))] == feed(
+        adapter, engine.removed(11)
+    )

@@ -280,7 +280,10 @@ def test_the_format_is_the_plugins() -> None:
         (stored("a", block_hashes=[1.5]), "expected 64-bit numbers or digests, got float"),
         (stored("a", block_hashes=[1 << 64]), "expected 64-bit numbers or digests, got int"),
         (stored("a", block_hashes=[1, 2]), "expected at most a hash for each 4 tokens, got 2 for 4 tokens"),
-        (stored("ab", block_size=8), "block_size 8"),
+        (
+            stored("ab", block_size=8),
+            "expected blocks of 4 tokens, as the layout states, got blocks of 8: two block sizes are mixed",
+        ),
         (stored("a", token_ids=[1, 2, 3]), "got 1 for 3 tokens"),
         (stored("ab", extra_keys=[None]), "expected extra_keys for each of 2 block_hashes, got 1"),
         (stored("a", kv_cache_spec_kind="mamba"), "expected a kv_cache_spec_kind of full_attention"),

@@ -1,12 +1,10 @@
-"""docs/router-api.md names every operation, limit and metric that there is."""
+"""docs/router-api.md names every operation and limit that there is."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from tests.router_http_helpers import PROMPT, Api, run
 from vswa_plugin.router.http.dump import MAX_VISITS
 from vswa_plugin.router.http.messages import MAX_HASHES, MAX_TOKENS, SelectQuery
 from vswa_plugin.router.http.operations import ERRORS, OPERATIONS
@@ -32,17 +30,3 @@ def test_every_wish_of_a_gateway_and_every_pin_is_named() -> None:
         *(field for fields in NVEXT.values() for field in fields),
     ):
         assert re.search(rf'["`]{name}["`]', TEXT), name
-
-
-def test_every_metric_of_a_router_is_named() -> None:
-    async def body() -> Any:
-        async with Api() as api:
-            await api.all_live()
-            await api.post("/select", token_ids=PROMPT)
-            return await api.get("/metrics")
-
-    shown = set(re.findall(r"^# TYPE (vswa_router_\w+)", run(body())[1], re.MULTILINE))
-    shown = {name.removesuffix("_created") for name in shown}
-    for name in sorted(shown):
-        short = re.sub(r"_load_(\w+)$", "_load_{blocks,prefill_tokens,requests}", name)
-        assert short in TEXT, name

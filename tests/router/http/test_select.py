@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from tests.router.test_models import ODD
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
 from vswa_plugin.router import reservations
 from vswa_plugin.router.replicas.load import SharedLoad
-from vswa_plugin.selection import Load
+from vswa_plugin.selection import Load, RoutedRequest, Scored
+from vswa_plugin.wire.events import Rank
 
 
 def test_the_choice_is_exact_names_the_headers_that_pin_it_and_counts_as_load() -> None:
@@ -32,12 +34,76 @@ def test_the_choice_is_exact_names_the_headers_that_pin_it_and_counts_as_load() 
 
     answer, load = run(body())
 
-    assert (answer["worker_id"], answer["dp_rank"]) == (2, 0)
+    assert (answer["worker_id"], answer["dp_rank"]) == ("2", 0)
     assert answer["headers"] == {"x-dynamo-worker-instance-id": "2", "x-dynamo-dp-rank": "0"}
     assert (answer["cached_tokens"], answer["effective_prefill_tokens"]) == (80, 50)
     assert answer["overlap"]["longest_matched"] == 80
     assert answer["endpoint"] == "dyn://ns.backend.generate"
     assert load == Load(8, 50, 1)
+
+
+def test_the_answer_looks_at_the_tiers_of_the_chosen_worker_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> tuple[Any, list[Any]]:
+        async with Api() as api:
+            for rank in (A, A1, B):
+                await api.holds(rank, stored(sliding=range(8), whole=range(8)))
+            tiers, asked = api.fleet.index.tiers, []
+
+            def counted(rank: Any, *given: Any) -> Any:
+                asked.append(rank)
+                return tiers(rank, *given)
+
+            monkeypatch.setattr(api.fleet.index, "tiers", counted)
+            _, answer = await api.post("/select", token_ids=PROMPT, allowed_worker_ids=[2])
+            return answer, asked
+
+    answer, asked = run(body())
+
+    assert answer["overlap"]["ranks"]["0"]["tiers"] == {"device": 8}
+    assert [B, B] == asked, "once for the cost, once for the answer"
+
+
+def test_plugins_are_told_the_session_that_a_request_belongs_to() -> None:
+    sessions: list[str | None] = []
+
+    class Watching:
+        def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float]:
+            sessions.append(request.session_id)
+            return {}
+
+        def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+            return None
+
+    async def body() -> list[int]:
+        async with Api(hooks=Watching()) as api:
+            await api.all_live()
+            wishes: list[dict[str, Any]] = [{"session_id": "conversation"}, {}, {"session_id": 7}]
+            return [(await api.post("/select", token_ids=PROMPT, **wish))[0] for wish in wishes]
+
+    assert run(body()) == [200, 200, 400]
+    assert sessions == ["conversation", None]
+
+
+@pytest.mark.parametrize(
+    "wish", [{"prompt_logprobs": 0}, {"prompt_logprobs": 1}, {"skip_reading_prefix_cache": True}], ids=str
+)
+def test_a_request_that_switches_the_cache_off_is_promised_nothing(wish: dict[str, Any]) -> None:
+    async def body() -> tuple[Any, Load]:
+        async with Api() as api:
+            await api.all_live()
+            await api.holds(B, stored(sliding=range(8), whole=range(8)))
+            status, answer = await api.post("/select", token_ids=PROMPT, allowed_worker_ids=[2], **wish)
+            assert status == 200, answer
+            return answer, api.book.load(B)
+
+    answer, load = run(body())
+
+    assert (0, 130, 0) == (
+        answer["cached_tokens"],
+        answer["effective_prefill_tokens"],
+        answer["overlap"]["longest_matched"],
+    )
+    assert 130 == load.prefill_tokens
 
 
 def test_its_load_goes_down_at_the_first_token_and_ends_with_its_release() -> None:
@@ -68,7 +134,7 @@ def test_a_reservation_that_nobody_releases_ends_by_its_time() -> None:
             assert (await api.post("/release", selection_id=short["selection_id"]))[0] == 404
             assert (await api.post("/release", selection_id=long["selection_id"]))[0] == 200
             assert len(api.book) == 0
-            return api.selection.reservations.stats.expired
+            return api.selection.reservations.ended["m", "ttl"]
 
     assert run(body()) == 1
 
@@ -79,7 +145,7 @@ def test_a_burst_is_spread_by_what_the_gateway_has_been_told_already() -> None:
             await api.all_live()
             prompts = [[start + n for n in range(130)] for start in (0, 1_000, 2_000)]
             found = [(await api.post("/select", token_ids=prompt))[1] for prompt in prompts]
-            return sorted((each["worker_id"], each["dp_rank"]) for each in found)
+            return sorted((int(each["worker_id"]), each["dp_rank"]) for each in found)
 
     assert run(body()) == [(1, 0), (1, 1), (2, 0)]
 
@@ -94,6 +160,30 @@ def test_choosing_without_a_reservation_leaves_no_load() -> None:
     answer, left = run(body())
 
     assert (answer["reserved"], answer["expires_at"], left) == (False, None, 0)
+
+
+def test_reservations_made_are_those_that_ended_and_those_that_are_active() -> None:
+    async def body() -> list[tuple[int, int]]:
+        async with Api() as api:
+            await api.all_live()
+            kept, sums = api.selection.reservations, []
+            ids = []
+            for _ in range(4):
+                _, answer = await api.post("/select", token_ids=PROMPT)
+                ids.append(answer["selection_id"])
+            await api.post("/select", token_ids=PROMPT, ttl_s=0.05)
+            await api.post("/select", token_ids=PROMPT, reserve=False)
+            await api.post("/select", token_ids=PROMPT, dp_rank=9)
+            await eventually(lambda: kept.ended["m", "ttl"], "one has ended by its time")
+            for selection_id in (ids[0], ids[0], ids[1], "none"):
+                await api.post("/release", selection_id=selection_id)
+                sums.append((kept.made.total(), kept.ended.total() + len(kept)))
+                assert kept.active.total() == len(kept)
+            kept.close()
+            assert kept.ended == {("m", "ttl"): 1, ("m", "release"): 2, ("m", "shutdown"): 2}
+            return [*sums, (kept.made.total(), kept.ended.total())]
+
+    assert [(5, 5)] * 5 == run(body())
 
 
 def test_an_id_of_the_callers_own_is_taken_once_at_a_time() -> None:
@@ -120,7 +210,7 @@ def test_the_time_of_a_released_reservation_does_not_end_the_next_of_its_name() 
             await api.post("/release", selection_id="mine")
             await api.post("/select", token_ids=PROMPT, selection_id="mine", ttl_s=30)
             await api.post("/select", token_ids=PROMPT, selection_id="later", ttl_s=0.1)
-            await eventually(lambda: api.selection.reservations.stats.expired, "the later one has ended")
+            await eventually(lambda: api.selection.reservations.ended["m", "ttl"], "the later one has ended")
             return (await api.post("/release", selection_id="mine"))[0]
 
     assert run(body()) == 200
@@ -157,7 +247,7 @@ def test_a_worker_that_comes_is_chosen_and_one_that_goes_is_not() -> None:
             gone = api.book.load(B)
             released, _ = await api.post("/release", selection_id=first["selection_id"])
             assert released == 200
-            return nine["worker_id"], status, gone, len(api.book)
+            return int(nine["worker_id"]), status, gone, len(api.book)
 
     assert run(body()) == (9, 503, Load(), 1)
 
@@ -185,7 +275,7 @@ def test_taints_are_those_of_the_registry() -> None:
 
     (status, answer), (none, refused) = run(body())
 
-    assert (status, answer["worker_id"], none) == (200, 2, 503)
+    assert (status, answer["worker_id"], none) == (200, "2", 503)
     assert "required_taints" in refused["error"]
 
 
@@ -279,11 +369,11 @@ def test_an_odd_entry_costs_itself_alone_and_is_named_once(
             api.enter(odd, alone)
             await api.all_live()
             status, answer = await api.post("/select", token_ids=PROMPT)
-            assert (status, answer["worker_id"] in (1, 2)) == (200, True)
+            assert (status, answer["worker_id"] in ("1", "2")) == (200, True)
             assert (await api.post("/select", token_ids=PROMPT, model_name="other"))[0] == 404
             api.enter(entry_of(3))
             assert (await api.post("/select", token_ids=PROMPT, allowed_worker_ids=[3]))[0] == 200
 
     run(body())
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert f"worker {odd.worker_id:x} is not used: {reason}" in error
+    assert f"worker {odd.worker_id} is not used: {reason}" in error

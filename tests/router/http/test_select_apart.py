@@ -47,8 +47,8 @@ def test_prompts_go_where_they_are_cached_and_decode_where_least_is_read_and_bot
 
     answer, loads = run(body())
 
-    assert (answer["worker_id"], answer["dp_rank"]) == (21, 0)
-    assert (answer["prefill"]["worker_id"], answer["prefill"]["dp_rank"]) == (11, 1)
+    assert (answer["worker_id"], answer["dp_rank"]) == ("21", 0)
+    assert (answer["prefill"]["worker_id"], answer["prefill"]["dp_rank"]) == ("11", 1)
     assert answer["headers"] == {
         "x-dynamo-worker-instance-id": "21",
         "x-dynamo-dp-rank": "0",
@@ -124,11 +124,11 @@ def test_pins_and_lists_count_for_their_phase() -> None:
             found = []
             for wish in (
                 {"prefill_worker_id": 11, "prefill_dp_rank": 1, "decode_worker_id": 22},
-                {"backend_instance_id": 21, "allowed_worker_ids": [12, 21]},
+                {"backend_instance_id": "21", "allowed_worker_ids": ["12", 21]},
             ):
                 _, answer = await api.select(reserve=False, **wish)
                 prefill = answer["prefill"]
-                found.append((prefill["worker_id"], prefill["dp_rank"], answer["worker_id"]))
+                found.append((int(prefill["worker_id"]), prefill["dp_rank"], int(answer["worker_id"])))
             return found
 
     assert run(body()) == [(11, 1, 22), (12, 0, 21)]
@@ -163,7 +163,7 @@ def test_one_kind_of_worker_alone_cannot_serve_and_aggregated_ones_stand_in() ->
 
     assert (refused, status) == (503, 200)
     assert "no decode worker serves this model right now" in said["error"]
-    assert (answer["worker_id"], answer["prefill"]) == (31, None)
+    assert (answer["worker_id"], answer["prefill"]) == ("31", None)
     assert "x-dynamo-prefill-instance-id" not in answer["headers"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -12,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.cli.events import Follower
 from vswa_plugin.errors import ConnectError
 from vswa_plugin.wire.events import Batch, Removed, Source, Stored
 
-_GAUGE = re.compile(r'^vswa_engine\{name="(\w+)"\} (\S+)$', re.MULTILINE)
+_ENGINE = "vswa_engine_"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Tally:
     gaps: int = 0
 
     def add(self, source: Source, batch: Batch) -> None:
-        self.gaps += sum("gap" in line for line in self.follower.lines(source, batch))
+        self.gaps += self.follower.read(source, batch).missed > 0
         for event in batch.events:
             if not isinstance(event, Stored | Removed):
                 continue
@@ -134,7 +134,7 @@ class Tally:
 
 
 class Transfers:
-    """What decode workers fetched from prefill workers, from the gauges in their /metrics.
+    """What decode workers fetched from prefill workers, from the engines' numbers in their /metrics.
 
     :param decode: status URLs of the decode workers; of the prefill workers in ``prefill``.
     :param groups: cache groups of the workers.
@@ -147,14 +147,14 @@ class Transfers:
 
     async def begin(self) -> None:
         """Count from here on."""
-        self._before = await _gauges(self._decode)
+        self._before = await _numbers(self._decode)
 
     async def take(self, prompt_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
         """Bytes moved by window since the last call, and those of a cache that keeps every layer whole.
 
         The first prompt after :meth:`begin` must be new to the decode worker: it tells the size of a block.
         """
-        now = await _gauges(self._decode)
+        now = await _numbers(self._decode)
         names = {group.label: f"transfer_bytes_{group.label}" for group in self._groups}
         moved = {label: now[name] - self._before[name] for label, name in names.items()}
         self._before = now
@@ -165,11 +165,11 @@ class Transfers:
         return moved, {label: blocks * size for label, size in self._block_bytes.items()}
 
     async def failures(self) -> float:
-        return (await _gauges(self._decode))["transfer_failures"]
+        return (await _numbers(self._decode))["transfer_failures"]
 
     async def held(self) -> float:
         """Prompts that prefill workers still hold."""
-        return (await _gauges(self._prefill))["transfers_held"]
+        return (await _numbers(self._prefill))["transfers_held"]
 
 
 def _seen(group: CacheGroup, prompt_tokens: int) -> int:
@@ -178,14 +178,17 @@ def _seen(group: CacheGroup, prompt_tokens: int) -> int:
     return -(-prompt_tokens // group.block_size) - max(0, first)
 
 
-async def _gauges(urls: Iterable[str]) -> defaultdict[str, float]:
-    """The engines' gauges, summed over workers."""
+async def _numbers(urls: Iterable[str]) -> defaultdict[str, float]:
+    """The engines' numbers by name and window, summed over workers and ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     async with aiohttp.ClientSession() as session:
         for url in urls:
             async with session.get(f"{url}/metrics") as response:
-                for name, value in _GAUGE.findall(await response.text()):
-                    total[name] += float(value)
+                for family in text_string_to_metric_families(await response.text()):
+                    for sample in family.samples if family.name.startswith(_ENGINE) else ():
+                        window = sample.labels.get("window")
+                        name = family.name.removeprefix(_ENGINE) + (f"_{window}" if window else "")
+                        total[name] += sample.value
     return total
 
 
@@ -209,12 +212,12 @@ def show_answer(number: int, name: str, answer: Answer) -> None:
 
 def show_windows(tally: Tally, names: Mapping[int, str]) -> None:
     """A line per worker and window; ``names`` by worker id, where their kinds differ."""
-    wide = 26 if names else 18
+    wide = 30 if names else 22  # an id has up to 20 digits
     print("\nper worker and window, from the events on NATS:")
     print(f"  {'worker':{wide}}{'window':16}{'stored':>8}{'removed':>9}{'resident':>10}")
     for worker_id, window in sorted(tally.stored):
         stored, removed = tally.stored[worker_id, window], tally.removed[worker_id, window]
-        worker = f"{names[worker_id]:8}{worker_id:x}" if names else f"{worker_id:x}"
+        worker = f"{names[worker_id]:8}{worker_id}" if names else f"{worker_id}"
         print(f"  {worker:{wide}}{window:16}{stored:8d}{removed:9d}{stored - removed:10d}")
 
 

@@ -13,9 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from vswa_plugin.cli.demo.report import Answer, Choice, Tally
 from vswa_plugin.errors import ProtocolError
 from vswa_plugin.registry import Entry
+from vswa_plugin.router.tallies import OTHER
+from vswa_plugin.wire.events import id_text
 
 #: What an exact router counts of each worker: finished requests, and the tokens that it promised for them.
-_FINISHED, _TOKENS = "vswa_router_predictions_total", "vswa_router_cached_tokens_total"
+_FINISHED, _TOKENS = "vswa_router_predictions_total", "vswa_router_predicted_cached_tokens_total"
 
 
 class Promises(NamedTuple):
@@ -32,10 +34,10 @@ def promises_of(pages: Iterable[str]) -> dict[int, Promises]:
     for page in pages:
         for family in text_string_to_metric_families(page):
             for name, labels, value, *_ in family.samples:
-                if name == _FINISHED:
-                    finished[int(labels["worker"], 16)] += int(value)
-                elif name == _TOKENS and labels["which"] == "predicted":
-                    tokens[int(labels["worker"], 16)] += int(value)
+                if name not in (_FINISHED, _TOKENS) or labels["worker"] == OTHER:
+                    continue
+                counts = finished if name == _FINISHED else tokens
+                counts[int(labels["worker"])] += int(value)
     return {worker_id: Promises(count, tokens[worker_id]) for worker_id, count in finished.items()}
 
 
@@ -50,7 +52,7 @@ def newly_promised(before: Mapping[int, Promises], now: Mapping[int, Promises]) 
         if each != (known := before.get(worker_id, Promises()))
     }
     if len(more) != 1 or any(each.finished != 1 for each in more.values()):
-        counts = {f"{worker_id:x}": each.finished for worker_id, each in more.items()}
+        counts = {id_text(worker_id): each.finished for worker_id, each in more.items()}
         raise ProtocolError(f"expected one finished request more on the routers' /metrics, got {counts}")
     ((worker_id, promised),) = more.items()
     return worker_id, promised.tokens
@@ -192,7 +194,7 @@ def checks_of_choices(answers: Sequence[Answer], choices: Choices, pressed: bool
     if choices.exact:
         checks["every promise was kept, in whole blocks"] = all(choices.kept(answer) for answer in answers)
     if choices.exact and pressed:
-        checks["the global layers alone would have promised what nobody could resume"] = any(
+        checks["the global layers alone would have promised what no worker could resume"] = any(
             choice.best_alone()[1] // size > answer.cached_tokens // size for answer, choice in found
         )
     return checks

@@ -6,13 +6,12 @@ import argparse
 import asyncio
 import json
 import os
-import tempfile
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -30,12 +29,17 @@ from vswa_plugin.cli.demo.report import (
     verdict,
 )
 from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, pages_of, show_choice, show_choices
-from vswa_plugin.dynamo.names import COMPONENTS
+from vswa_plugin.dynamo.chat import chat_obstacle
+from vswa_plugin.dynamo.names import COMPONENTS, worker_namespace
 from vswa_plugin.engine.contract import ANY_ENGINE
+from vswa_plugin.errors import ConfigError
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress
-from vswa_plugin.launch.serving import progress_from
-from vswa_plugin.launch.topologies import chosen_router, find_topology
+from vswa_plugin.launch.scratch import open_scratch
+from vswa_plugin.launch.serving import progress_from, stop
+from vswa_plugin.launch.topologies import Topology, chosen_router, find_topology
+from vswa_plugin.program.life import Life, Program
 from vswa_plugin.program.options import at_least_one
+from vswa_plugin.program.run import exit_code_of
 from vswa_plugin.registry import Entry
 from vswa_plugin.wire.events import decode
 from vswa_plugin.wire.subjects import events_of, source_of
@@ -76,28 +80,47 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return asyncio.run(_demo(args))
-
-
-async def _demo(args: argparse.Namespace) -> int:
+    local.find_named(args)
     began = time.monotonic()
-    progress = progress_from(began)
-    small = args.model is None or local.is_named(args.model)
     topology = find_topology(args.topology)
     routing = chosen_router(args, topology, os.environ)
+    small = args.model is None or local.is_named(args.model)
     override = _ROUTED_OVERRIDE if topology.routed else _OVERRIDE
     groups = local.worker_groups(args, topology, override if small else {})
-    with tempfile.TemporaryDirectory(prefix="vswa-demo-") as folder:
-        settings = ClusterSettings(
-            model_path=str(await local.model_path(args, Path(folder), progress)),
-            served_model_name=args.served_model_name,
-            groups=groups,
-            http_port=args.http_port,
-            routing=routing,
-            worker_options=("--heartbeat", "0.1", "--status-port", "0"),
-        )
-        cluster = Cluster(settings, local.log_folder(args, Path(folder)), progress)
-        seen = await _watch(cluster, args, progress)
+    progress = progress_from(began)
+    with open_scratch("demo") as scratch:
+
+        async def make() -> Cluster:
+            model = await local.model_path(args, scratch.path, progress)
+            if (obstacle := chat_obstacle(model)) is not None:
+                raise ConfigError(
+                    f"--model: expected one that can chat, as the demo's requests do: {obstacle}"
+                )
+            settings = ClusterSettings(
+                model_path=str(model),
+                served_model_name=args.served_model_name,
+                groups=groups,
+                namespace=worker_namespace(os.environ),
+                http_port=args.http_port,
+                routing=routing,
+                worker_options=("--heartbeat", "0.1", "--status-port", "0"),
+            )
+            return Cluster(settings, local.log_folder(args, scratch.path), progress, scratch.path)
+
+        life = Life("vswa demo")
+        demo = _Demo(args, make, progress)
+        asyncio.run(life.run(demo))
+        if life.stopped_by is not None:
+            return exit_code_of(life.stopped_by)
+        code = verdict(_checks(demo.seen, topology, small), time.monotonic() - began)
+        if code and scratch.has_logs():
+            scratch.keep_logs = True
+            print(f"logs are kept in {scratch.path}", file=sys.stderr)
+        return code
+
+
+def _checks(seen: _Seen, topology: Topology, pressed: bool) -> dict[str, bool]:
+    """Show what was seen, and whether it is what should be."""
     apart = "prefill" in topology.modes
     show_windows(seen.tally, seen.modes if apart else {})
     asked = _ROUTED_PLAN if topology.routed else _PLAN
@@ -107,8 +130,8 @@ async def _demo(args: argparse.Namespace) -> int:
         checks |= checks_of_transfers(seen.answers, seen.modes, seen.tally, seen.failures, seen.held)
     if seen.choices is not None:
         show_choices(seen.answers, seen.choices)
-        checks |= checks_of_choices(seen.answers, seen.choices, pressed=small)
-    return verdict(checks, time.monotonic() - began)
+        checks |= checks_of_choices(seen.answers, seen.choices, pressed=pressed)
+    return checks
 
 
 @dataclass
@@ -124,39 +147,63 @@ class _Seen:
     choices: Choices | None = None
 
 
-async def _watch(cluster: Cluster, args: argparse.Namespace, progress: Progress) -> _Seen:
-    """Start everything, ask, and stop everything."""
-    seen = _Seen()
-    transport: Transport | None = None
-    try:
+class _Demo(Program):
+    """Starts everything, asks, and stops everything."""
+
+    def __init__(
+        self, args: argparse.Namespace, make: Callable[[], Awaitable[Cluster]], progress: Progress
+    ) -> None:
+        self.seen = _Seen()
+        self._args = args
+        self._make = make
+        self._progress = progress
+        self._cluster: Cluster | None = None
+        self._transport: Transport | None = None
+
+    async def start(self) -> None:
+        self._cluster = cluster = await self._make()
         await cluster.start_brokers()
-        transport = await _listen(cluster, seen.tally)
+        self._transport = Transport(cluster.nats_server, "vswa demo")
+        await _listen(self._transport, cluster, self.seen.tally)
         await cluster.start()
-        routed = cluster.settings.routing.router is not None
-        plan = _ROUTED_PLAN if routed else _PLAN
-        progress(f"ready; sending {len(plan)} chat requests about {len(_DOCUMENTS)} documents, streamed")
-        if args.model is not None:
-            await _continue_sentences(cluster)
-        entries = await cluster.entries()
-        seen.modes = {entry.worker_id: entry.mode for entry in entries}
-        apart = "prefill" in seen.modes.values()
-        transfers = await _transfers(cluster, entries) if apart else None
-        computing = [entry for entry in entries if entry.mode != "decode"]
-        pages = partial(pages_of, cluster.router_urls) if cluster.routers else None
-        seen.choices = Choices(seen.tally, computing, pages) if routed else None
-        asking = _Asking(cluster, seen.tally, transfers, seen.choices)
-        async with aiohttp.ClientSession() as session:
-            for number, name in enumerate(plan):
-                seen.answers.append(await asking.ask(session, number, name, args.max_tokens))
-        if transfers is not None:
-            seen.failures, seen.held = await transfers.failures(), await transfers.held()
-        cluster.check()
-    finally:
-        progress("stopping")
-        if transport is not None:
-            await transport.close()
-        seen.codes = await cluster.stop()
-    return seen
+
+    async def serve(self) -> None:
+        if self._cluster is not None:
+            await _ask(self._cluster, self._args, self.seen, self._progress)
+
+    def hurry(self) -> None:
+        if self._cluster is not None:
+            self._cluster.hurry()
+
+    async def end(self) -> None:
+        try:
+            if self._transport is not None:
+                await self._transport.close()
+        finally:
+            self.seen.codes = await stop(self._cluster, self._progress)
+
+
+async def _ask(cluster: Cluster, args: argparse.Namespace, seen: _Seen, progress: Progress) -> None:
+    """Send all requests; ``seen`` gets what they show."""
+    routed = cluster.settings.routing.router is not None
+    plan = _ROUTED_PLAN if routed else _PLAN
+    progress(f"ready; sending {len(plan)} chat requests about {len(_DOCUMENTS)} documents, streamed")
+    if args.model is not None:
+        await _continue_sentences(cluster)
+    entries = await cluster.entries()
+    seen.modes = {entry.worker_id: entry.mode for entry in entries}
+    apart = "prefill" in seen.modes.values()
+    transfers = await _transfers(cluster, entries) if apart else None
+    computing = [entry for entry in entries if entry.mode != "decode"]
+    pages = partial(pages_of, cluster.router_urls) if cluster.routers else None
+    seen.choices = Choices(seen.tally, computing, pages) if routed else None
+    asking = _Asking(cluster, seen.tally, transfers, seen.choices)
+    async with aiohttp.ClientSession() as session:
+        for number, name in enumerate(plan):
+            seen.answers.append(await asking.ask(session, number, name, args.max_tokens))
+    if transfers is not None:
+        seen.failures, seen.held = await transfers.failures(), await transfers.held()
+    cluster.check()
 
 
 async def _transfers(cluster: Cluster, entries: Sequence[Entry]) -> Transfers:
@@ -167,9 +214,8 @@ async def _transfers(cluster: Cluster, entries: Sequence[Entry]) -> Transfers:
     return transfers
 
 
-async def _listen(cluster: Cluster, tally: Tally) -> Transport:
+async def _listen(transport: Transport, cluster: Cluster, tally: Tally) -> None:
     """Count from before the first worker starts, so that nothing is missed."""
-    transport = Transport(cluster.nats_server, "vswa demo")
     await transport.connect()
 
     async def count(event_subject: str, payload: bytes) -> None:
@@ -177,7 +223,6 @@ async def _listen(cluster: Cluster, tally: Tally) -> Transport:
 
     await transport.subscribe(events_of(cluster.settings.namespace), count)
     await transport.flush()
-    return transport
 
 
 def document(name: str) -> str:

@@ -6,15 +6,16 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from vswa_plugin.blocks.hashing import sequence_hashes
 from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
 from vswa_plugin.following.fleet import Fleet, RankStatus
-from vswa_plugin.index import Explanation, WindowIndex
+from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Entry
 from vswa_plugin.router.decide import Hasher
 from vswa_plugin.router.http.messages import (
+    ExplanationAnswer,
     HashQuery,
     InstanceAnswer,
     Listener,
@@ -26,7 +27,7 @@ from vswa_plugin.router.http.messages import (
     WorkerAnswer,
 )
 from vswa_plugin.router.pools import Groups
-from vswa_plugin.wire.events import Rank, Source
+from vswa_plugin.wire.events import Rank, Source, id_text
 from vswa_plugin.wire.subjects import subject
 
 #: Blocks times ranks times groups that one explanation may look at: some 100 ms.
@@ -128,25 +129,37 @@ def query_answer(fleet: Fleet, prompt: ServedPrompt) -> QueryAnswer:
         prompt_tokens=prompt.length,
         assumed=prompt.assumed,
         scores={
-            str(entry.worker_id): {
+            id_text(entry.worker_id): {
                 str(dp_rank): _device_tokens(ranks[Rank(entry.worker_id, dp_rank)], size)
                 for dp_rank in entry.epochs
             }
             for entry in model.entries
         },
         frequencies=_frequencies([answer.cached_blocks for answer in ranks.values()]),
-        instances={str(entry.worker_id): instance_answer(entry, ranks, size) for entry in model.entries},
+        instances={id_text(entry.worker_id): instance_answer(entry, ranks, size) for entry in model.entries},
     )
 
 
-def rank_answers(fleet: Fleet, prompt: ServedPrompt) -> dict[Rank, RankAnswer]:
-    """What every rank of the model would reuse of the prompt."""
+def rank_answers(
+    fleet: Fleet,
+    prompt: ServedPrompt,
+    workers: Collection[int] | None = None,
+    *,
+    reads_cache: bool = True,
+) -> dict[Rank, RankAnswer]:
+    """What every rank of the model would reuse of the prompt.
+
+    :param workers: only the ranks of these; None: of all.
+    :param reads_cache: False: nothing, because the request switches the cache off.
+    """
     index, model, hashes = fleet.index, prompt.served, prompt.hashes
-    cached = index.score(hashes, prompt.length, model.name)
+    cached = index.score(hashes, prompt.length, model.name) if reads_cache else {}
     blind = global_only(index, hashes, model.name)
     now = asyncio.get_running_loop().time()
     answers = {}
     for rank in model.ranks:
+        if workers is not None and rank.worker_id not in workers:
+            continue
         view = fleet.subscriber.view(rank)
         tokens = cached.get(rank, 0)
         answers[rank] = RankAnswer(
@@ -210,7 +223,7 @@ def _frequencies(blocks: Sequence[int]) -> list[int]:
     return counts
 
 
-def explanations(fleet: Fleet, prompt: ServedPrompt) -> list[Explanation]:
+def explanations(fleet: Fleet, prompt: ServedPrompt) -> list[ExplanationAnswer]:
     """As ``vswa explain`` does.
 
     :raises TooLarge: so many blocks, ranks and groups that routing would wait for it.
@@ -224,7 +237,8 @@ def explanations(fleet: Fleet, prompt: ServedPrompt) -> list[Explanation]:
             f"expected a prompt of at most {most} blocks for {len(model.ranks)} ranks with {groups} groups, "
             f"got {len(prompt.hashes)}; ask /query, or `vswa explain` for the whole of it"
         )
-    return fleet.index.explain(prompt.hashes, prompt.length, model.name)
+    found = fleet.index.explain(prompt.hashes, prompt.length, model.name)
+    return [ExplanationAnswer.of(each) for each in found]
 
 
 def worker_answers(fleet: Fleet, model_name: str | None = None) -> list[WorkerAnswer]:
@@ -243,7 +257,7 @@ def _worker(entry: Entry, statuses: Mapping[Rank, RankStatus]) -> WorkerAnswer:
         for dp_rank in sorted(entry.epochs)
     }
     return WorkerAnswer(
-        instance_id=entry.worker_id,
+        instance_id=id_text(entry.worker_id),
         source="nats",
         status=min((each.status for each in listeners.values()), key=_WORST_FIRST.index, default="pending"),
         model_name=entry.served_model_name,

@@ -16,7 +16,7 @@ from vswa_plugin.index.dump import DUMP_VERSION
 from vswa_plugin.index.tables import Hashes
 from vswa_plugin.router.http.answers import TooLarge
 from vswa_plugin.router.http.messages import DumpLayout, GroupDump, RankDump
-from vswa_plugin.wire.events import TIERS, Rank
+from vswa_plugin.wire.events import TIERS, Rank, id_text
 
 #: Taking one rank in looks at all blocks of its groups, of all ranks, in one turn of the event loop.
 #: So many took 5 to 18 ms among 64 ranks and 43 ms among 1,024, where masks are longer; in pure Python 41 ms,
@@ -106,7 +106,7 @@ def _rank(fleet: Fleet, rank: Rank, query: DumpQuery, before: bytes) -> Iterator
     view = fleet.subscriber.view(rank)
     now = asyncio.get_running_loop().time()
     head = RankDump(
-        worker_id=rank.worker_id,
+        worker_id=id_text(rank.worker_id),
         dp_rank=rank.dp_rank,
         scored=view is not None and view.scored(now),
         epoch=0 if view is None else view.reader.epoch,

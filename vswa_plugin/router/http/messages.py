@@ -1,18 +1,22 @@
 """Requests and answers of the HTTP API. The OpenAPI document is made from these structs.
 
 Fields of Dynamo's standalone indexer and selection service have their names and meaning, in tokens; what
-windows need is beside them. Unknown fields are ignored, as there.
+windows need is beside them. Unknown fields are ignored, as there. Worker ids are text in answers, see
+``id_text``; only in ``nvext`` they are numbers, because Dynamo's frontend takes nothing else there.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from vswa_plugin.blocks.layout import CacheGroup
-from vswa_plugin.index import IndexStats
+from vswa_plugin.index import Explanation, GroupExplanation, IndexStats
+from vswa_plugin.router.wishes import RoutingConstraints
+from vswa_plugin.selection import Override
+from vswa_plugin.wire.events import id_text
 
 #: Limits of a request. A body of the largest lists fits into the largest body.
 MAX_BODY_BYTES = 4 << 20
@@ -25,7 +29,8 @@ _Hash = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": _U64_MAX})]
 _Name = Annotated[str, Meta(min_length=1, max_length=512)]
 _Tokens = Annotated[list[Annotated[int, Meta(ge=0, le=2**32 - 1)]], Meta(min_length=1, max_length=MAX_TOKENS)]
 _Hashes = Annotated[list[_Hash], Meta(min_length=1, max_length=MAX_HASHES)]
-_WorkerId = Annotated[int, Meta(ge=0)]
+#: A worker's id as an answer has it, or as a number.
+_WorkerId = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern="^[0-9]{1,20}$")]
 _DpRank = Annotated[int, Meta(ge=0, le=2**31)]
 _Length = Annotated[int, Meta(ge=1, le=2**31)]
 
@@ -135,7 +140,7 @@ class WorkerAnswer(msgspec.Struct, frozen=True):
     :param rule: how its engine resumes a prompt.
     """
 
-    instance_id: int
+    instance_id: str
     source: str
     status: str
     model_name: str
@@ -170,7 +175,7 @@ class DumpLayout(msgspec.Struct, frozen=True):
 class RankDump(msgspec.Struct, frozen=True):
     """Of one instant: what was held when ``next_event_id`` came next."""
 
-    worker_id: int
+    worker_id: str
     dp_rank: int
     scored: bool
     epoch: int
@@ -184,6 +189,30 @@ class DumpAnswer(msgspec.Struct, frozen=True):
 
     version: int
     ranks: list[RankDump]
+
+
+class RankText(NamedTuple):
+    worker_id: str
+    dp_rank: int
+
+
+class ExplanationAnswer(msgspec.Struct, frozen=True):
+    """One rank and one prompt; the fields of ``vswa_plugin.index.Explanation``."""
+
+    rank: RankText
+    model: str
+    rule: str
+    scored: bool
+    boundaries: int
+    boundary: int
+    cached_tokens: int
+    groups: tuple[GroupExplanation, ...]
+    failed: str | None = None
+
+    @classmethod
+    def of(cls, found: Explanation) -> ExplanationAnswer:
+        rank = RankText(id_text(found.rank.worker_id), found.rank.dp_rank)
+        return cls(**{**msgspec.structs.asdict(found), "rank": rank})
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
@@ -212,6 +241,9 @@ class SelectQuery(Query, kw_only=True):
     :param allowed_worker_ids: only these, for both phases.
     :param router_config_override: knobs of the cost, by Dynamo's names.
     :param routing_constraints: ``required_taints``, ``preferred_taints``.
+    :param session_id: of the conversation that the request belongs to, for plugins.
+    :param prompt_logprobs: as in the request: where it is given, engines reuse nothing, so nothing is
+        promised; ``skip_reading_prefix_cache`` likewise.
     """
 
     selection_id: _Name | None = None
@@ -223,8 +255,11 @@ class SelectQuery(Query, kw_only=True):
     prefill_dp_rank: _DpRank | None = None
     decode_worker_id: _WorkerId | None = None
     allowed_worker_ids: Annotated[list[_WorkerId], Meta(max_length=1_024)] | None = None
-    router_config_override: dict[str, Any] | None = None
-    routing_constraints: dict[str, Any] | None = None
+    router_config_override: Override | None = None
+    routing_constraints: RoutingConstraints | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=2**31)] | None = None
+    skip_reading_prefix_cache: bool = False
+    session_id: _Name | None = None
 
 
 class Chosen(msgspec.Struct, frozen=True):
@@ -233,7 +268,7 @@ class Chosen(msgspec.Struct, frozen=True):
     :param overlap: what it would reuse, best of its ranks.
     """
 
-    worker_id: int
+    worker_id: str
     dp_rank: int
     endpoint: str
     overlap: InstanceAnswer
@@ -254,7 +289,7 @@ class SelectAnswer(msgspec.Struct, frozen=True):
     selection_id: str
     model_name: str
     routing_group: str
-    worker_id: int
+    worker_id: str
     dp_rank: int
     endpoint: str
     block_size: int

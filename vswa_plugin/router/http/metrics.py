@@ -1,148 +1,238 @@
-"""Metrics of a router: its choices, what they were worth, its load, replicas, HTTP API and plugins."""
+"""Metrics of a router: its choices, what they were worth, its load, replicas and HTTP API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import TypeVar
 
 import msgspec
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-    SummaryMetricFamily,
-)
-from prometheus_client.registry import Collector
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from vswa_plugin.engine.outcomes import OUTCOMES
 from vswa_plugin.following.fleet import Fleet
-from vswa_plugin.following.metrics import FleetCollector
+from vswa_plugin.following.metrics import fleet_families, in_pieces
+from vswa_plugin.program.metrics import About, Page
+from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.pools import Pool
-from vswa_plugin.router.promises import BOUNDS, Accuracy
+from vswa_plugin.router.promises import Accuracy, RankAccuracy
 from vswa_plugin.router.replicas.load import SharedLoad
-from vswa_plugin.router.reservations import Reservations
+from vswa_plugin.router.reservations import ENDED_BY, Reservations
+from vswa_plugin.router.tallies import OTHER, Buckets
+from vswa_plugin.selection import Load
+from vswa_plugin.wire.events import Rank, id_text
 
-_RANK = ("worker", "dp_rank")
+#: ``tuple[str, ...]`` would not do: the keys of a mapping are invariant.
+_Labels = TypeVar("_Labels", tuple[str], tuple[str, str])
+_T = TypeVar("_T", CounterMetricFamily, GaugeMetricFamily)
+_MODEL = ("model",)
+_RANK = ("model", "worker", "dp_rank")
+_RESULTS = ("exact", "over", "under", "unreported")
+
+_LOAD = {
+    "blocks": "Blocks of active requests, shared ones once.",
+    "prefill_tokens": "Prompt tokens that wait for a first token.",
+    "requests": "Active requests.",
+}
+_REPLICAS = {
+    "received": ("messages_received", "Messages of other routers."),
+    "sent": ("messages_sent", "Messages to other routers."),
+    "bytes_sent": ("sent_bytes", "Bytes of the messages to other routers."),
+    "malformed": ("malformed_messages", "Messages of other routers that could not be read."),
+    "foreign_version": ("foreign_version_messages", "Messages of routers of another protocol version."),
+    "send_errors": ("send_errors", "Messages that the broker did not take."),
+    "wanted": ("wanted_requests", "Requests of other routers that had to be fetched."),
+    "left_out": ("left_out", "Routers or requests of them above the limits."),
+    "expired": ("expired", "Other routers that fell silent."),
+}
 
 
 class Counted(msgspec.Struct, frozen=True):
     """Where the numbers are.
 
     :param pools: of all models.
-    :param requests: outcome -> requests, where this router forwards them.
+    :param requests: of a router that forwards them.
+    :param reservations: of a router that only selects.
     """
 
     decider: Decider
     accuracy: Accuracy
     pools: Callable[[], Iterable[Pool]]
-    requests: Callable[[], Mapping[str, int]] = dict
+    requests: RequestCounts | None = None
     reservations: Reservations | None = None
     replicas: SharedLoad | None = None
 
 
-class RouterCollector(Collector):
-    """Reads the counters when asked."""
+def _by(family: _T, counts: Mapping[_Labels, int]) -> _T:
+    for labels, count in counts.items():
+        family.add_metric(labels, count)
+    return family
 
-    def __init__(self, counted: Counted) -> None:
-        self._counted = counted
 
-    def collect(self) -> Iterable[Metric]:
-        stats = self._counted.decider.stats
-        yield SummaryMetricFamily(
-            "vswa_router_decision_seconds",
-            "time to score, choose and book",
-            count_value=stats.decisions,
-            sum_value=stats.seconds,
-        )
-        requests = CounterMetricFamily("vswa_router_requests", "forwarded requests", labels=["outcome"])
-        for outcome, count in self._counted.requests().items():
-            requests.add_metric([outcome], count)
-        yield requests
-        yield from self._load()
-        yield from self._accuracy()
-        yield from self._shared()
+def _histogram(
+    name: str, text: str, labels: tuple[str, ...], buckets: Mapping[tuple[str, str], Buckets]
+) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for values, each in buckets.items():
+        family.add_metric(values, each.cumulative(), sum_value=each.sum)
+    return family
 
-    def _load(self) -> Iterable[Metric]:
-        labels = ["model", *_RANK]
-        families = {
-            "blocks": GaugeMetricFamily(
-                "vswa_router_load_blocks", "blocks of active requests, shared ones once", labels=labels
-            ),
-            "prefill_tokens": GaugeMetricFamily(
-                "vswa_router_load_prefill_tokens", "prompt tokens that wait for a first token", labels=labels
-            ),
-            "requests": GaugeMetricFamily("vswa_router_load_requests", "active requests", labels=labels),
-        }
-        for pool in self._counted.pools():
-            for rank in pool.ranks:
-                load = pool.book.load(rank)
-                for field, family in families.items():
-                    values = [pool.model, f"{rank.worker_id:x}", str(rank.dp_rank)]
-                    family.add_metric(values, getattr(load, field))
-        yield from families.values()
 
-    def _accuracy(self) -> Iterable[Metric]:
-        results = CounterMetricFamily(
-            "vswa_router_predictions",
-            "finished requests, by predicted against reported cached blocks",
-            labels=[*_RANK, "result"],
-        )
-        tokens = CounterMetricFamily(
-            "vswa_router_cached_tokens", "cached tokens, predicted and reported", labels=[*_RANK, "which"]
-        )
-        errors = HistogramMetricFamily(
-            "vswa_router_prediction_error_blocks",
-            "predicted minus reported, in whole blocks",
-            labels=[*_RANK],
-        )
-        systematic = GaugeMetricFamily(
-            "vswa_router_systematic_error",
-            "1: the worker's last predictions were often wrong",
-            labels=_RANK[:1],
-        )
-        workers = set()
-        for rank, found in self._counted.accuracy.ranks.items():
-            values = [f"{rank.worker_id:x}", str(rank.dp_rank)]
-            for result in ("exact", "over", "under", "unreported"):
-                results.add_metric([*values, result], getattr(found, result))
-            tokens.add_metric([*values, "predicted"], found.predicted_tokens)
-            tokens.add_metric([*values, "reported"], found.actual_tokens)
-            edges = [*map(str, BOUNDS), "+Inf"]
-            errors.add_metric(values, list(zip(edges, accumulate(found.errors), strict=True)), sum_value=None)
-            workers.add(rank.worker_id)
-        for worker_id in workers:
-            systematic.add_metric([f"{worker_id:x}"], self._counted.accuracy.systematic(worker_id))
-        yield from (results, tokens, errors, systematic)
+def router_families(counted: Counted) -> Iterator[Metric]:
+    """All families of a router but those of its fleet, in pieces."""
+    yield _histogram(
+        "vswa_router_decision_seconds",
+        "Time to score, choose and book.",
+        ("model", "phase"),
+        counted.decider.durations,
+    )
+    # Made at once each, so that those of a page agree: what has come has ended or is under way.
+    if counted.requests is not None:
+        yield from _requests(counted.requests)
+    if counted.reservations is not None:
+        yield from _reservations(counted.reservations)
+    if counted.replicas is not None:
+        yield from _replicas(counted.replicas)
+    yield from _load(counted.pools())
+    yield from _accuracy(counted.accuracy)
 
-    def _shared(self) -> Iterable[Metric]:
-        reservations, replicas = self._counted.reservations, self._counted.replicas
-        if reservations is not None:
-            yield GaugeMetricFamily(
-                "vswa_router_reservations", "active reservations", value=len(reservations)
+
+def _requests(counts: RequestCounts) -> list[Metric]:
+    prefix = "vswa_router_requests"
+    ended = {(model, outcome): 0 for model in counts.received for outcome in OUTCOMES} | counts.ended
+    return [
+        _by(
+            CounterMetricFamily(f"{prefix}_received", "Requests that came.", labels=_MODEL),
+            {(model,): count for model, count in counts.received.items()},
+        ),
+        _by(
+            CounterMetricFamily(prefix, "Requests that ended, each once.", labels=("model", "outcome")), ended
+        ),
+        _by(
+            GaugeMetricFamily(f"{prefix}_in_flight", "Requests under way.", labels=_MODEL),
+            {(model,): counts.in_flight[model] for model in counts.received},
+        ),
+        *(
+            _by(
+                CounterMetricFamily(f"vswa_router_{name}", text, labels=_MODEL),
+                {(model,): counted[model] for model in counts.received},
             )
-            ended = CounterMetricFamily(
-                "vswa_router_reservations_ended", "reservations, by what ended them", labels=["by"]
+            for name, text, counted in (
+                (
+                    "prefill_retries",
+                    "Prompts given to another prefill worker because the first was lost.",
+                    counts.prefill_retries,
+                ),
+                (
+                    "decode_retries",
+                    "Finished prompts given to another decode worker because the first was lost.",
+                    counts.decode_retries,
+                ),
+                (
+                    "released_prompts",
+                    "Finished prompts that a prefill worker freed because no decode worker would come.",
+                    counts.released_prompts,
+                ),
             )
-            ended.add_metric(["release"], reservations.stats.released)
-            ended.add_metric(["ttl"], reservations.stats.expired)
-            yield ended
-        if replicas is not None:
-            yield GaugeMetricFamily(
-                "vswa_router_replicas", "other routers that share their load", value=len(replicas.others)
-            )
-            yield GaugeMetricFamily(
-                "vswa_router_replica_requests",
-                "requests that other routers have under way",
-                value=sum(len(other.requests) for other in replicas.others.values()),
-            )
-            messages = CounterMetricFamily(
-                "vswa_router_replica_messages", "messages of and to other routers", labels=["what"]
-            )
-            for what, count in msgspec.structs.asdict(replicas.stats).items():
-                messages.add_metric([what], count)
-            yield messages
+        ),
+    ]
+
+
+def _reservations(reservations: Reservations) -> list[Metric]:
+    made, prefix = reservations.made, "vswa_router_reservations"
+    return [
+        _by(
+            CounterMetricFamily(f"{prefix}_made", "Reservations made.", labels=_MODEL),
+            {(model,): count for model, count in made.items()},
+        ),
+        _by(
+            CounterMetricFamily(f"{prefix}_ended", "Reservations that ended.", labels=("model", "by")),
+            {(model, by): 0 for model in made for by in ENDED_BY} | reservations.ended,
+        ),
+        _by(
+            GaugeMetricFamily(prefix, "Active reservations.", labels=_MODEL),
+            {(model,): reservations.active[model] for model in made},
+        ),
+    ]
+
+
+def _load(pools: Iterable[Pool]) -> Iterator[Metric]:
+    ranks = [(pool, rank) for pool in pools for rank in pool.ranks]
+    for field, text in _LOAD.items():
+
+        def new(field: str = field, text: str = text) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"vswa_router_load_{field}", text, labels=_RANK)
+
+        def add(family: GaugeMetricFamily, of: tuple[Pool, Rank], field: str = field) -> None:
+            pool, rank = of
+            load: Load = pool.book.load(rank)
+            family.add_metric([pool.model, *_labels(rank)], getattr(load, field))
+
+        yield from in_pieces(new, ranks, add)
+
+
+def _labels(rank: Rank) -> tuple[str, str]:
+    return id_text(rank.worker_id), str(rank.dp_rank)
+
+
+def _accuracy(accuracy: Accuracy) -> Iterator[Metric]:
+    of_gone = [((model, OTHER, ""), counts) for model, counts in accuracy.gone.items()]
+    ranks = [((each.model, *_labels(rank)), each) for rank, each in accuracy.ranks.items()]
+    counted = [*ranks, *of_gone]
+
+    def predictions() -> CounterMetricFamily:
+        text = "Finished requests, by predicted against reported cached blocks."
+        return CounterMetricFamily("vswa_router_predictions", text, labels=(*_RANK, "result"))
+
+    def add_results(family: CounterMetricFamily, of: tuple[tuple[str, str, str], RankAccuracy]) -> None:
+        labels, counts = of
+        for result in _RESULTS:
+            family.add_metric([*labels, result], getattr(counts, result))
+
+    yield from in_pieces(predictions, counted, add_results)
+    for field, which in (("predicted_tokens", "predicted"), ("actual_tokens", "reported")):
+
+        def tokens(which: str = which) -> CounterMetricFamily:
+            name, text = f"vswa_router_{which}_cached_tokens", f"Cached tokens, as {which}."
+            return CounterMetricFamily(name, text, labels=_RANK)
+
+        def add_tokens(
+            family: CounterMetricFamily, of: tuple[tuple[str, str, str], RankAccuracy], field: str = field
+        ) -> None:
+            family.add_metric(of[0], getattr(of[1], field))
+
+        yield from in_pieces(tokens, counted, add_tokens)
+    yield _histogram(
+        "vswa_router_prediction_error_blocks",
+        "Blocks promised too many (over) or too few (under), of wrong predictions.",
+        ("model", "direction"),
+        accuracy.errors,
+    )
+
+    def systematic() -> GaugeMetricFamily:
+        text = "1: the last predictions for the worker were often wrong."
+        return GaugeMetricFamily("vswa_router_systematic_error", text, labels=("worker",))
+
+    def add_worker(family: GaugeMetricFamily, worker_id: int) -> None:
+        family.add_metric([id_text(worker_id)], accuracy.systematic(worker_id))
+
+    workers = list({rank.worker_id: None for rank in accuracy.ranks})
+    yield from in_pieces(systematic, workers, add_worker)
+
+
+def _replicas(replicas: SharedLoad) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "vswa_router_replicas", "Other routers that share their load.", value=len(replicas.others)
+    )
+    yield GaugeMetricFamily(
+        "vswa_router_replica_requests",
+        "Requests that other routers have under way.",
+        value=sum(len(other.requests) for other in replicas.others.values()),
+    )
+    for field, (name, text) in _REPLICAS.items():
+        yield CounterMetricFamily(f"vswa_router_replica_{name}", text, value=getattr(replicas.stats, field))
 
 
 def _no_plugins(_: str) -> str:
@@ -152,26 +242,29 @@ def _no_plugins(_: str) -> str:
 class RouterMetrics:
     """All metrics of one router, rendered on demand.
 
+    :param program: ``router`` or ``selector``.
     :param plugins: from the router's own page to the text that plugins add to it: ``PluginHost.metrics``.
     """
 
-    def __init__(self, fleet: Fleet, counted: Counted, plugins: Callable[[str], str] = _no_plugins) -> None:
-        self._plugins = plugins
-        self._registry = CollectorRegistry()
-        self._registry.register(FleetCollector(fleet))
-        self._registry.register(RouterCollector(counted))
+    def __init__(
+        self, program: str, fleet: Fleet, counted: Counted, plugins: Callable[[str], str] = _no_plugins
+    ) -> None:
         self._seconds = Histogram(
             "vswa_router_http_request_seconds",
-            "time to answer over HTTP",
+            "Time to answer over HTTP.",
             ["endpoint", "status"],
             buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
-            registry=self._registry,
+            registry=None,
         )
+
+        def families() -> Iterator[Metric]:
+            return chain(router_families(counted), self._seconds.collect(), fleet_families(fleet))
+
+        self._page = Page(lambda: About(program), families, plugins)
 
     def observe(self, endpoint: str, status: int, seconds: float) -> None:
         """One HTTP request was answered."""
         self._seconds.labels(endpoint, str(status)).observe(seconds)
 
-    def render(self) -> str:
-        page = generate_latest(self._registry).decode()
-        return page + self._plugins(page)
+    async def render(self) -> str:
+        return await self._page.render()

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.index import Explanation
 from vswa_plugin.router.http.messages import (
     DumpAnswer,
+    ExplanationAnswer,
     HashQuery,
     HealthAnswer,
     Query,
@@ -105,7 +105,7 @@ OPERATIONS = (
         "explain",
         "Which blocks every rank holds, in each window, and which one spoilt the next boundary.",
         Query,
-        list[Explanation],
+        list[ExplanationAnswer],
         errors=_ASKED,
     ),
     Operation(

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from vswa_plugin.errors import ConfigError, InvalidRequest, Overloaded, RequestError
+from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError
 from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.program.addresses import check_address
 from vswa_plugin.program.status import Status
 from vswa_plugin.router.decide import Hasher
 from vswa_plugin.router.http.answers import (
@@ -99,16 +100,13 @@ class RouterServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listen; the port, a free one for 0. Raises ConfigError where the address is taken or not ours."""
+        check_address(host, port)
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
         for operation in OPERATIONS:
             app.router.add_route(operation.method, operation.path, self._handler(operation))
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host, port).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise ConfigError(f"--http-port: cannot listen on {host}:{port}: {error}") from error
+        await web.TCPSite(self._runner, host, port).start()
         bound: int = self._runner.addresses[0][1]
         logger.info("API on http://%s:%d, described at /openapi.json", host, bound)
         return bound
@@ -179,7 +177,7 @@ class RouterServer:
         return _json(answer, 200 if answer.ready else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        text = self._shown_metrics.render()
+        text = await self._shown_metrics.render()
         return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _openapi(self, _: web.Request) -> Any:

@@ -28,6 +28,7 @@ from vswa_plugin.router.replicas.messages import (
     parts,
 )
 from vswa_plugin.selection import Booked, LoadBook
+from vswa_plugin.wire.events import id_text
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class SharedLoad:
         if len(self.others) >= MAX_ROUTERS:
             self.stats.left_out += 1
             return None
-        logger.info("router %x shares its load", router)
+        logger.info("router %s shares its load", id_text(router))
         other = self.others[router] = _Router(now)
         self._digest_due = True  # it knows nothing of ours yet
         self._wake()
@@ -228,7 +229,7 @@ class SharedLoad:
         other = self.others.pop(router)
         for key in list(other.requests):
             self._leave(router, other, key)
-        logger.info("router %x shares its load no more: %s", router, reason)
+        logger.info("router %s shares its load no more: %s", id_text(router), reason)
 
     def _hear(self, router: int, other: _Router, word: Word) -> None:
         match word:

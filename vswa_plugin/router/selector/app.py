@@ -69,7 +69,7 @@ class Selector(Program):
             self.fleet,
             namespaced_sequence_hashes,
             life.status,
-            RouterMetrics(self.fleet, counted, host.metrics),
+            RouterMetrics("selector", self.fleet, counted, host.metrics),
             self.selection,
         )
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import msgspec
+
 from vswa_plugin.errors import RequestError
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.router.decide import Decider, Decision, Hasher, PromptHashes
@@ -29,7 +31,7 @@ from vswa_plugin.router.pools import Group, Groups, Model, Pool, not_used, set_r
 from vswa_plugin.router.promises import Accuracy
 from vswa_plugin.router.reservations import Reservation, Reservations
 from vswa_plugin.selection import LoadBook, NoCandidate
-from vswa_plugin.wire.events import Rank
+from vswa_plugin.wire.events import Rank, id_text
 
 #: What Dynamo's frontend takes for a pin, whatever its router mode: header -> fields of ``nvext``.
 WORKER, RANK = "x-dynamo-worker-instance-id", "x-dynamo-dp-rank"
@@ -52,6 +54,8 @@ _ROUTING = (
     "allowed_worker_ids",
     "routing_constraints",
 )
+
+_WORKER_IDS = ("backend_instance_id", "prefill_worker_id", "decode_worker_id")
 
 
 class Selection:
@@ -104,7 +108,7 @@ class Selection:
             self.reservations.add(reservation, query.ttl_s)
         else:
             reservation.end()
-        return self._answer(reservation, prompt, expires_at)
+        return self._answer(reservation, prompt, expires_at, _reads_cache(query))
 
     def first_token(self, wish: SelectionWish) -> ReleaseAnswer:
         """Raises UnknownReservation."""
@@ -124,7 +128,8 @@ class Selection:
         """As the front door chooses, but both workers at once: a request goes out with both pins."""
         if (missing := model.missing()) is not None:
             raise NoCandidate(f"{missing}; see /workers")
-        request, hashed = _request_of(query), PromptHashes(prompt.length, prompt.hashes)
+        request = _request_of(query)
+        hashed = PromptHashes(prompt.length, prompt.hashes, _reads_cache(query))
 
         def one_of(pool: Pool) -> Decision:
             return self._decider.decide(pool, request, prompt=hashed, request_id=selection_id)
@@ -141,17 +146,18 @@ class Selection:
         return Reservation(selection_id, book, model.pool.block_size, computes, generates, live)
 
     def _answer(
-        self, reservation: Reservation, prompt: ServedPrompt, expires_at: float | None
+        self, reservation: Reservation, prompt: ServedPrompt, expires_at: float | None, reads_cache: bool
     ) -> SelectAnswer:
         computes, generates = reservation.computes, reservation.generates
         apart = computes is not generates
-        ranks = rank_answers(self._fleet, prompt)
+        workers = {computes.rank.worker_id, generates.rank.worker_id}
+        ranks = rank_answers(self._fleet, prompt, workers, reads_cache=reads_cache)
 
         def chosen(decision: Decision) -> Chosen:
             rank = decision.rank
             (entry,) = (each for each in prompt.served.entries if each.worker_id == rank.worker_id)
             overlap = instance_answer(entry, ranks, reservation.block_size)
-            return Chosen(rank.worker_id, rank.dp_rank, endpoint_of(entry), overlap, decision.cost)
+            return Chosen(id_text(rank.worker_id), rank.dp_rank, endpoint_of(entry), overlap, decision.cost)
 
         whole = chosen(generates)
         pins = _pins(generates.rank, computes.rank if apart else None)
@@ -202,10 +208,21 @@ def _pins(generates: Rank, computes: Rank | None) -> dict[str, int]:
     return pins
 
 
+def _reads_cache(query: SelectQuery) -> bool:
+    return query.prompt_logprobs is None and not query.skip_reading_prefix_cache
+
+
 def _request_of(query: SelectQuery) -> dict[str, Any]:
     """The query as a request of Dynamo's frontend, without tokens: they are hashed already."""
-    routing = {name: getattr(query, name) for name in _ROUTING}
+    given = {name: getattr(query, name) for name in (*_ROUTING, "router_config_override")}
+    plain = {name: msgspec.to_builtins(value) for name, value in given.items() if value is not None}
+    for name in _WORKER_IDS:
+        if name in plain:
+            plain[name] = int(plain[name])
+    if "allowed_worker_ids" in plain:
+        plain["allowed_worker_ids"] = [int(worker_id) for worker_id in plain["allowed_worker_ids"]]
     return {
-        "routing": {name: value for name, value in routing.items() if value is not None},
-        "router_config_override": query.router_config_override,
+        "router_config_override": plain.pop("router_config_override", None),
+        "routing": plain,
+        "agent_context": {"session_id": query.session_id},
     }

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's KV cache manager V1, both its reuse rules. Read in its sources, not run."""
+"""TensorRT-LLM's KV cache manager V1, both its reuse rules. Compared with a transcription."""
 
 from .manager import CacheManagerV1
 

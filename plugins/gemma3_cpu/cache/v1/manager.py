@@ -1,22 +1,28 @@
 """The cache manager V1: admits sequences, matches their prompts, keeps what they computed for reuse.
 
-What follows TensorRT-LLM's C++ manager, as read in public sources and never run beside it: one pool, one
-queue and one stream of events per window; what is stored when, generated tokens at a sequence's end included;
-which block is evicted, and what becomes of those below it; the host tier; the two reuse rules. What does not:
+It does what TensorRT-LLM's C++ manager does: one pool, one queue and one stream of events per window; the
+same blocks are reused, taken over, stored, evicted and moved to the host, in the same order and under the
+same names. The engine's decision code was transcribed from its sources, statement by statement, and run. On
+those traces, of one request at a time, ours reuses as many tokens for each request, and all events are equal.
+What differs, because it would give wrong answers or is not in the traces:
 
-* A partly matching block that no sequence holds is copied like any other. TensorRT-LLM takes it over without
-  an event, and its name stays announced.
-* A ``stored`` event ends before a block that was there already. TensorRT-LLM's goes on behind it, so that
-  the event does not show what the next block hangs on.
+* TensorRT-LLM asks each sliding window once, so that a wider one may have a hole where a smaller one resumes
+  the prompt. Here they are asked again then.
+* The 1.2 line announces a whole prompt after its first chunk; here a block is stored once it is computed.
+  It stores at a sequence's end what has slid out even if others took it; here nothing is stored then.
+* A block is held while it is copied from the host.
 * Names contain the SHA-256 of a cache salt, as manager V2's do; V1's depend on its C++ library.
-* Pages are taken chunk by chunk and given back as soon as they are stale; only blocks that can be reused move
-  to the host.
+* A transfer fills only what the next token sees. The blocks before that are let go, and those behind them are
+  named by their whole prefix.
+* Room is counted for the most pages that each open sequence can ever hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from vswa_plugin.errors import ConfigError
 
@@ -26,7 +32,7 @@ from ..buffer import EventBuffer
 from ..spec import GroupSpec
 from .check import check_manager
 from .events import EventLog
-from .match import Match, Matcher
+from .match import Matcher
 from .sequence import CacheSequenceV1, SaltedPrompt
 from .tree import Tree
 from .window import Window
@@ -64,22 +70,25 @@ class CacheManagerV1:
     ) -> None:
         check_settings(groups, block_size, max_seq_len, max_chunk_tokens)
         _check_windows(groups, max_seq_len)
-        self._groups = tuple(groups)
+        # A window that every sequence fits in does not slide.
+        self._groups = tuple(
+            msgspec.structs.replace(g, window_size=None) if g.window_size == max_seq_len else g
+            for g in groups
+        )
         self._block_size = block_size
         self._max_seq_len = max_seq_len
         self._max_chunk_tokens = max_chunk_tokens
         self._reuse = enable_block_reuse
         windows = {g.group_id: g.window_size or max_seq_len for g in self._groups}
         buffer = EventBuffer(windows, event_buffer_max_size, dp_rank=dp_rank, layer_groups=False)
-        self._log = EventLog(buffer)
-        self._tree = Tree(len(self._groups))
+        self._log = EventLog(buffer, at_once=contiguous)
+        self._tree = Tree(len(self._groups), apart=contiguous)
         by_size = sorted(range(len(groups)), key=lambda g: groups[g].window_size or max_seq_len)
         self.windows = [
-            Window(g, groups[g], self._tree, self._log, mover=mover, contiguous=contiguous) for g in by_size
+            Window(g, self._groups[g], self._tree, self._log, mover=mover, contiguous=contiguous)
+            for g in by_size
         ]
-        # The rule without holes asks the windows as they are announced, the other one global ones first.
-        match_order = self.windows if contiguous else self.windows[::-1]
-        self._matcher = Matcher(self._tree, match_order, block_size, partial=enable_partial_reuse)
+        self._matcher = Matcher(self._tree, block_size, partial=enable_partial_reuse)
         self._open: set[CacheSequenceV1] = set()
         self._reserved = [0] * len(self._groups)
 
@@ -87,7 +96,7 @@ class CacheManagerV1:
         """See :meth:`..api.CacheManager.check_fits`."""
         size = RequestSize(prompt_len, max_new_tokens)
         size.check(self._max_seq_len)
-        for group, held in zip(self._groups, self._admission(size.total).held, strict=True):
+        for group, held in zip(self._groups, self._admission(size).held, strict=True):
             size.check_pool(held, group.num_blocks, self._block_size, f"window {group.label}")
 
     def open(
@@ -99,20 +108,19 @@ class CacheManagerV1:
         that one which runs never has to wait or stop for lack of pages.
         """
         self.check_fits(len(prompt), max_new_tokens)
-        admission = self._admission(len(prompt) + max_new_tokens)
+        admission = self._admission(RequestSize(len(prompt), max_new_tokens))
         reserved = [have + more for have, more in zip(self._reserved, admission.held, strict=True)]
         if any(total > group.num_blocks for total, group in zip(reserved, self._groups, strict=True)):
             return None
         self._reserved = reserved
-        match = self._matcher.match(prompt, cache_salt) if self._reuse else Match(0, [], [])
         sequence = CacheSequenceV1(
             SaltedPrompt(tuple(prompt), cache_salt),
-            match,
+            self._matcher if self._reuse else None,
             self._tree,
             self.windows,
             admission,
             block_size=self._block_size,
-            reuse=self._reuse,
+            max_new_tokens=max_new_tokens,
             on_close=self._closed,
         )
         self._open.add(sequence)
@@ -129,7 +137,9 @@ class CacheManagerV1:
         hangs on a removed block is taken as gone with it.
         """
         return {
-            window.spec.group_id: {name: page.slot.level for name, page in window.named.items()}
+            window.spec.group_id: {
+                page.hash: page.slot.level for page in window.pool.pages if page.hash is not None
+            }
             for window in self.windows
         }
 
@@ -148,9 +158,14 @@ class CacheManagerV1:
         """See :meth:`..api.CacheManager.check`."""
         check_manager(self.windows, self._tree, self._open, self._reserved)
 
-    def _admission(self, total_tokens: int) -> Admission:
-        held = [g.most_held(total_tokens, self._block_size, self._max_chunk_tokens) for g in self._groups]
-        return Admission(total_tokens, self._max_chunk_tokens, tuple(held))
+    def _admission(self, size: RequestSize) -> Admission:
+        """A sequence holds the whole prompt in every window until its first token is generated."""
+        prompt = -(-size.prompt_len // self._block_size)
+        held = [
+            max(prompt, g.most_held(size.total, self._block_size, self._max_chunk_tokens))
+            for g in self._groups
+        ]
+        return Admission(size.total, self._max_chunk_tokens, tuple(held))
 
     def _closed(self, sequence: CacheSequenceV1) -> None:
         self._open.discard(sequence)

@@ -1,8 +1,7 @@
 """The pages of one window on both levels, in queues where those without a holder wait. Knows no tokens.
 
 A page without a holder waits in the queue of its level, whether a block can be reused from it or not: the one
-given back longest ago is taken next. Read in TensorRT-LLM's LRU eviction policy, not run; there is one
-priority here.
+given back longest ago is taken next. There is one priority here.
 """
 
 from __future__ import annotations
@@ -55,11 +54,6 @@ class WindowPool:
         self.queues[page.slot.level][page] = None
         self._count(page, +1)
 
-    def touch(self, page: Page) -> None:
-        """Make a page that waits the last one to be taken."""
-        if page in self.queues[page.slot.level]:
-            self.queues[page.slot.level].move_to_end(page)
-
     def hold(self, page: Page) -> None:
         """Add one holder."""
         if not page.holders:
@@ -67,16 +61,21 @@ class WindowPool:
             self._count(page, -1)
         page.holders += 1
 
-    def release(self, page: Page) -> None:
-        """Take one holder off."""
+    def release(self, page: Page, *, first: bool = False) -> None:
+        """Take one holder off.
+
+        :param first: a page that nobody holds then is the first one to be taken.
+        """
         page.holders -= 1
         if not page.holders:
             self.wait(page)
+            if first:
+                self.queues[page.slot.level].move_to_end(page, last=False)
 
     def attach(self, page: Page, node: Node, name: int) -> None:
         """From now on ``node`` can be reused from ``page``."""
         waits = not page.holders
-        page.node, page.hash = node, name
+        page.node, page.hash, page.used = node, name, True
         if waits:
             self._count(page, +1)
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from ..api import Slot
 from ..hashing import block_key, salt_id
+from .order import TableOrder
 
 Tokens: TypeAlias = tuple[int, ...]
 
@@ -22,9 +23,11 @@ class Page:
     :ivar hash: the name under which ``node`` was announced in this window.
     :ivar holders: sequences that hold it.
     :ivar life: counts how often it was taken for new content.
+    :ivar used: whether it ever was a block of a prompt, or could be reused. Then the engine takes what lies
+        here for something that is worth a place on the host, even if nothing can be reused from it.
     """
 
-    __slots__ = ("hash", "holders", "life", "node", "slot")
+    __slots__ = ("hash", "holders", "life", "node", "slot", "used")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -32,6 +35,7 @@ class Page:
         self.hash: int | None = None
         self.holders = 0
         self.life = 0
+        self.used = False
 
 
 class Node:
@@ -39,16 +43,18 @@ class Node:
 
     :ivar pages: page per window, by its index, or None.
     :ivar hash: name of the block behind its whole prefix; None for a root.
+    :ivar orders: of the children, as the engine goes through them: one for all windows, or one for each.
     """
 
-    __slots__ = ("cache_salt", "children", "hash", "pages", "parent", "tokens")
-
-    def __init__(self, parent: Node | None, tokens: Tokens, num_windows: int, cache_salt: str | None) -> None:
+    def __init__(
+        self, parent: Node | None, tokens: Tokens, num_windows: int, num_orders: int, cache_salt: str | None
+    ) -> None:
         self.parent = parent
         self.tokens = tokens
         self.cache_salt = cache_salt
         self.pages: list[Page | None] = [None] * num_windows
         self.children: dict[Tokens, Node] = {}
+        self.orders = [TableOrder() for _ in range(num_orders)]
         self.hash: int | None = None if parent is None else self.name_below(parent.hash)
 
     def page_of(self, window: int) -> Page:
@@ -64,10 +70,14 @@ class Node:
 
 
 class Tree:
-    """All nodes, by cache salt."""
+    """All nodes, by cache salt.
 
-    def __init__(self, num_windows: int) -> None:
+    :param apart: each window has a tree of its own in the engine, so that its children have their own order.
+    """
+
+    def __init__(self, num_windows: int, *, apart: bool) -> None:
         self._num_windows = num_windows
+        self._apart = apart
         self.roots: dict[str | None, Node] = {}
 
     def walk(self, cache_salt: str | None, keys: Sequence[Tokens]) -> list[Node]:
@@ -87,12 +97,14 @@ class Tree:
             return []
         node = self.roots.get(cache_salt)
         if node is None:
-            node = self.roots[cache_salt] = Node(None, (), self._num_windows, cache_salt)
+            node = self.roots[cache_salt] = self._node(None, (), cache_salt)
         path: list[Node] = []
         for key in keys:
             child = node.children.get(key)
             if child is None:
-                child = node.children[key] = Node(node, key, self._num_windows, cache_salt)
+                child = node.children[key] = self._node(node, key, cache_salt)
+                if not self._apart:
+                    node.orders[0].add(key)
             path.append(child)
             node = child
         return path
@@ -100,25 +112,44 @@ class Tree:
     def prune(self, node: Node) -> None:
         """Remove ``node`` if nothing hangs on it, then its parent if that became so, and so on."""
         while not node.children and not any(node.pages):
-            if node.parent is None:
+            above = node.parent
+            if above is None:
                 self.roots.pop(node.cache_salt, None)
                 return
-            if node.parent.children.pop(node.tokens, None) is None:
+            if above.children.pop(node.tokens, None) is None:
                 return
-            node = node.parent
+            if not self._apart:
+                above.orders[0].remove(node.tokens)
+            node = above
+
+    def attach(self, node: Node, window: int, page: Page) -> None:
+        """From now on that window has ``node``."""
+        node.pages[window] = page
+        if self._apart and node.parent is not None:
+            node.parent.orders[window].add(node.tokens)
+
+    def detach(self, node: Node, window: int) -> None:
+        """That window has lost ``node``."""
+        node.pages[window] = None
+        if self._apart and node.parent is not None:
+            node.parent.orders[window].remove(node.tokens)
+        self.prune(node)
+
+    def _node(self, parent: Node | None, tokens: Tokens, cache_salt: str | None) -> Node:
+        return Node(parent, tokens, self._num_windows, self._num_windows if self._apart else 1, cache_salt)
 
 
 def best_part(node: Node, key: Sequence[int], window: int) -> tuple[Page, int] | None:
     """The page of that window, among the children of ``node``, which shares most leading tokens with ``key``.
 
-    Of equals the one that was inserted first. Its own tokens may be as long as ``key``, or longer.
+    Of equals the one that the engine comes to first. Its own tokens may be as long as ``key``, or longer.
 
     :returns: the page and how many tokens it shares; None if none shares any.
     """
     best: tuple[Page, int] | None = None
     shared = 0
-    for tokens, child in node.children.items():
-        page = child.pages[window]
+    for tokens in node.orders[window if len(node.orders) > 1 else 0]:
+        page = node.children[tokens].pages[window]
         if page is None or tokens[0] != key[0]:
             continue
         common = _common_prefix(tokens, key)

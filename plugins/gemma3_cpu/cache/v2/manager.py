@@ -64,7 +64,7 @@ class CacheManager:
     def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
         """Return if a request of that many tokens could run, were it alone.
 
-        :raises InvalidRequest: it never can; says which limit and the numbers.
+        :raises InvalidRequest: it never can; the message names the limit and the numbers.
         """
         size = RequestSize(prompt_len, max_new_tokens)
         size.check(self._max_seq_len)

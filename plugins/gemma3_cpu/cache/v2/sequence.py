@@ -55,7 +55,7 @@ class CacheSequence:
     def reserve(self, upto_tokens: int) -> None:
         """Make pages for positions [computed_tokens, upto_tokens) exist. Never fails within the admission.
 
-        :raises InvariantError: asks for more than the sequence was admitted for.
+        :raises InvariantError: the sequence was admitted for less.
         """
         self._check_open()
         self.admission.check_step(self.computed_tokens, upto_tokens)

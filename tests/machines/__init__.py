@@ -1,0 +1,1 @@
+"""State machines over several parts at once."""
