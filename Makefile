@@ -7,7 +7,7 @@ RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo serve test quick lint wheel-check format bench bench-compare clean
+.PHONY: help demo serve test test-long quick lint wheel-check format bench bench-compare clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,8 +22,11 @@ demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
 	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(CHOSEN)
 
-test: $(DEV)  ## all tests but the soaks, under ten minutes on two cores
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV)  ## all tests but the long ones and the soaks, about ten minutes on two cores
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: $(DEV)  ## the long ones: every ending of every program, each option with hostile values, all pages of metrics
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m quick $(ARGS)

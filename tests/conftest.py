@@ -33,6 +33,15 @@ NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry"
     "test_contract_hooks",
 }
 SERVERS = {"brokers", "cluster"}
+#: Files that start many programs, one after the other; they are marked ``long``.
+LONG = {
+    HERE / "cli/test_hostile_values.py",
+    HERE / "cluster/test_metrics_pages.py",
+    HERE / "cluster/test_request_fields.py",
+    HERE / "files/test_hostile_files.py",
+    HERE / "launch/test_endings.py",
+    HERE / "plugins/tensorrt_llm/test_guide.py",
+}
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
 
@@ -46,12 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test is marked with the names of its folders, and with ``quick`` where it is."""
+    """A test is marked with the names of its folders, and with ``quick`` or ``long`` where it is."""
     for item in items:
         folders = item.path.parent.relative_to(HERE).parts if item.path.is_relative_to(HERE) else ()
         for name in folders:
             item.add_marker(name)
-        if not (NOT_QUICK & {*folders, item.path.stem} or SERVERS & set(getattr(item, "fixturenames", ()))):
+        if item.path in LONG:
+            item.add_marker("long")
+        elif not (NOT_QUICK & {*folders, item.path.stem} or SERVERS & set(getattr(item, "fixturenames", ()))):
             item.add_marker("quick")
 
 
