@@ -22,13 +22,13 @@ demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
 	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(CHOSEN)
 
-test: $(DEV)  ## all tests but the long ones and the soaks, about ten minutes on two cores
+test: $(DEV)  ## all tests but the long ones and the soaks: ten to eleven minutes on two cores
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-long: $(DEV)  ## the long ones: every ending of every program, each option with hostile values, all pages of metrics
+test-long: $(DEV)  ## the long ones: every ending of every program, each option with hostile values, all pages of metrics: two minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute
+quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute and a half on two cores
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m quick $(ARGS)
 
 lint: $(DEV)  ## formatting, lint, types, and who may import what

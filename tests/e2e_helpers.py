@@ -150,6 +150,7 @@ class Recorded:
     async def settled(self) -> None:
         """Return once every rank seen so far has sent two more heartbeats: nothing is on its way."""
         seen = {source for _, source, _ in self.batches}
+        assert seen, "nobody has been heard yet"
         start = len(self.batches)
 
         def quiet() -> bool:

@@ -77,12 +77,24 @@ def names(prompt: Sequence[int], bs: int = 4, salt: str | None = None) -> list[i
     return chain
 
 
+def nodes_of(manager: CacheManagerV1, salt: str | None, keys: Sequence[tuple[int, ...]]) -> list[Node]:
+    """Nodes of the longest prefix of ``keys`` that the tree knows; their pages are not looked at."""
+    path: list[Node] = []
+    node = manager._tree.roots.get(salt)
+    for key in keys:
+        node = node.children.get(key) if node is not None else None
+        if node is None:
+            break
+        path.append(node)
+    return path
+
+
 def lose(manager: CacheManagerV1, group: int, prompt: Sequence[int], blocks: Sequence[int]) -> None:
     """Evict given blocks of ``prompt`` from one group, as pressure from other requests would."""
     window = next(w for w in manager.windows if w.index == group)
     keys = [tuple(prompt[i : i + 4]) for i in range(0, len(prompt), 4)]
     for block in blocks:
-        window._lose(manager._tree.walk(None, keys)[block].page_of(group))
+        window._lose(nodes_of(manager, None, keys)[block].page_of(group))
     manager.check()
 
 
@@ -184,7 +196,7 @@ def misnamed(manager: CacheManagerV1, prompt: Sequence[int], salt: str | None) -
     """Whether a block of the prompt is held under another name, or its name given to another block."""
     bs = manager._block_size
     keys = [tuple(prompt[i : i + bs]) for i in range(0, len(prompt) - bs + 1, bs)]
-    path = manager._tree.walk(salt, keys)
+    path = nodes_of(manager, salt, keys)
     resident = manager.resident()
     for window in manager.windows:
         for block, name in enumerate(names(prompt, bs, salt)):

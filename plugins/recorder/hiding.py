@@ -92,23 +92,23 @@ def _trtllm(hiding: Hiding, raw: RawEvent) -> dict[str, Any]:
     if "hash_algo" in raw:
         event["hash_algo"] = "hidden"
     data = raw["data"]
-    told: dict[str, Any] = {"type": data["type"]}
+    kept: dict[str, Any] = {"type": data["type"]}
     match data["type"]:
         case "created":
-            told["num_blocks_per_cache_level"] = data.get("num_blocks_per_cache_level")
+            kept["num_blocks_per_cache_level"] = data.get("num_blocks_per_cache_level")
         case "stored":
-            told["parent_hash"] = hiding.name(data["parent_hash"])
-            told["blocks"] = [_trtllm_block(hiding, block) for block in data["blocks"]]
+            kept["parent_hash"] = hiding.name(data["parent_hash"])
+            kept["blocks"] = [_trtllm_block(hiding, block) for block in data["blocks"]]
             if data.get("cache_salt") is not None:
-                told["cache_salt"] = hiding.text(data["cache_salt"])
+                kept["cache_salt"] = hiding.text(data["cache_salt"])
             if data.get("lora_name") is not None:
-                told |= {"lora_name": hiding.text(data["lora_name"]), "lora_id": data.get("lora_id")}
+                kept |= {"lora_name": hiding.text(data["lora_name"]), "lora_id": data.get("lora_id")}
         case "removed":
-            told["block_hashes"] = [hiding.name(each) for each in data["block_hashes"]]
+            kept["block_hashes"] = [hiding.name(each) for each in data["block_hashes"]]
         case "updated":
-            told["block_hash"] = hiding.name(data["block_hash"])
-            told["cache_level"] = data.get("cache_level")
-    event["data"] = told
+            kept["block_hash"] = hiding.name(data["block_hash"])
+            kept["cache_level"] = data.get("cache_level")
+    event["data"] = kept
     return event
 
 
@@ -149,18 +149,18 @@ def _vllm(hiding: Hiding, raw: RawEvent | Sequence[Any]) -> dict[str, Any]:
     kind = raw["type"] if isinstance(raw, Mapping) else raw[0]
     names = _VLLM.get(kind, ())
     given = raw if isinstance(raw, Mapping) else dict(zip(names, raw[1:], strict=False))
-    told: dict[str, Any] = {name: given[name] for name in names if given.get(name) is not None}
-    if "block_hashes" in told:
-        told["block_hashes"] = [hiding.name(each) for each in told["block_hashes"]]
+    kept: dict[str, Any] = {name: given[name] for name in names if given.get(name) is not None}
+    if "block_hashes" in kept:
+        kept["block_hashes"] = [hiding.name(each) for each in kept["block_hashes"]]
     if kind == "BlockStored":
-        told["parent_block_hash"] = hiding.name(given.get("parent_block_hash"))
+        kept["parent_block_hash"] = hiding.name(given.get("parent_block_hash"))
         # A range of tokens begins at a block's edge.
-        told["token_ids"] = hiding.prompt(told["token_ids"])
-        if "lora_name" in told:
-            told["lora_name"] = hiding.text(told["lora_name"])
-        if "extra_keys" in told:
-            told["extra_keys"] = _without_text(hiding, told["extra_keys"])
-    return {"type": kind, **told}
+        kept["token_ids"] = hiding.prompt(kept["token_ids"])
+        if "lora_name" in kept:
+            kept["lora_name"] = hiding.text(kept["lora_name"])
+        if "extra_keys" in kept:
+            kept["extra_keys"] = _without_text(hiding, kept["extra_keys"])
+    return {"type": kind, **kept}
 
 
 def _without_text(hiding: Hiding, value: Any) -> Any:

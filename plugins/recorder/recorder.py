@@ -71,8 +71,8 @@ class Recorder:
 
 def _prompt_logprobs(request: RequestDict) -> int | None:
     """What makes an engine compute the whole prompt, whatever its cache holds; None: nothing does."""
-    asked = (request.get("output_options") or {}).get("prompt_logprobs")
-    return asked if isinstance(asked, int) and not isinstance(asked, bool) else None
+    value = (request.get("output_options") or {}).get("prompt_logprobs")
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:

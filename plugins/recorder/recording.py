@@ -172,9 +172,9 @@ class Recording:
 
     def _events_until(self, at_s: float) -> int | None:
         """Event lines that were there at that time; None: too long ago."""
-        found = bisect_right(self._marks, (at_s, self._events))
-        if found:
-            return self._marks[found - 1][1]
+        marks = bisect_right(self._marks, (at_s, self._events))
+        if marks:
+            return self._marks[marks - 1][1]
         return 0 if len(self._marks) < _MAX_MARKS else None
 
     def _run(self) -> None:

@@ -58,67 +58,51 @@ class Release(NamedTuple):
 _V1, _ASKED, _V2 = Manager.V1, Manager.V1_UNLESS_ASKED, Manager.V2
 _NO_OPTION, _NO_START = Manager.NOT_AN_OPTION, Manager.NO_START
 
-#: Oldest first. Architectures of :data:`PREFER_V2` follow it; others use V1 unless V2 is asked for.
-RELEASES = (
-    Release(
-        Version(0, 0, 0, 0),
-        (_V1, _V1, _NO_OPTION, _V1, _NO_OPTION, _NO_OPTION),
-        "trtllm_v1_contiguous",
-        v2_events=False,
-        derives_windows=False,
-        read="the 1.2 line: its option models forbid other fields, and have neither transceiver_runtime nor "
-        "use_kv_cache_manager_v2",
-    ),
-    Release(
-        Version(1, 3, 0, 0),
-        (_V1, _V1, _V1, _V1, _NO_START, _V1),
-        "trtllm_v1_contiguous",
-        v2_events=False,
-        derives_windows=False,
-        read="both options exist; V2 asserts that event_buffer_max_size is 0",
-    ),
-    Release(
-        Version(1, 3, 0, 17),
-        (_V1, _V1, _V1, _V1, _NO_START, _V1),
-        "trtllm_v1",
-        v2_events=False,
-        derives_windows=False,
-        read="#13346, merged 2026-05-02, about rc14 or rc15: V1 looks past holes",
-    ),
-    Release(
-        Version(1, 3, 0, 20),
-        (_ASKED, _V1, _ASKED, _V1, _NO_START, _V1),
-        "trtllm_v1",
-        v2_events=True,
-        derives_windows=False,
-        read="#15378: V2 gives KV events",
-    ),
-    Release(
-        Version(1, 3, 0, 25),
-        (_V2, _V2, _V2, _V1, _NO_START, _V1),
-        "trtllm_v1",
-        v2_events=True,
-        derives_windows=False,
-        read="#17396: V2 is the default of Gemma 3, in both its classes, and of Gemma 4",
-    ),
-    Release(
-        Version(1, 3, 0, 26),
-        (_V2, _V2, _V2, _NO_START, _NO_START, _V1),
-        "trtllm_v1",
-        v2_events=True,
-        derives_windows=False,
-        read="#18134: the model's preference for the runtime PYTHON is taken with every transceiver, and "
-        "PYTHON supports NIXL alone",
-    ),
-    Release(
-        Version(1, 3, 0, 27),
-        (_V2, _V2, _V2, _NO_START, _NO_START, _V1),
-        "trtllm_v1",
-        v2_events=True,
-        derives_windows=True,
-        read="#18767: V2 derives the windows from layer_types",
-    ),
+_LINE_1_2 = Release(
+    Version(0, 0, 0, 0),
+    (_V1, _V1, _NO_OPTION, _V1, _NO_OPTION, _NO_OPTION),
+    "trtllm_v1_contiguous",
+    v2_events=False,
+    derives_windows=False,
+    read="the 1.2 line: its option models forbid other fields, and have neither transceiver_runtime nor "
+    "use_kv_cache_manager_v2",
 )
+_RC0 = _LINE_1_2._replace(
+    first=Version(1, 3, 0, 0),
+    managers=(_V1, _V1, _V1, _V1, _NO_START, _V1),
+    read="both options exist; V2 asserts that event_buffer_max_size is 0",
+)
+_RC17 = _RC0._replace(
+    first=Version(1, 3, 0, 17),
+    v1_rule="trtllm_v1",
+    read="#13346, merged 2026-05-02, about rc14 or rc15: V1 looks past holes",
+)
+_RC20 = _RC17._replace(
+    first=Version(1, 3, 0, 20),
+    managers=(_ASKED, _V1, _ASKED, _V1, _NO_START, _V1),
+    v2_events=True,
+    read="#15378: V2 gives KV events",
+)
+_RC25 = _RC20._replace(
+    first=Version(1, 3, 0, 25),
+    managers=(_V2, _V2, _V2, _V1, _NO_START, _V1),
+    read="#17396: V2 is the default of Gemma 3, in both its classes, and of Gemma 4",
+)
+_RC26 = _RC25._replace(
+    first=Version(1, 3, 0, 26),
+    managers=(_V2, _V2, _V2, _NO_START, _NO_START, _V1),
+    read="#18134: the model's preference for the runtime PYTHON is taken with every transceiver, and PYTHON "
+    "supports NIXL alone",
+)
+_RC27 = _RC26._replace(
+    first=Version(1, 3, 0, 27),
+    derives_windows=True,
+    read="#18767: V2 derives the windows from layer_types",
+)
+
+#: Oldest first, each with what differs from the one before. Architectures of :data:`PREFER_V2` follow it;
+#: others use V1 unless V2 is asked for.
+RELEASES = (_LINE_1_2, _RC0, _RC17, _RC20, _RC25, _RC26, _RC27)
 
 #: Releases from which on the runtime is PYTHON for every model where none is given.
 RUNTIME_DEFAULTS_TO_PYTHON = Version(1, 4, 0, 1)

@@ -74,12 +74,12 @@ def decide(
             f"{options.transceiver_runtime} with {why_not_nixl or options.transceiver_backend} "
             f"(in {options.source})"
         )
-    asked = None if _MANAGER_OPTION in unknown else options.manager_v2
-    if asked:
-        _check_asked(options, release, handover, shown, why_not_nixl)
+    requested = None if _MANAGER_OPTION in unknown else options.manager_v2
+    if requested:
+        _check_requested(options, release, handover, shown, why_not_nixl)
     prefers = architecture.startswith(PREFER_V2)
-    is_v2 = asked if asked is not None else prefers and manager is Manager.V2
-    reasons.append(_reason(asked, prefers, manager, shown, architecture, handover))
+    is_v2 = requested if requested is not None else prefers and manager is Manager.V2
+    reasons.append(_reason(requested, prefers, manager, shown, architecture, handover))
     rule = V2 if is_v2 else release.v1_rule
     if options.reuse_rule is not None:
         if options.reuse_rule not in RULES:
@@ -123,10 +123,10 @@ def _needs_runtime(handover: Handover, release: Release, version: Version | None
     return handover is Handover.OTHER and follows and release.manager(handover) is Manager.NO_START
 
 
-def _check_asked(
+def _check_requested(
     options: TrtllmOptions, release: Release, handover: Handover, shown: str, why_not_nixl: str | None
 ) -> None:
-    """Manager V2 was asked for: it must give events, and hand over its blocks."""
+    """Manager V2 is requested: it must give events, and hand over its blocks."""
     if not release.v2_events:
         raise ConfigError(
             f"{_MANAGER_OPTION}: expected false or 'auto' with {shown}, whose manager V2 gives no KV events, "
@@ -143,10 +143,10 @@ def _check_asked(
 
 
 def _reason(
-    asked: bool | None, prefers: bool, manager: Manager, shown: str, architecture: str, handover: Handover
+    requested: bool | None, prefers: bool, manager: Manager, shown: str, architecture: str, handover: Handover
 ) -> str:
-    if asked is not None:
-        return f"use_kv_cache_manager_v2 is {str(asked).lower()}"
+    if requested is not None:
+        return f"use_kv_cache_manager_v2 is {str(requested).lower()}"
     if not prefers:
         return f"{architecture or 'this model'} does not prefer V2, as far as is known"
     return f"{shown}: {architecture}, {handover}: {manager}"

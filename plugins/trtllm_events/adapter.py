@@ -51,7 +51,9 @@ class TrtllmEventAdapter:
     """Adapter of one worker; keeps the events of each attention-DP rank apart. Not thread-safe.
 
     :param layout: the groups that the worker declared, which the engine's events may correct, and the rule:
-        under those of manager V1 what its events leave unsaid is recovered (:mod:`.chains`).
+        what manager V1's events leave out is recovered by :mod:`.unannounced` under ``trtllm_v1``, by
+        :mod:`.chains` under ``trtllm_v1_contiguous``. Where LoRA is served the
+        latter checks the hashes under every other rule too.
     """
 
     def __init__(self, layout: CacheLayout) -> None:
@@ -170,14 +172,15 @@ class TrtllmEventAdapter:
 
     def _infers(self, raw: RawEvent) -> bool:
         """Whether the engine leaves out what :mod:`.unannounced` infers."""
-        return self._rule == "trtllm_v1" and self._is_v1(raw) and raw.get("hash_algo", HASH_ALGO) == HASH_ALGO
+        return self._rule == "trtllm_v1" and self._is_v1(raw)
 
     def _chained(self, raw: RawEvent, stored: Stored, group_id: int, rank: _Rank, where: str) -> list[Run]:
         """Blocks with their true parents. Manager V2 names them; V1 may leave blocks out between two."""
         strict = bool(raw["data"].get(LORA_SERVED))
-        own_names = raw.get("hash_algo", HASH_ALGO) == HASH_ALGO
-        if not stored.blocks or not ((self._is_v1(raw) and own_names) or strict):
-            return [Run(stored.parent_hash, stored.blocks)] if stored.blocks else []
+        if not stored.blocks:
+            return []
+        if not (strict or self._is_v1(raw)):
+            return [Run(stored.parent_hash, stored.blocks)]
         runs, named = rank.chains.verified(group_id, stored, strict=strict)
         rank.leave_out(stored.blocks[named:], group_id)
         if rank.lossy and self._rule == _CONTIGUOUS:
@@ -209,7 +212,9 @@ class TrtllmEventAdapter:
         return [BlocksMoved(group_id, (block_hash,), tier, dp_rank=rank.dp_rank)]
 
     def _is_v1(self, raw: RawEvent) -> bool:
-        return self._rule in _V1_RULES and raw.get("layer_group_id") is None
+        """Whether manager V1 named the event's blocks as :mod:`.hashing` does."""
+        own_names = raw.get("hash_algo", HASH_ALGO) == HASH_ALGO
+        return own_names and self._rule in _V1_RULES and raw.get("layer_group_id") is None
 
     def _check_manager(self, raw: RawEvent) -> None:
         """Warn once where the events are those of another cache manager than the rule is for."""

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import NamedTuple
 
 from vswa_plugin.engine import EngineHash, ParentLinks
 
 from .fields import Stored, StoredBlock
-from .hashing import block_key
-from .searches import MAX_SEARCHED, Searches
+from .hashing import names
+from .searches import Searches
 
 
 class Run(NamedTuple):
@@ -103,18 +102,10 @@ class Chains:
             return True, supposed  # the salt's number is not known here
         held = self._held.get(group_id)
         below = {} if held is None else held.children
-        candidates: list[EngineHash | None] = [supposed]
-        for number, candidate in enumerate(candidates):  # grows while it is walked, up to MAX_SEARCHED
-            if number and not self._searches.one_more():
-                break
-            if not isinstance(candidate, str) and _is_named(block, candidate, stored.lora_id):
-                self._proven = True
-                return True, candidate
-            room = MAX_SEARCHED - len(candidates)
-            if room > 0:
-                candidates += islice(below.get(candidate, ()), room)
-        return False, supposed
-
-
-def _is_named(block: StoredBlock, parent: int | None, lora_id: int | None) -> bool:
-    return block.hash == block_key(block.token_ids, parent, lora_id)
+        shown, actual = self._searches.from_top(
+            supposed,
+            lambda above: below.get(above, ()),
+            lambda parent: names(block.hash, block.token_ids, parent, stored.lora_id),
+        )
+        self._proven = self._proven or shown
+        return shown, actual

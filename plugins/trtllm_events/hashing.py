@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from vswa_plugin.engine import EngineHash
+
 HASH_ALGO = "v1_block_key"
 
 _MASK32 = (1 << 32) - 1
@@ -44,6 +46,13 @@ def block_key(
         mixed = ((mixed >> 16) ^ mixed) + _GOLDEN & _MASK32
         seed ^= mixed + (seed << 6) + (seed >> 2) & _MASK64
     return seed if lora_id is None else _mix64(seed, lora_id)
+
+
+def names(
+    block_hash: EngineHash, tokens: Sequence[int], parent: EngineHash | None, lora_id: int | None
+) -> bool:
+    """Whether ``block_hash`` is the hash of these tokens behind the block named ``parent``."""
+    return not isinstance(parent, str) and block_hash == block_key(tokens, parent, lora_id)
 
 
 def chain_keys(

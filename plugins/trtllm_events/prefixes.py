@@ -13,7 +13,7 @@ from itertools import islice
 from vswa_plugin.engine import EngineHash
 
 from .fields import StoredBlock
-from .hashing import block_key
+from .hashing import names
 from .searches import MAX_SEARCHED, Searches
 
 #: Bytes of one token id.
@@ -143,17 +143,12 @@ class Prefixes:
 
         An event goes on behind blocks that were there already, so the parent is ``supposed`` or below it.
         """
-        candidates: list[Prefix | None] = [supposed]
-        for number, candidate in enumerate(candidates):  # grows while it is walked, up to MAX_SEARCHED
-            if number and not self.searches.one_more():
-                break
+
+        def is_parent(candidate: Prefix | None) -> bool:
             name = None if candidate is None else candidate.name
-            if names(block.hash, block.token_ids, name, lora_id):
-                return True, candidate
-            room = MAX_SEARCHED - len(candidates)
-            if room > 0:
-                candidates += islice(self.below(candidate), room)
-        return False, supposed
+            return names(block.hash, block.token_ids, name, lora_id)
+
+        return self.searches.from_top(supposed, self.below, is_parent)
 
     def prune(self, prefix: Prefix | None) -> None:
         """Forget a prefix that no window holds and nothing hangs on, then its parent, and so on."""
@@ -165,10 +160,3 @@ class Prefixes:
 def packed(token_ids: Sequence[int]) -> bytes:
     """Token ids in four bytes each: a tenth of what a tuple of them takes."""
     return array("I", token_ids).tobytes()
-
-
-def names(
-    block_hash: EngineHash, token_ids: Sequence[int], parent: EngineHash | None, lora_id: int | None
-) -> bool:
-    """Whether ``block_hash`` is the hash of these tokens behind the block named ``parent``."""
-    return not isinstance(parent, str) and block_hash == block_key(token_ids, parent, lora_id)

@@ -20,8 +20,9 @@ from vswa_plugin.engine import EngineHash, ring_closed
 
 from .fields import Stored, StoredBlock
 from .groups import Groups
+from .hashing import block_key, names
 from .held import Held
-from .prefixes import Prefix, Prefixes, names, packed
+from .prefixes import Prefix, Prefixes, packed
 from .searches import MAX_SEARCHED
 
 _GLOBAL = 1 << 62
@@ -46,10 +47,14 @@ class Lost(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """A block of a sliding window whose prefix the widest window has not announced yet."""
+    """A block of a sliding window whose prefix the widest window has not announced yet.
+
+    :param before: the name of its predecessor in that window; None: the window does not hold it.
+    """
 
     group_id: int
     block: StoredBlock
+    before: EngineHash | None
     stored: Stored
 
 
@@ -187,17 +192,21 @@ class Unannounced:
     ) -> Prefix | None:
         """Take in blocks of a sliding window; the last one, None where it is not known yet."""
         held = self._of(group_id)
+        self._proven = self._proven or _is_named_as_here(stored)
         if not (self._proven or strict):
             return self._believed(group_id, stored, changes)
         prefix = None
+        before = stored.parent_hash
         for block in stored.blocks:
-            prefix = self._prefix_of(block, held, stored.lora_id)
+            waiting = _Waiting(group_id, block, before, stored)
+            prefix = self._prefix_of(waiting, held)
             if prefix is not None:
                 self._hold(group_id, block.hash, prefix, block, stored, changes)
-                continue
-            held.add(block.hash, None)
-            if block.nameable:
-                self._wait(_Waiting(group_id, block, stored))
+            else:
+                held.add(block.hash, None)
+                if block.nameable:
+                    self._wait(waiting)
+            before = block.hash
         return prefix
 
     def _believed(self, group_id: int, stored: Stored, changes: list[Found | Lost]) -> Prefix | None:
@@ -225,21 +234,56 @@ class Unannounced:
             parent = self._prefixes.stub(stored.parent_hash)
         return parent
 
-    def _prefix_of(self, block: StoredBlock, held: Held, lora_id: int | None) -> Prefix | None:
+    def _prefix_of(self, waiting: _Waiting, held: Held) -> Prefix | None:
         """The prefix of a sliding window's block, where the widest window has announced it."""
+        block, lora_id = waiting.block, waiting.stored.lora_id
         tokens = packed(block.token_ids)
         prefix = self._prefixes.get(block.hash)
-        if prefix is not None and prefix.tokens == tokens:
+        if prefix is not None and prefix.tokens == tokens and self._fits(waiting, prefix, held):
             return prefix
-        if not block.nameable or names(block.hash, block.token_ids, None, lora_id):
+        parent = self._predecessor(waiting, held)
+        if parent is not None and block.nameable and not isinstance(parent.name, str):
+            prefix = self._prefixes.get(block_key(block.token_ids, parent.name, lora_id))
+            return prefix if prefix is not None and self._fits(waiting, prefix, held) else None
+        if waiting.before is not None or not block.nameable:
+            return None
+        if names(block.hash, block.token_ids, None, lora_id):
             return None  # it may begin a prompt of its own, which the widest window will announce
         fitting: list[Prefix] = []
         for each in self._prefixes.with_tokens(tokens):
-            if self._hangs_on(block, each, held, lora_id):
+            if self._fits(waiting, each, held):
                 fitting.append(each)
             if not self._prefixes.searches.left:
                 return None  # there may be a second one
         return fitting[0] if len(fitting) == 1 else None
+
+    def _predecessor(self, waiting: _Waiting, held: Held) -> Prefix | None:
+        return held.prefix_of(waiting.before) or self._prefixes.get(waiting.before)
+
+    def _fits(self, waiting: _Waiting, prefix: Prefix, held: Held) -> bool:
+        """Whether a sliding block, which has the tokens of ``prefix``, is that prefix.
+
+        An event gives a block's predecessor where the window holds it; else the name is that of the tokens
+        behind the nearest block before the gap, or none.
+        """
+        block, before, lora_id = waiting.block, waiting.before, waiting.stored.lora_id
+        if before is not None:
+            parent = self._predecessor(waiting, held)
+            named = block.hash == prefix.name or names(block.hash, block.token_ids, before, lora_id)
+            return parent is not None and prefix.parent is parent and named
+        if prefix.parent is None:
+            return block.hash == prefix.name
+        above = prefix.parent.parent
+        for _ in range(MAX_SEARCHED):
+            if not self._prefixes.searches.one_more():
+                return False
+            name = None if above is None else held.name_of(above) or above.name
+            if names(block.hash, block.token_ids, name, lora_id):
+                return True
+            if above is None:
+                return False
+            above = above.parent
+        return False
 
     def _wait(self, waiting: _Waiting) -> None:
         same = self._waiting.setdefault(packed(waiting.block.token_ids), {})
@@ -266,35 +310,16 @@ class Unannounced:
 
     def _fitting(self, prefix: Prefix, blocks: dict[EngineHash, _Waiting], held: Held) -> list[_Waiting]:
         """Those of one group's waiting blocks that are ``prefix``, and those that are not held any more."""
-        if (named := blocks.get(prefix.name)) is not None:
+        named = blocks.get(prefix.name)
+        if named is not None and self._fits(named, prefix, held):
             return [named]  # a window holds a prefix once
         fitting: list[_Waiting] = []
         for each in blocks.values():
-            gone = each.block.hash not in held
-            if gone or self._hangs_on(each.block, prefix, held, each.stored.lora_id):
+            if each.block.hash not in held or self._fits(each, prefix, held):
                 fitting.append(each)
             if not self._prefixes.searches.left:
                 break
         return fitting
-
-    def _hangs_on(self, block: StoredBlock, prefix: Prefix, held: Held, lora_id: int | None) -> bool:
-        """Whether a sliding block's name is that of ``prefix`` behind one of the blocks before it, or none.
-
-        Both hold the same tokens.
-        """
-        if block.hash == prefix.name:
-            return True
-        above = prefix.parent
-        for _ in range(MAX_SEARCHED):
-            if not self._prefixes.searches.one_more():
-                return False
-            name = None if above is None else held.name_of(above) or above.name
-            if names(block.hash, block.token_ids, name, lora_id):
-                return True
-            if above is None:
-                return False
-            above = above.parent
-        return False
 
     def _hold(
         self,
@@ -312,7 +337,7 @@ class Unannounced:
         last = next((each for each in reversed(changes) if each.group_id == group_id), None)
         published = StoredBlock(prefix.name, block.token_ids, block.tier, nameable=True)
         parent = prefix.parent.name if prefix.parent is not None else None
-        if isinstance(last, Found) and last.group_id == group_id and last.blocks[-1].hash == parent:
+        if isinstance(last, Found) and last.blocks[-1].hash == parent:
             last.blocks.append(published)
         else:
             changes.append(Found(group_id, parent, [published], stored))
@@ -325,12 +350,12 @@ class Unannounced:
         """
         if len(self._prefixes.below(prefix.parent)) < 2:
             return
-        *path, _ = prefix.path()
         windows = self._groups.windows
         closest = {group_id: self._closest(self._of(group_id), prefix) for group_id in windows}
         shared = min(most for _, most in closest.values())
         if not shared:
             return
+        *path, _ = prefix.path()
         resumed_at = len(path) * self._block_size + shared
         for group_id, window in windows.items():
             first = 0 if window is None else max(0, resumed_at - window) // self._block_size
@@ -397,3 +422,13 @@ class Unannounced:
     def _salted_first(stored: Stored, parent: Prefix | None) -> bool:
         """The number that the engine makes of a salt, which is part of a first block's hash, is not known."""
         return parent is None and stored.cache_salt is not None
+
+
+def _is_named_as_here(stored: Stored) -> bool:
+    """Whether a block's name is what we make of its tokens behind the block before it."""
+    before = stored.parent_hash
+    for block in stored.blocks:
+        if block.nameable and names(block.hash, block.token_ids, before, stored.lora_id):
+            return True
+        before = block.hash
+    return False

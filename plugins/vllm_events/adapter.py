@@ -129,8 +129,7 @@ class VllmEventAdapter:
                 f"states, got blocks of {event.block_size}: two block sizes are mixed, which is not supported"
             )
         # Refused before anything is counted, not in between.
-        if len(listed) > 1 or parent in listed:
-            check_chain(parent, listed, f"BlockStored, group {group_id}")
+        check_chain(parent, listed, f"BlockStored, group {group_id}")
         covered, rest = divmod(len(event.token_ids), event.block_size)
         if rest or len(listed) > covered:
             raise ProtocolError(
@@ -166,22 +165,25 @@ class VllmEventAdapter:
             namespace = self._namespace(event, parent, keys or [])
             if namespace is None:
                 break
-            if name in self._named:
-                self._move(name, parent)
-            else:
-                self._named[name] = _Named(parent, EngineBlock(name, token_ids), namespace)
-                self._below[parent] = self._below.get(parent, 0) + 1
+            if self._hang(name, parent, token_ids, namespace):
                 new.append(name)
             parent = name
         return new
 
-    def _move(self, name: EngineHash, parent: EngineHash | None) -> None:
-        """A block that is named keeps what it is; its parent is the one that came last."""
-        known = self._named[name]
-        if known.parent_hash != parent:
+    def _hang(
+        self, name: EngineHash, parent: EngineHash | None, token_ids: tuple[int, ...], namespace: _Namespace
+    ) -> bool:
+        """Whether the block is new; one that is named keeps what it is, and its parent is the latest."""
+        known = self._named.get(name)
+        if known is None:
+            self._named[name] = _Named(parent, EngineBlock(name, token_ids), namespace)
+        elif known.parent_hash != parent:
             self._unhang(known)
             self._named[name] = known._replace(parent_hash=parent)
-            self._below[parent] = self._below.get(parent, 0) + 1
+        else:
+            return False
+        self._below[parent] = self._below.get(parent, 0) + 1
+        return known is None
 
     def _unhang(self, named: _Named) -> None:
         parent = named.parent_hash
@@ -317,11 +319,7 @@ class VllmEventAdapter:
         new: list[EngineHash] = []
         self._check_rings(parent, names)
         for name, token_ids in zip(names, blocks, strict=False):
-            if name in self._named:
-                self._move(name, parent)
-            else:
-                self._named[name] = _Named(parent, EngineBlock(name, token_ids), plain)
-                self._below[parent] = self._below.get(parent, 0) + 1
+            if self._hang(name, parent, token_ids, plain):
                 new.append(name)
             parent = name
         group_id = next(iter(self._copies))

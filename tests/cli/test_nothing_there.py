@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.conftest import Brokers
@@ -73,5 +71,4 @@ def test_events_says_on_standard_error_that_it_waits_for_a_worker(
 
 def test_a_table_in_json_is_not_written_where_nothing_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 == main(["index", "--once", "--json", "--namespace", own_namespace("nobody")])
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(capsys.readouterr().out)
+    assert "" == capsys.readouterr().out

@@ -164,6 +164,7 @@ def test_a_client_that_goes_leaves_nothing_held(run: Run[Any], disagg: Cluster) 
         request = {**GREEDY, "prompt": long_prompt("leaver"), "max_tokens": 3_000}
         async with aclosing(stream(disagg, "/v1/completions", request)) as chunks:
             await anext(chunks)
+            await until(disagg, "decode", "running", 1)
         for mode in ("prefill", "decode"):
             await until(disagg, mode, "running", 0)
             await until(disagg, mode, "transfers_held", 0)

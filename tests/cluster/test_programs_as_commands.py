@@ -175,7 +175,11 @@ def test_the_data_of_brokers_stay_where_they_were_asked_to_and_json_is_for_scrip
     assert (folder / "nats-server.log").is_file()
 
 
-def test_a_broker_that_dies_ends_the_command_with_1_and_the_other_broker(run: Run[Any]) -> None:
+def test_a_broker_that_dies_ends_the_command_with_1_and_the_other_broker(
+    run: Run[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the logs are kept after a failure
+
     async def body() -> tuple[int, str, dict[str, int]]:
         process, _ = await started("--nats-port", "0", "--etcd-port", "0")
         children = children_of(process.pid)

@@ -74,10 +74,15 @@ def test_a_workers_refusal_reaches_the_client(
 
 
 def test_a_client_that_goes_stops_the_worker(run: Run[Any], stack: Stack) -> None:
+    def stopped() -> int:
+        return sum(len(echo.said("stopped")) for echo in stack.echoes)
+
     async def body() -> None:
+        before = stopped()
         async with aclosing(stack.stream(prompt_of("leaver"), "hang")) as pieces:
             await anext(pieces)
-        await eventually(lambda: any(echo.said("stopped") for echo in stack.echoes), "the worker is told")
+            assert before == stopped()
+        await eventually(lambda: stopped() > before, "the worker is told")
 
     run(body())
 

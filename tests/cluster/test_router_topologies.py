@@ -188,8 +188,14 @@ def test_what_is_killed_in_a_stream_is_not_noticed_by_the_client_and_comes_back(
 
     async def body() -> tuple[str, str, int]:
         undisturbed = (await complete(kept, prompt, 30))[0]
+        before = {child.pid for child in getattr(kept, kind)}
         text, tokens, victim = await broken_stream(kept, prompt, getattr(kept, kind))
-        await eventually(lambda: "serves 'gemma'" in victim.log() or "is shown" in victim.log(), "it is back")
+
+        def is_back() -> bool:
+            log = victim.log()
+            return victim.pid not in before and ("serves 'gemma'" in log or "is shown" in log)
+
+        await eventually(is_back, "it is back", 30)
         assert all([await served(kept) for _ in range(4)])
         return undisturbed, text, tokens
 

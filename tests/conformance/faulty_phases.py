@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
+from tests.conformance import faulty_engines
+from tests.conformance.faulty_engines import LeakingWhenClosed
 from vswa_plugin.blocks.layout import CacheGroup
 from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict, Engine, EventSink, RequestDict
 from vswa_plugin.errors import InvalidRequest
@@ -284,23 +286,11 @@ class LeavesItsTicketWhenItIsClosed(FaultyDecode):
         return self.handover.kept.get(params["ticket"], 0)
 
 
-class FreesNothingWhenItIsClosed(FaultyDecode):
+class FreesNothingWhenItIsClosed(LeakingWhenClosed, FaultyDecode):
     caught_by = (
         "closing_a_decode_request_gives_back_what_both_held",
         "decode: expected what was held before",
     )
-    leaked = 0
-
-    async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
-        try:
-            async for chunk in super().generate(request):
-                yield chunk
-        except GeneratorExit:
-            self.leaked += 1
-            raise
-
-    def stats(self) -> dict[str, float]:
-        return {**super().stats(), "blocks_used_512": float(self.leaked)}
 
 
 class WaitsForDecodeAsItStops(FaultyPrefill):
@@ -322,14 +312,9 @@ class AnnouncesNothingOfWhatItReceived(FaultyDecode):
         super().start(without)
 
 
-def all_faulty() -> list[type[FaultyPrefill] | type[FaultyDecode]]:
+def all_faulty() -> list[type[Any]]:
     """All that are listed with a test."""
-    below = [
-        *FaultyPrefill.__subclasses__(),
-        *ChangingPrefill.__subclasses__(),
-        *FaultyDecode.__subclasses__(),
-    ]
-    return [each for each in below if hasattr(each, "caught_by")]
+    return [*faulty_engines.all_faulty(FaultyPrefill), *faulty_engines.all_faulty(FaultyDecode)]
 
 
 def _kinds(fault: type[Any]) -> tuple[type[Any], type[Any]]:

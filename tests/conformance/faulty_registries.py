@@ -183,6 +183,24 @@ class TestLeavesATask(_Suite):
             await super().close()
 
 
+class TestBeginsAgainAfterAnOutage(_Suite):
+    """Closed while the place is away, it looks for it without a task, and works on once it is back."""
+
+    class kind(FileRegistry):
+        async def close(self) -> None:
+            away = not self._folder.exists()
+            await super().close()
+            if away:
+                self._look_again()
+
+        def _look_again(self) -> None:
+            loop = asyncio.get_running_loop()
+            if self._folder.exists():
+                self._again = loop.create_task(self._keep_alive())
+            else:
+                loop.call_soon(self._look_again)
+
+
 class TestLeavesAThread(_Suite):
     class kind(FileRegistry):
         async def close(self) -> None:

@@ -48,6 +48,7 @@ FAULTS = {
     "TestEndsWithAnOutage": {AWAY, BEGUN_AWAY},
     "TestSaysNotWhy": {REASON},
     "TestLeavesATask": {AFTER_CLOSE, CLOSED_AWAY},
+    "TestBeginsAgainAfterAnOutage": {CLOSED_AWAY},
     "TestLeavesAThread": {AFTER_CLOSE, CLOSED_AWAY},
     "TestClosingEndsNoIteration": {CLOSING},
     "TestOnlyOnce": {AGAIN},

@@ -227,7 +227,8 @@ def test_a_value_is_shown_whole_where_it_is_short_and_cut_where_it_is_long() -> 
         huge = [huge] * 10
 
     assert "[512, 8192]" == shown([512, 8192])
-    for value in (huge, "x" * 10**6, 10**3_000, dict.fromkeys(range(999), "y" * 99)):
+    long = [list(range(10_000)), {"a": ["b" * 1_000] * 9}, dict.fromkeys(range(999), "y" * 99)]
+    for value in (huge, "x" * 10**6, 10**3_000, 10**5_000, *long):
         assert len(shown(value)) <= MAX_SHOWN
 
 

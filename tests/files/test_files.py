@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import examples
-from vswa_plugin.errors import ConfigError, shown, unknown_choice
+from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.files import (
     MAX_JSON_DEPTH,
     MAX_JSON_LINE,
@@ -154,19 +154,6 @@ def test_what_cannot_be_read_is_refused_with_its_path(tmp_path: Path) -> None:
         read_json_object("a\0b")
     with pytest.raises(FileNotFoundError):
         read_json_object(tmp_path / "absent")
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["x" * 10_000, list(range(10_000)), {"a": ["b" * 1_000] * 9}, 10**5_000],
-    ids=["text", "list", "dict", "int"],
-)
-def test_a_value_in_a_message_is_short(value: Any) -> None:
-    assert len(shown(value)) < 400
-
-
-def test_a_short_value_is_shown_whole() -> None:
-    assert "'gemma'" == shown("gemma")
 
 
 def test_a_choice_that_is_a_whole_file_is_cut() -> None:

@@ -174,6 +174,29 @@ def test_a_replay_that_fails_twice_becomes_a_snapshot_with_pauses_that_double_up
     assert pauses == [0.5, 1.0, 1.5, 1.5, 1.5, 1.5], "without jitter, half of 1, 2, 3, 3..."
 
 
+def test_a_shared_snapshot_is_not_live_before_what_was_published_since() -> None:
+    reader = Reader()
+    reader.on_announced(5)
+    reader.on_reply(SnapshotRequest(5), SnapshotHead(5, 3, 2, 1, end_event_id=4), 0.2)
+    part = PartRequest(5, 3, 0)
+
+    effects = reader.on_reply(part, SnapshotPart(5, 3, 0, (LAYOUT, stored(1))), 0.3)
+    assert effects == [Reset(), Apply((LAYOUT, stored(1))), Ask(ReplayRequest(5, 2))]
+    missing = encode(batch(2, stored(2), stored(3)))
+    effects = reader.on_reply(ReplayRequest(5, 2), Replay(5, (missing,), end_event_id=4), 0.4)
+    assert effects == [Apply((stored(2), stored(3))), BecameLive()]
+
+
+def test_a_replay_that_ends_before_what_was_published_is_continued() -> None:
+    reader = live_reader()
+    reader.on_malformed(1.0)
+
+    cut = Replay(5, (encode(batch(2, stored(2))),), end_event_id=4)
+    assert reader.on_reply(ReplayRequest(5, 2), cut, 1.1) == [Apply((stored(2),)), Ask(ReplayRequest(5, 3))]
+    rest = Replay(5, (encode(batch(3, stored(3))),), end_event_id=4)
+    assert reader.on_reply(ReplayRequest(5, 3), rest, 1.2) == [Apply((stored(3),)), BecameLive()]
+
+
 def test_an_answer_that_is_not_awaited_any_more_changes_nothing() -> None:
     reader = live_reader()
     reader.on_batch(batch(4), 0.0)

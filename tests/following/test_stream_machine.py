@@ -1,8 +1,9 @@
 """Readers against real publishers' state over a network that loses, repeats, delays and reorders.
 
 Two ranks, three groups (two of equal window). The invariants use what the model knows, never the reader's
-own flags: after every step a reader's view is what the publisher held when it gave out that event id; and
-once the faults end, one heartbeat and the answers to what is asked make every view exact and live.
+own flags: after every step a reader's view is what the publisher held when it gave out that event id; a view
+that an answer made live has all that was published when that answer was given; and once the faults end, one
+heartbeat and the answers to what is asked make every view exact and live.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Publishing:
     """One rank's publisher without I/O, and what it held at every event id it gave out."""
 
     def __init__(self) -> None:
-        limits = HistoryOptions(ring_batches=4, share_s=1.0, expire_s=3.0, snapshots=2)
+        limits = HistoryOptions(ring_batches=4, message_bytes=70, share_s=1.0, expire_s=3.0, snapshots=2)
         options = LedgerOptions(batch_bytes=300, history=limits)
         self.now = 0.0
         self.ledger = Ledger("rank", Residency(LAYOUT), options, clock_ns=lambda: 1, clock=lambda: self.now)
@@ -103,6 +104,12 @@ class Following:
         #: Answers that were given up on and may still come.
         self.late: list[tuple[control.Request, control.Reply]] = []
         self.live = False
+        #: Epoch, and the next event id that the publisher had when it gave the last answer that was awaited.
+        self.answered = (0, 0)
+
+    @property
+    def pending(self) -> control.Request | None:
+        return self.reader._repair.pending if self.reader._repair else None
 
     def carry_out(self, effects: list[Any]) -> None:
         for effect in effects:
@@ -205,8 +212,23 @@ class StreamMachine(RuleBasedStateMachine):
         follower = self.followers[rank]
         if follower.asked:
             request = follower.asked.pop(0)
-            reply = control.decode_reply(self.publishers[rank].ledger.history.answer(control.encode(request)))
+            history = self.publishers[rank].ledger.history
+            reply = control.decode_reply(history.answer(control.encode(request)))
+            if isinstance(reply, control.Replay | control.SnapshotHead) and request == follower.pending:
+                follower.answered = (reply.epoch, history.ring.next_event_id)
             follower.carry_out(follower.reader.on_reply(request, reply, self.now))
+
+    @rule(rank=RANKS)
+    def another_reader_takes_a_snapshot(self, rank: int) -> None:
+        ledger = self.publishers[rank].ledger
+        ledger.history.answer(control.encode(control.SnapshotRequest(ledger.epoch)))
+
+    @rule(rank=RANKS, paths=st.lists(PATHS, min_size=2, max_size=4))
+    def lose_the_last_events(self, rank: int, paths: list[tuple[int, ...]]) -> None:
+        for path in paths:
+            self.store("lost", rank, 0, path)
+        follower = self.followers[rank]
+        follower.carry_out(follower.reader.on_malformed(self.now))
 
     @rule(rank=RANKS)
     def lose_an_answer(self, rank: int) -> None:
@@ -249,8 +271,14 @@ class StreamMachine(RuleBasedStateMachine):
     @invariant()
     def at_most_one_request_is_out(self) -> None:
         for _, follower in self.pairs():
-            out = follower.reader._repair.pending if follower.reader._repair else None
-            assert out is None or out in follower.asked
+            assert follower.pending is None or follower.pending in follower.asked
+
+    @invariant()
+    def a_live_view_is_not_behind_the_last_answer(self) -> None:
+        for _, follower in self.pairs():
+            epoch, next_event_id = follower.answered
+            if follower.live and epoch == follower.reader.epoch:
+                assert follower.reader.next_event_id >= next_event_id
 
     def teardown(self) -> None:
         """The faults end: what is on its way arrives, and every request is answered."""
@@ -275,5 +303,5 @@ class StreamMachine(RuleBasedStateMachine):
         return list(zip(self.publishers, self.followers, strict=True))
 
 
-StreamMachine.TestCase.settings = examples(200, stateful_step_count=40)
+StreamMachine.TestCase.settings = examples(300, stateful_step_count=40)
 TestStream = StreamMachine.TestCase

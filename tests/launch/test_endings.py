@@ -69,9 +69,10 @@ class Started:
             self.descendants |= set(psutil.Process(self.process.pid).children(recursive=True))
 
     def kill_with_reaper(self) -> None:
-        for each in self.descendants:
-            if REAPER in each.cmdline():
-                each.kill()
+        reapers = [each for each in self.descendants if REAPER in each.cmdline()]
+        for each in reapers:
+            each.kill()
+        assert wait_for_ends(reapers, time.monotonic() + 10) == []
         self.process.kill()
 
     def ended(self, *, kept: bool = False) -> int:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +82,18 @@ def test_options_that_the_engine_refuses_end_it_at_once_with_the_engines_message
     file = tmp_path / "prefill.yaml"
     file.write_text("beam: 3\n")
 
-    async def body() -> tuple[int, str, float]:
-        began = time.monotonic()
+    async def body() -> tuple[int, str]:
         options = ("--namespace", own_namespace("refused"))
         env = {**brokers.env, "PREFILL_ENGINE_ARGS": str(file)}
         async with launched(tmp_path, model_dir, "disagg", *options, env=env) as it:
             code = await asyncio.wait_for(it.child.wait(), 20)
-            return code, it.child.log(), time.monotonic() - began
+            return code, it.child.log()
 
-    code, log, took = run(body())
+    code, log = run(body())
 
     assert code == 2, log
     assert log.endswith(f"vswa launch: error: prefill-0: unknown option ['beam'] in {file}\n")
-    assert took < 10
+    assert "starting it again" not in log
 
 
 def test_sigterm_before_it_serves_leaves_no_child(run: Run[Any], tmp_path: Path, model_dir: Path) -> None:
@@ -115,7 +113,7 @@ def test_a_second_signal_does_not_wait_for_requests_under_way(
 ) -> None:
     slow = json.dumps({"step_s": 0.5})
 
-    async def body() -> float:
+    async def body() -> str:
         options = ("--namespace", own_namespace("hurried"), "--", "--override-engine-args", slow)
         async with launched(tmp_path, model_dir, "agg", *options, env=brokers.env) as it:
             await it.serving()
@@ -124,14 +122,12 @@ def test_a_second_signal_does_not_wait_for_requests_under_way(
             await asyncio.sleep(0.3)
             it.child.terminate()
             await eventually(lambda: "waiting for 1 under way" in log.read_text(), "it drains")
-            began = time.monotonic()
             it.child.terminate()
             assert await asyncio.wait_for(it.child.wait(), 20) == 0
-            took = time.monotonic() - began
             await asyncio.gather(asked, return_exceptions=True)
-            return took
+            return log.read_text()
 
-    assert run(body()) < 10
+    assert "1 requests are cancelled: not done in time" in run(body())
 
 
 def test_an_embedded_broker_that_dies_ends_everything_and_is_named(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.program.test_exit_codes import raising
 from vswa_plugin.errors import ConfigError, ConnectError, InvariantError
 from vswa_plugin.launch.processes import python_module
 from vswa_plugin.program.args import make_parser
@@ -22,13 +22,6 @@ def termination_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text("of an earlier life, which had more to say")
     monkeypatch.setenv(TERMINATION_ENV, str(path))
     return path
-
-
-def raising(error: BaseException) -> Callable[[], int]:
-    def body() -> int:
-        raise error
-
-    return body
 
 
 @pytest.mark.parametrize(

@@ -77,16 +77,16 @@ def test_a_replay_begins_with_the_batch_that_holds_the_event() -> None:
     kept = Kept()
     payloads = [kept.publish(2) for _ in range(4)]
 
-    assert kept.ask(ReplayRequest(EPOCH, 2)) == Replay(EPOCH, tuple(payloads[1:]))
-    assert kept.ask(ReplayRequest(EPOCH, 3)) == Replay(EPOCH, tuple(payloads[1:]))
-    assert kept.ask(ReplayRequest(EPOCH, 8)) == Replay(EPOCH, ())
+    assert kept.ask(ReplayRequest(EPOCH, 2)) == Replay(EPOCH, tuple(payloads[1:]), 8)
+    assert kept.ask(ReplayRequest(EPOCH, 3)) == Replay(EPOCH, tuple(payloads[1:]), 8)
+    assert kept.ask(ReplayRequest(EPOCH, 8)) == Replay(EPOCH, (), 8)
 
 
 def test_a_replay_is_cut_to_fit_but_holds_one_batch_at_least() -> None:
     kept = Kept(message_bytes=1)
     payloads = [kept.publish() for _ in range(3)]
 
-    assert kept.ask(ReplayRequest(EPOCH, 1)) == Replay(EPOCH, (payloads[1],))
+    assert kept.ask(ReplayRequest(EPOCH, 1)) == Replay(EPOCH, (payloads[1],), len(payloads))
 
 
 def test_what_the_ring_has_dropped_is_too_old() -> None:
@@ -150,7 +150,7 @@ def test_a_new_epoch_forgets_batches_and_snapshots() -> None:
     head, _ = kept.snapshot()
     kept.history.begin_epoch(8)
 
-    assert kept.ask(ReplayRequest(8, 0)) == Replay(8, ())
+    assert kept.ask(ReplayRequest(8, 0)) == Replay(8, (), 0)
     assert kept.history.ring.oldest_event_id == 0
     assert isinstance(kept.ask(PartRequest(8, head.snapshot_id, 0)), Refused)
 
@@ -216,6 +216,7 @@ def test_a_young_snapshot_is_shared_and_an_old_one_is_not() -> None:
 
     assert first.snapshot_id == second.snapshot_id != third.snapshot_id
     assert (second.next_event_id, third.next_event_id) == (1, 2)
+    assert (second.end_event_id, third.end_event_id) == (2, 2), "what was published since is named"
 
 
 def test_a_snapshot_from_which_the_ring_no_longer_leads_on_is_not_shared() -> None:

@@ -71,6 +71,14 @@ def test_an_entry_under_the_key_of_another_is_malformed() -> None:
         decode_entry("some/key", encode_entry(ENTRY))
 
 
+def test_the_refusal_of_an_entry_with_a_long_name_is_short() -> None:
+    long = msgspec.structs.replace(ENTRY, namespace="x" * 5_000)
+    with pytest.raises(ProtocolError) as refusal:
+        decode_entry("some/key", encode_entry(long))
+
+    assert len(str(refusal.value)) < 1_200
+
+
 def test_the_last_epoch_of_a_rank_is_the_highest_that_any_entry_knows() -> None:
     entries = [entry(1, 5), entry(1, 7, "other"), entry(2, 9), msgspec.structs.replace(ENTRY, worker_id=3)]
 

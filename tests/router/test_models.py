@@ -98,13 +98,13 @@ def test_of_as_many_the_oldest_worker_decides_whatever_the_order() -> None:
 
 
 def test_a_model_is_shown_with_what_all_its_workers_can_do() -> None:
-    group = grouped(
+    used = grouped(
         [
             entry(1, context_length=4_096, epochs={0: 1, 1: 1}, tool_call_parser="t", reasoning_parser="r"),
             entry(2),
         ]
-    )["m"]
-    card = card_of("m", group)
+    )["m"].used
+    card = card_of("m", used)
 
     assert (card.name, card.model_path, card.block_size) == ("m", "/models/m", 32)
     assert (card.context_length, card.total_kv_blocks, card.data_parallel_size) == (4_096, 200, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +33,11 @@ def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What the worker says on standard error; it must end with exit code 2, within two seconds."""
-    began = time.monotonic()
+    """What the worker says on standard error; it must end with exit code 2."""
     code = main(list(argv))
-    took = time.monotonic() - began
     said = capsys.readouterr().err
 
     assert code == 2, said
-    assert took < 2.0
     return said.splitlines()[-1]
 
 

@@ -13,10 +13,9 @@ from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_o
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, built_in_scorers
 from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
 from vswa_plugin.accuracy.waiting import Arrivals, Waiting
-from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
-from vswa_plugin.dynamo.runtime import namespaced_block_hash
+from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import EventAdapter
 from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.errors import ConfigError, ProtocolError, VswaError
@@ -145,7 +144,10 @@ class _Replay:
 
     def arrive(self, line: int, request: TraceRequest) -> None:
         """One request, predicted by all scorers."""
-        prompt = Prompt(request.token_ids, _hashes(request, self._size))
+        prompt = Prompt(
+            request.token_ids,
+            namespaced_sequence_hashes(request.token_ids, self._size, request.cache_salt, request.lora_name),
+        )
         predicted = {scorer.name: scorer.predict(prompt) for scorer in self._scorers}
         if not request.reads_cache:
             predicted = dict.fromkeys(predicted, 0)
@@ -230,14 +232,3 @@ class _Replay:
             unfinished=len(self._waiting),
             failed_scorers=failed,
         )
-
-
-def _hashes(request: TraceRequest, block_size: int) -> Sequence[int]:
-    tokens = request.token_ids
-    if request.cache_salt is None and request.lora_name is None:
-        return sequence_hashes_of_tokens(tokens, block_size)
-    whole = range(0, len(tokens) - len(tokens) % block_size, block_size)
-    return sequence_hashes(
-        namespaced_block_hash(tokens[at : at + block_size], request.cache_salt, request.lora_name)
-        for at in whole
-    )

@@ -54,10 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with open_scratch("brokers") as scratch:
-        folder = Path(args.data_dir or scratch.path)
-        folder.mkdir(parents=True, exist_ok=True)
         life = Life("vswa brokers")
-        return asyncio.run(life.run(_Brokers(args, folder)))
+        return asyncio.run(life.run(_Brokers(args, scratch.log_folder(args.data_dir))))
 
 
 class _Brokers(Program):

@@ -1,4 +1,4 @@
-"""What ``vswa demo`` and ``vswa serve`` share: their options, the default model, progress lines."""
+"""What ``vswa demo`` and ``vswa serve`` share: their options, the default model, the deployment itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vswa_plugin.dynamo.names import worker_namespace
 from vswa_plugin.errors import VswaError
-from vswa_plugin.launch.cluster import Progress
+from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress
 from vswa_plugin.launch.processes import python_module
+from vswa_plugin.launch.scratch import Scratch
 from vswa_plugin.launch.topologies import (
     TOPOLOGIES,
+    Routing,
     Topology,
     WorkerGroup,
     add_log_arguments,
@@ -123,8 +126,26 @@ async def _run_command(name: str, argument: str) -> str:
     return output.decode()
 
 
-def log_folder(args: argparse.Namespace, scratch: Path) -> Path:
-    """Where logs go: kept where the user asked, else thrown away with ``scratch``."""
-    folder = Path(args.log_dir) if args.log_dir else scratch
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def cluster_of(
+    args: argparse.Namespace,
+    model: Path,
+    groups: tuple[WorkerGroup, ...],
+    routing: Routing,
+    scratch: Scratch,
+    progress: Progress,
+    **more: Any,
+) -> Cluster:
+    """The deployment that was asked for; nothing is started.
+
+    :param more: further settings, those in which both differ.
+    """
+    settings = ClusterSettings(
+        model_path=str(model),
+        served_model_name=args.served_model_name,
+        groups=groups,
+        namespace=worker_namespace(os.environ),
+        http_port=args.http_port,
+        routing=routing,
+        **more,
+    )
+    return Cluster(settings, scratch.log_folder(args.log_dir), progress, scratch.path)

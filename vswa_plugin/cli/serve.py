@@ -8,8 +8,7 @@ import os
 import time
 
 from vswa_plugin.cli import local
-from vswa_plugin.dynamo.names import worker_namespace
-from vswa_plugin.launch.cluster import Cluster, ClusterSettings
+from vswa_plugin.launch.cluster import Cluster
 from vswa_plugin.launch.scratch import open_scratch
 from vswa_plugin.launch.serving import keep_serving, progress_from
 from vswa_plugin.launch.topologies import chosen_router, find_topology, log_bytes
@@ -33,16 +32,8 @@ def run(args: argparse.Namespace) -> int:
     with open_scratch("serve") as scratch:
 
         async def make() -> Cluster:
-            settings = ClusterSettings(
-                model_path=str(await local.model_path(args, scratch.path, progress)),
-                served_model_name=args.served_model_name,
-                groups=groups,
-                namespace=worker_namespace(os.environ),
-                http_port=args.http_port,
-                routing=routing,
-                keep=True,
-                log_bytes=most_bytes,
-            )
-            return Cluster(settings, local.log_folder(args, scratch.path), progress, scratch.path)
+            model = await local.model_path(args, scratch.path, progress)
+            more = {"keep": True, "log_bytes": most_bytes}
+            return local.cluster_of(args, model, groups, routing, scratch, progress, **more)
 
         return asyncio.run(keep_serving(make, progress))

@@ -12,7 +12,7 @@ import msgspec
 from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.dynamo.bursts import joined
 from vswa_plugin.dynamo.names import RELEASE, EndpointName
-from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery, runtime_error, text_surfaces
+from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery, serve_endpoint, text_surfaces
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 
@@ -102,13 +102,9 @@ class FrontEndpoint:
             except RequestError as error:
                 raise _to_dynamo(error) from None  # Dynamo prints the whole chain
 
-        async def serving() -> None:
-            try:
-                await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
-            except Exception as error:  # Dynamo raises plain Exception
-                raise runtime_error("Dynamo's runtime", error) from error
-
-        self._serving = asyncio.create_task(serving(), name=f"serve {self.name}")
+        self._serving = asyncio.create_task(
+            serve_endpoint(self._endpoint, generate), name=f"serve {self.name}"
+        )
         self._listed = True
         return self._serving
 

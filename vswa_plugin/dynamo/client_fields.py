@@ -183,7 +183,5 @@ CLIENT_FIELDS: tuple[ClientField, ...] = (
 
 #: What clients lose without a word: fields that the frontend takes and drops, and that change the answer.
 LOST = tuple(
-    dict.fromkeys(
-        field.name for field in CLIENT_FIELDS if field.chat.changes_answer or field.completions.changes_answer
-    )
+    field.name for field in CLIENT_FIELDS if field.chat.changes_answer or field.completions.changes_answer
 )

@@ -196,13 +196,7 @@ class WorkerEndpoint:
             except Exception as error:
                 raise dynamo_error(error) from None  # Dynamo prints the whole chain
 
-        async def serving() -> None:
-            try:
-                await self._endpoint.serve_endpoint(generate, graceful_shutdown=True)
-            except Exception as error:  # Dynamo raises plain Exception
-                raise runtime_error("Dynamo's runtime", error) from error
-
-        self._serving = asyncio.create_task(serving(), name="serve_endpoint")
+        self._serving = asyncio.create_task(serve_endpoint(self._endpoint, generate), name="serve_endpoint")
         return self._serving
 
     async def register(self, model: ShownModel, info: EngineInfo) -> None:
@@ -251,6 +245,14 @@ class WorkerEndpoint:
         self._runtime.shutdown()
         if self._serving is not None:
             await asyncio.wait({self._serving}, timeout=10)
+
+
+async def serve_endpoint(endpoint: Any, generate: Callable[..., AsyncIterator[ChunkDict]]) -> None:
+    """Serve requests with ``generate`` until the runtime ends. Raises what :func:`runtime_error` makes."""
+    try:
+        await endpoint.serve_endpoint(generate, graceful_shutdown=True)
+    except Exception as error:  # Dynamo raises plain Exception
+        raise runtime_error("Dynamo's runtime", error) from error
 
 
 async def leave_discovery(endpoint: Any, name: EndpointName) -> None:

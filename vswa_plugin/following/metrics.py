@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.view import View
-from vswa_plugin.wire.events import id_text
+from vswa_plugin.wire.events import Rank, id_text
 
 _Family = TypeVar("_Family", CounterMetricFamily, GaugeMetricFamily)
 _Item = TypeVar("_Item")
@@ -112,8 +112,9 @@ def _index(fleet: Fleet) -> Iterable[Metric]:
     )
 
 
-def _labels(view: View) -> list[str]:
-    return [id_text(view.source.worker_id), str(view.source.dp_rank)]
+def rank_labels(rank: Rank) -> tuple[str, str]:
+    """Of the labels ``worker`` and ``dp_rank``."""
+    return id_text(rank.worker_id), str(rank.dp_rank)
 
 
 def _readers(shown: Sequence[View], others: Sequence[View]) -> Iterator[Metric]:
@@ -123,7 +124,7 @@ def _readers(shown: Sequence[View], others: Sequence[View]) -> Iterator[Metric]:
             return CounterMetricFamily(f"vswa_reader_{name}", text, labels=_RANK)
 
         def add(family: CounterMetricFamily, view: View, field: str = field) -> None:
-            family.add_metric(_labels(view), getattr(view.reader.stats, field))
+            family.add_metric(rank_labels(view.source.rank), getattr(view.reader.stats, field))
 
         yield from in_pieces(new, shown, add)
         if others:
@@ -149,16 +150,16 @@ def _ranks(fleet: Fleet, shown: Sequence[View], others: Sequence[View]) -> Itera
         return view.layout.model if view.layout is not None else ""
 
     def add_state(family: GaugeMetricFamily, view: View) -> None:
-        family.add_metric([*_labels(view), model(view), view.state], 1)
+        family.add_metric([*rank_labels(view.source.rank), model(view), view.state], 1)
 
     def add_lag(family: GaugeMetricFamily, view: View) -> None:
         if (heard_ns := view.reader.last_published_at_ns) != 0:
-            family.add_metric(_labels(view), (time.time_ns() - heard_ns) / 1e9)
+            family.add_metric(rank_labels(view.source.rank), (time.time_ns() - heard_ns) / 1e9)
 
     def add_blocks(family: GaugeMetricFamily, view: View) -> None:
         for window, tiers in fleet.blocks(view).items():
             for tier, count in tiers.items():
-                family.add_metric([*_labels(view), model(view), window, tier], count)
+                family.add_metric([*rank_labels(view.source.rank), model(view), window, tier], count)
 
     yield from in_pieces(states, shown, add_state)
     if others:

@@ -135,7 +135,7 @@ class Reader:
         self._repair: _Repair | None = None
         self._waiting: list[Batch] = []
         self._waiting_events = 0
-        #: Ids below this one are known to exist: a heartbeat or a waiting batch said so.
+        #: Ids below this one are known to exist: a heartbeat, a waiting batch or an answer said so.
         self._promised_id = 0
 
     @property
@@ -162,7 +162,7 @@ class Reader:
             if batch.first_event_id > 0:
                 effects += self._start_repair("joined after the first event", by_snapshot=True)
         self.last_published_at_ns = max(self.last_published_at_ns, batch.published_at_ns)
-        self._promised_id = max(self._promised_id, batch.next_event_id)
+        self._promise(batch.next_event_id)
         if self._repair is not None:
             return effects + self._wait(batch)
         if batch.first_event_id > self.next_event_id:
@@ -194,8 +194,10 @@ class Reader:
             return effects + self._start_repair("the publisher has begun a new epoch", by_snapshot=True)
         match reply:
             case Replay():
+                self._promise(reply.end_event_id)
                 return self._on_replay(reply, now)
             case SnapshotHead():
+                self._promise(reply.end_event_id)
                 return self._on_head(reply)
             case SnapshotPart():
                 return self._on_part(reply, now)
@@ -258,6 +260,10 @@ class Reader:
         return [Apply(tuple(applicable)), *effects] if applicable else effects
 
     # -- repairing ---------------------------------------------------------------------------------
+
+    def _promise(self, end_event_id: int | None) -> None:
+        """The publisher has assigned all ids below this one."""
+        self._promised_id = max(self._promised_id, end_event_id or 0)
 
     def _start_repair(self, reason: str, *, by_snapshot: bool = False) -> list[Effect]:
         self._repair = _Repair(by_snapshot=by_snapshot)

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from vswa_plugin.dynamo.names import DEFAULT_NAMESPACE, NAMESPACE_ENV, ROUTER_MODES, worker_namespace
 from vswa_plugin.errors import ConfigError, unknown_choice
@@ -180,8 +179,7 @@ def run(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     settings, log_dir = settings_from(arguments, os.environ, program, progress)
     set_up_logging("warning")
     with open_scratch("launch") as scratch:
-        folder = Path(log_dir or scratch.path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = scratch.log_folder(log_dir)
 
         async def make() -> Cluster:
             return Cluster(settings, folder, progress, scratch.path)

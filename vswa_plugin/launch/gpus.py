@@ -37,7 +37,7 @@ def with_gpus(
 
     :param needs: of each group, how many one worker needs.
     :param say: where the machine's GPUs do not suffice, and no variable asks for them.
-    :raises ConfigError: a variable names fewer than its workers need, or one twice; with the numbers.
+    :raises ConfigError: a variable names fewer than its workers need, or one of the guide's names one twice.
     """
     named = {group.mode: _named(group.mode, environ) for group in groups}
     taken = {gpu for gpus in named.values() for gpu in gpus or ()}

@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 from vswa_plugin.launch.logs import TAIL_BYTES, ChildLog
 from vswa_plugin.launch.scratch import end_group
+from vswa_plugin.program.addresses import check_address
 from vswa_plugin.program.run import MESSAGE_BYTES, TERMINATION_ENV, USER_ERROR
 
 logger = logging.getLogger(__name__)
@@ -38,20 +38,9 @@ def free_port() -> int:
     """
     while True:
         port = random.randrange(20_000, 32_000)
-        if is_free("127.0.0.1", port):
+        with contextlib.suppress(ConfigError):  # it is taken
+            check_address("127.0.0.1", port)
             return port
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen on ``port`` right now."""
-    with socket.socket() as probe:
-        # As servers do: connections of a former server that are not quite over do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 @dataclass

@@ -64,6 +64,12 @@ class Scratch:
         self.path = path
         self.keep_logs = False
 
+    def log_folder(self, log_dir: str | None) -> Path:
+        """Where logs go: kept where the user asked, else thrown away with this folder."""
+        folder = Path(log_dir or self.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def has_logs(self) -> bool:
         try:
             return any(each.stat().st_size for each in self.path.iterdir() if each.name.endswith(_LOGS))

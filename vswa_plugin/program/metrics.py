@@ -6,6 +6,7 @@ import asyncio
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib import metadata
 from itertools import chain
 
@@ -20,7 +21,7 @@ from vswa_plugin import __version__
 PAUSE_AFTER_S = 0.001
 
 
-def _no_plugins(_: str) -> str:
+def no_plugins(_: str) -> str:
     return ""
 
 
@@ -49,7 +50,7 @@ class Page:
         self,
         about: Callable[[], About],
         families: Callable[[], Iterable[Metric]],
-        plugins: Callable[[str], str] = _no_plugins,
+        plugins: Callable[[str], str] = no_plugins,
     ) -> None:
         self._about = about
         self._process = ProcessCollector(registry=None)
@@ -105,6 +106,7 @@ def _build_info(about: About) -> Metric:
     return family
 
 
+@cache  # read from the disk, and for each page
 def _version_of(distribution: str) -> str:
     """Empty where it is not installed."""
     try:

@@ -152,7 +152,8 @@ class History:
             case ReplayRequest():
                 reply: control.Reply = self._replay(request.from_event_id)
             case SnapshotRequest():
-                reply = self._snapshot().head
+                head = self._snapshot().head
+                reply = msgspec.structs.replace(head, end_event_id=self.ring.next_event_id)
             case PartRequest():
                 reply = self._part(request)
         return control.encode(reply)
@@ -164,7 +165,7 @@ class History:
         if payloads is None:
             return control.TooOld(self._epoch, self.ring.oldest_event_id)
         self.replays += 1
-        return Replay(self._epoch, payloads)
+        return Replay(self._epoch, payloads, self.ring.next_event_id)
 
     def _snapshot(self) -> _Snapshot:
         """A recent snapshot from whose end the ring still goes on, or a new one."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
-from vswa_plugin.errors import ConfigError, InvariantError, ProtocolError
+from vswa_plugin.errors import ConfigError, InvariantError, ProtocolError, one_line
 from vswa_plugin.wire.events import Rank
 from vswa_plugin.wire.subjects import check_name
 
@@ -155,7 +155,7 @@ def decode_entry(key: str, payload: bytes) -> Entry:
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"expected a worker entry at {key}, got {len(payload)} bytes: {error}") from error
     if entry.key != key:
-        raise ProtocolError(f"expected a worker entry at {key}, got that of {entry.key}")
+        raise ProtocolError(f"expected a worker entry at {key}, got that of {one_line(entry.key)}")
     if (reason := oddity(entry)) is not None:
         raise ProtocolError(f"the worker entry at {key} is of no use: {reason}")
     return entry

@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class Faults:
-    """Reasons by what fails for them, which is the beginning of a sentence: ``worker 1f is not used``."""
+    """Reasons by what fails for them, which is the beginning of a sentence: ``worker 31 is not used``."""
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}

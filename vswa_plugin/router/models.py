@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,17 @@ def _report_phases(model: Model) -> None:
         )
 
 
-def card_of(name: str, group: Group) -> ModelCard:
+def card_of(name: str, used: Sequence[Entry]) -> ModelCard:
     """How the model is shown: what all its workers can do."""
     # What comes before and after the text is the affair of the workers that generate it.
-    first = min(group.used, key=lambda entry: entry.mode == "prefill")
+    first = min(used, key=lambda entry: entry.mode == "prefill")
     return ModelCard(
         name=name,
         model_path=first.model_path,
         block_size=first.block_size,
-        context_length=min(entry.context_length for entry in group.used),
-        total_kv_blocks=sum(entry.total_kv_blocks for entry in group.used),
-        data_parallel_size=max(len(entry.epochs) for entry in group.used),
+        context_length=min(entry.context_length for entry in used),
+        total_kv_blocks=sum(entry.total_kv_blocks for entry in used),
+        data_parallel_size=max(len(entry.epochs) for entry in used),
         tool_call_parser=first.tool_call_parser,
         reasoning_parser=first.reasoning_parser,
     )
@@ -76,8 +76,8 @@ def _same_for_clients(one: ModelCard, other: ModelCard) -> bool:
     )
 
 
-def _as_here(card: ModelCard) -> ModelCard:
-    """``card``, for completions alone where this machine has no chat template of the model.
+def _as_here(card: ModelCard) -> tuple[ModelCard, str | None]:
+    """``card``, for completions alone where this machine has no chat template of the model; why not for chat.
 
     :raises ConfigError: it lacks what showing the model takes at all.
     """
@@ -85,7 +85,8 @@ def _as_here(card: ModelCard) -> ModelCard:
         raise ConfigError(
             f"expected its config and tokenizer at {card.model_path} on this machine too, got nothing there"
         )
-    return msgspec.structs.replace(card, chat=chat_obstacle(card.model_path) is None)
+    obstacle = chat_obstacle(card.model_path)
+    return msgspec.structs.replace(card, chat=obstacle is None), obstacle
 
 
 def _report_new(model: str, entry: Entry) -> None:
@@ -231,7 +232,7 @@ class Models:
             ranks = tuple(rank for pool in model.pools for rank in pool.ranks if rank.worker_id == worker_id)
             self._departed[worker_id] = model.clients[worker_id], ranks
         model.clients = clients
-        set_ranks(model, Group(used))
+        set_ranks(model, used)
         for worker_id in departed:
             logger.info("model %r: worker %d leaves", model.name, worker_id)
             model.pool.book.drop(worker_id)
@@ -279,9 +280,9 @@ class Models:
     async def _show(self, model: Model) -> None:
         what = _not_shown(model)
         try:
-            group = self._groups[model.name]
-            used = tuple(entry for entry in group.used if entry.worker_id in model.clients)
-            card = _as_here(card_of(model.name, Group(used)))
+            of_group = self._groups[model.name].used
+            used = tuple(entry for entry in of_group if entry.worker_id in model.clients)
+            card, obstacle = _as_here(card_of(model.name, used))
             model.provisional = model.missing() is not None
             if model.card is not None:
                 if _same_for_clients(model.card, card):
@@ -304,9 +305,8 @@ class Models:
             card.block_size,
             card.context_length,
         )
-        if not card.chat:
-            reason = chat_obstacle(card.model_path)
-            logger.warning("model %r is shown for completions alone, not for chat: %s", card.name, reason)
+        if obstacle is not None:
+            logger.warning("model %r is shown for completions alone, not for chat: %s", card.name, obstacle)
 
     async def _hide(self, model: Model) -> None:
         model.card = None

@@ -164,14 +164,14 @@ def not_used(entries: Iterable[Entry], groups: Iterable[Group]) -> dict[str, str
     return {f"worker {entry.worker_id} is not used": reason for entry, reason in refused}
 
 
-def set_ranks(model: Model, group: Group) -> None:
-    """Let the model's pools be the workers of ``group``, each in the pool of its mode."""
-    taints = {entry.worker_id: frozenset(entry.taints) for entry in group.used}
+def set_ranks(model: Model, used: Collection[Entry]) -> None:
+    """Let the model's pools be the workers ``used``, each in the pool of its mode."""
+    taints = {entry.worker_id: frozenset(entry.taints) for entry in used}
     for pool in model.pools:
         pool.taints = taints
         pool.ranks = tuple(
             Rank(entry.worker_id, dp_rank)
-            for entry in group.used
+            for entry in used
             if entry.mode == pool.phase
             for dp_rank in sorted(entry.epochs)
         )

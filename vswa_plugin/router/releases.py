@@ -10,7 +10,6 @@ from typing import Any
 from vswa_plugin.dynamo.client import WorkerClient
 from vswa_plugin.errors import RequestError
 from vswa_plugin.router.counts import RequestCounts
-from vswa_plugin.wire.events import id_text
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class Releases:
     def start(self, model: str, client: WorkerClient, worker_id: int, params: Mapping[str, Any]) -> None:
         """Begin to tell worker ``worker_id`` that nobody fetches the prompt that ``params`` names."""
         task = asyncio.create_task(
-            self._release(model, client, worker_id, params), name=f"release {id_text(worker_id)}"
+            self._release(model, client, worker_id, params), name=f"release {worker_id}"
         )
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
@@ -51,7 +50,7 @@ class Releases:
                 self._counts.released(model)
         except (RequestError, TimeoutError) as error:
             logger.info(
-                "prefill worker %s could not be told that a prompt will not be fetched: %s",
-                id_text(worker_id),
+                "prefill worker %d could not be told that a prompt will not be fetched: %s",
+                worker_id,
                 error or type(error).__name__,
             )

@@ -16,6 +16,8 @@ from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.residency import Residency, Restart
 
 T = TypeVar("T")
+#: Where a part of a JSON value lies: keys and indices.
+Path = tuple[Any, ...]
 EVENTS = get_args(EngineEvent)
 #: Lines of Python for one event, unless said otherwise.
 MOST_LINES = 200_000
@@ -98,19 +100,25 @@ def grown(sample: Any) -> Iterator[Any]:
 
     So a block gets a token more; but no event gets a block twice, which would be its own parent.
     """
-    paths: list[tuple[Any, ...]] = [()]
-    for path in paths:  # grows meanwhile
-        part = _part(sample, path)
-        inside = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
-        paths += [(*path, key) for key, _ in inside]
+    for path in paths_of(sample):
+        part = part_at(sample, path)
         if isinstance(part, list) and part and not _has_list(part[-1]):
             whole = copy.deepcopy(sample)
-            longer = _part(whole, path)
+            longer = part_at(whole, path)
             longer.append(copy.deepcopy(longer[-1]))
             yield whole
 
 
-def _part(value: Any, path: Iterable[Any]) -> Any:
+def paths_of(value: Any, path: Path = ()) -> Iterator[Path]:
+    """Where each part of a JSON value lies; the value itself is at ``()``."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield from paths_of(part, (*path, key))
+
+
+def part_at(value: Any, path: Path) -> Any:
+    """The part of a JSON value that lies there."""
     for key in path:
         value = value[key]
     return value

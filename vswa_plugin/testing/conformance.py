@@ -89,14 +89,11 @@ class EngineConformance:
 
     def request(self, prompt: Sequence[int], max_tokens: int = 4) -> dict[str, Any]:
         """A request in Dynamo's shape; override it where the model needs more."""
-        stop = {"max_tokens": max_tokens, "ignore_eos": True}
-        return {"model": "m", "token_ids": list(prompt), "stop_conditions": stop, "eos_token_ids": []}
+        return engine_checks.plain_request(prompt, max_tokens)
 
     def new_adapter(self, engine: Engine) -> EventAdapter:
         """Reads the engine's events: the installed plugin for its format, unless overridden."""
-        from vswa_plugin.host.loading import load_host
-
-        return load_host(environ={}).event_adapter(engine.event_format, engine.info.layout)
+        return engine_checks.installed_adapter(engine)
 
     # -- what it states ----------------------------------------------------------------------------
 

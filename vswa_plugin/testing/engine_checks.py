@@ -204,6 +204,19 @@ class _InThread:
             self._failed.append(error)
 
 
+def plain_request(prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
+    """A request in Dynamo's shape for an answer of so many tokens."""
+    stop = {"max_tokens": max_tokens, "ignore_eos": True}
+    return {"model": "m", "token_ids": list(prompt), "stop_conditions": stop, "eos_token_ids": []}
+
+
+def installed_adapter(engine: Engine) -> EventAdapter:
+    """What the installed plugin for the format of an engine's events reads them with."""
+    from vswa_plugin.host.loading import load_host
+
+    return load_host(environ={}).event_adapter(engine.event_format, engine.info.layout)
+
+
 def check_info(engine: Engine) -> None:
     """What an engine states can be used by a worker and a router."""
     info = engine.info

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from vswa_plugin.testing.adapter_checks import Path, part_at, paths_of
+
 try:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
@@ -23,7 +25,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Path = tuple[Any, ...]
 #: What numbers are made of: the edges of what a field may hold.
 EDGES = [
     -(1 << 64),
@@ -95,7 +96,7 @@ def resequenced(samples: Sequence[Any], names: Container[Any]) -> st.SearchStrat
     :param names: of blocks, as an adapter announces them; numbers as 64 bits.
     """
     places = [
-        [(path, _at(sample, path)) for path in _paths(sample) if _bears(_at(sample, path), names)]
+        [(path, part_at(sample, path)) for path in paths_of(sample) if _bears(part_at(sample, path), names)]
         for sample in samples
     ]
     values = [value for listed in places for _, value in listed]
@@ -119,18 +120,12 @@ def _renamed(sample: Any, changes: Sequence[tuple[Path, Any]]) -> Any:
     return sample
 
 
-def _at(value: Any, path: Path) -> Any:
-    for key in path:
-        value = value[key]
-    return value
-
-
 def _with_changed(samples: Sequence[Any], index: int) -> st.SearchStrategy[Mutated]:
     known = {name for sample in samples for name in _names(sample)}
     new = any_json().filter(lambda value: known.isdisjoint(_names(value)))
     # By kind of field first: a prompt has many tokens, and each other field is as likely as all of them.
     kinds: dict[Path, list[Path]] = {}
-    for path in _paths(samples[index]):
+    for path in paths_of(samples[index]):
         kinds.setdefault(tuple("*" if isinstance(key, int) else key for key in path), []).append(path)
     paths = st.sampled_from(list(kinds.values())).flatmap(st.sampled_from)
 
@@ -156,21 +151,11 @@ def _reordered(samples: Sequence[Any]) -> st.SearchStrategy[Mutated]:
     return st.builds(reorder, places, places, st.sampled_from(["leave out", "double", "move"]))
 
 
-def _paths(value: Any, path: Path = ()) -> Iterator[Path]:
-    """Where each part of a JSON value lies; the value itself is at ``()``."""
-    yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in inside:
-        yield from _paths(part, (*path, key))
-
-
 def _changed(sample: Any, path: Path, action: str, value: Any) -> Any:
     if not path:
         return value
     whole = copy.deepcopy(sample)
-    owner = whole
-    for key in path[:-1]:
-        owner = owner[key]
+    owner = part_at(whole, path[:-1])
     if action == "replace":
         owner[path[-1]] = value
     elif action == "remove":

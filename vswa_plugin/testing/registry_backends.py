@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from socket import gethostname
 from typing import Any, Protocol
 
@@ -106,6 +108,8 @@ class RegistryBackend(Protocol):
 
 class InterruptibleBackend(RegistryBackend, Protocol):
     """A place that can be out of reach for a while.
+
+    Tasks that it leaves are told from the registry's by their code, which lies in another folder.
 
     :ivar settings: names of the settings that say where the registry is; each ``Disconnected`` names one.
     """
@@ -211,6 +215,8 @@ async def _left_after_close(
     backend: RegistryBackend, interruptible: InterruptibleBackend | None
 ) -> list[threading.Thread]:
     """Threads of the registries that have not ended yet; none of ours may be among them."""
+    if interruptible is not None:
+        await asyncio.to_thread(int)  # to go away, a place may use this thread, which is the loop's and stays
     before, tasks = set(threading.enumerate()), asyncio.all_tasks()
     worker, router = backend.registry(), backend.registry()
     await worker.join(entry(1))
@@ -225,9 +231,28 @@ async def _left_after_close(
     assert asyncio.all_tasks() <= tasks, "expected no task of the registries after close()"
     if interruptible is not None:
         await interruptible.come_back()
+        await _connect(backend)  # what begins again on the way back has had as long as a registry needs
+        revived = [each for each in asyncio.all_tasks() - tasks if _is_of(worker, each)]
+        assert [] == revived, "expected no task of the registries once the place is back"
     # asyncio waits for a child process in a thread of its own.
     left = [
         each for each in set(threading.enumerate()) - before if not each.name.startswith("asyncio-waitpid")
     ]
     assert [] == [each.name for each in left if each.name.startswith("vswa")]
     return left
+
+
+async def _connect(backend: RegistryBackend) -> None:
+    """Return once a new registry has read the place."""
+    registry = backend.registry()
+    async with registry.watch() as watcher:
+        await Reader(watcher, backend.patience_s).until(lambda reader: reader.connected)
+    await registry.close()
+
+
+def _is_of(registry: Registry, task: asyncio.Task[Any]) -> bool:
+    """Whether a task runs code from beside one of the registry's classes; the backend has tasks as well."""
+    code = getattr(task.get_coro(), "cr_code", None)
+    modules = (sys.modules.get(kind.__module__) for kind in type(registry).__mro__)
+    files = (getattr(module, "__file__", None) for module in modules)
+    return code is not None and Path(code.co_filename).parent in {Path(file).parent for file in files if file}

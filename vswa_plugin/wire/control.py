@@ -42,10 +42,14 @@ Request: TypeAlias = ReplayRequest | SnapshotRequest | PartRequest
 
 
 class Replay(msgspec.Struct, frozen=True, array_like=True, tag="batches"):
-    """Encoded batches, in order, the first with ``from_event_id``. Not always all: request the rest."""
+    """Encoded batches, in order, the first with ``from_event_id``. Not always all: request the rest.
+
+    :param end_event_id: the next id that the publisher will assign; None: an older publisher does not say.
+    """
 
     epoch: U64
     payloads: tuple[bytes, ...]
+    end_event_id: U64 | None = None
 
 
 class TooOld(msgspec.Struct, frozen=True, array_like=True, tag="too_old"):
@@ -56,12 +60,17 @@ class TooOld(msgspec.Struct, frozen=True, array_like=True, tag="too_old"):
 
 
 class SnapshotHead(msgspec.Struct, frozen=True, array_like=True, tag="head"):
-    """A frozen snapshot: what was resident when ``next_event_id`` was the next id to give."""
+    """A frozen snapshot: what was resident when ``next_event_id`` was the next id to give.
+
+    :param end_event_id: the next id now, which is higher where an earlier reader's snapshot is shared; None:
+        an older publisher does not say.
+    """
 
     epoch: U64
     snapshot_id: U64
     next_event_id: U64
     parts: U64
+    end_event_id: U64 | None = None
 
 
 class SnapshotPart(msgspec.Struct, frozen=True, array_like=True, tag="events"):

@@ -208,12 +208,17 @@ def _reuse_rule(kv: Section, own: Section, any_engine: Section) -> str:
     return any_engine.choice("reuse_rule", RULES, own.choice("reuse_rule", RULES, by_manager))
 
 
+def is_number(text: str) -> bool:
+    """Whether ``text`` is a whole number in ASCII digits that some cache could have of something."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
 def _pool_sizes(section: Section, low: int = 1) -> dict[int | None, int]:
     """``kv_blocks``, ``host_blocks``: window in tokens, or ``global``, to blocks."""
     sizes: dict[int | None, int] = {}
     for key in section.data:
         text = str(key)
-        if text != "global" and not (text.isascii() and text.isdigit() and len(text) <= 18):
+        if text != "global" and not is_number(text):
             raise section.error(
                 str(key), "a window in tokens or 'global'", key, "write e.g. {512: 200, global: 600}"
             )

@@ -18,7 +18,7 @@ import msgspec
 from vswa_plugin.errors import ConfigError, InvalidRequest
 from vswa_plugin.files import read_json_lines
 
-from ..serving.options import RULES
+from ..serving.options import RULES, is_number
 
 # The managers are imported when they are needed: every other command of a plugin configures this one too.
 if TYPE_CHECKING:
@@ -146,12 +146,12 @@ def _groups(windows: Sequence[int | None], args: argparse.Namespace) -> list[Gro
 
 
 def _per_window(text: str, windows: Sequence[int | None], option: str) -> dict[int | None, int]:
-    if _is_number(text):
+    if is_number(text):
         return dict.fromkeys(windows, int(text))
     counts: dict[int | None, int] = {}
     for part in text.split(","):
         label, _, count = part.strip().partition("=")
-        if not _is_number(count):
+        if not is_number(count):
             raise ConfigError(f"{option}: expected a number, or window=number for each, got {part!r}")
         counts[_window(label, option)] = int(count)
     if set(counts) != set(windows):
@@ -160,15 +160,10 @@ def _per_window(text: str, windows: Sequence[int | None], option: str) -> dict[i
     return counts
 
 
-def _is_number(text: str) -> bool:
-    """Whether ``text`` is a whole number in ASCII digits that some cache could have of something."""
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
 def _window(word: str, option: str) -> int | None:
     if word == _GLOBAL:
         return None
-    if not _is_number(word) or int(word) < 1:
+    if not is_number(word) or int(word) < 1:
         raise ConfigError(f"{option}: expected a window in tokens or 'global', got {word!r}")
     return int(word)
 

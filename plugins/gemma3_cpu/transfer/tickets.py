@@ -95,23 +95,11 @@ class TicketBook(Generic[T]):
 
     def finish(self, ticket: str, outcome: Outcome) -> T | None:
         """Forget a taken ticket. What it stood for, to be freed now; None where it is not a taken one."""
-        key = _digest(ticket)
-        entry = self._entries.get(key)
-        if entry is None or entry.state is not State.TAKEN:
-            return None
-        del self._entries[key]
-        self._count(outcome)
-        return entry.item
+        return self._end(ticket, State.TAKEN, outcome)
 
     def withdraw(self, ticket: str, outcome: Outcome) -> T | None:
         """Forget a ticket that was not taken. What it stood for, to be freed now; None: taken or gone."""
-        key = _digest(ticket)
-        entry = self._entries.get(key)
-        if entry is None or entry.state is not State.OFFERED:
-            return None
-        del self._entries[key]
-        self._count(outcome)
-        return entry.item
+        return self._end(ticket, State.OFFERED, outcome)
 
     def expire(self) -> list[tuple[str, T]]:
         """Forget the tickets that were not taken in time; what they stood for is to be freed."""
@@ -135,6 +123,15 @@ class TicketBook(Generic[T]):
     def counts(self) -> TicketCounts:
         moving = sum(entry.state is State.TAKEN for entry in self._entries.values())
         return msgspec.structs.replace(self._counts, waiting=len(self._entries) - moving, moving=moving)
+
+    def _end(self, ticket: str, state: State, outcome: Outcome) -> T | None:
+        key = _digest(ticket)
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not state:
+            return None
+        del self._entries[key]
+        self._count(outcome)
+        return entry.item
 
     def _forget(self, outcome: Outcome, over: Callable[[_Entry[T]], bool]) -> list[tuple[str, T]]:
         keys = [key for key, e in self._entries.items() if e.state is State.OFFERED and over(e)]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vswa_plugin.errors import ConfigError, shown
-from vswa_plugin.files import parse_json_object, read_json_object
+from vswa_plugin.files import MAX_JSON_BYTES, parse_json_object, read_json_object
 
 from ..model.config import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from ..model.tensors import Float32
@@ -26,8 +26,6 @@ from ..model.tensors import Float32
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 #: The types of values that were packed or rounded, and need a scale that lies in another tensor.
 _QUANTISED = re.compile(r"[IU](8|16|32)|F[468]_.*|F4")
-#: Bytes of a header; that of the largest Gemma 3 in one file would have 0.3 MB.
-_MAX_HEADER = 16 << 20
 #: An object of entries, each of which holds lists.
 _HEADER_DEPTH = 3
 _MAX_DIMENSIONS = 8
@@ -140,10 +138,10 @@ def read_header(path: Path) -> dict[str, _Tensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(_MAX_HEADER, size - 8):
+            if not 0 < length <= min(MAX_JSON_BYTES, size - 8):
                 raise ConfigError(
-                    f"{path}: expected a safetensors file with a header of at most {_MAX_HEADER} bytes, got "
-                    f"one of {length} bytes in a file of {size}"
+                    f"{path}: expected a safetensors file with a header of at most {MAX_JSON_BYTES} bytes, "
+                    f"got one of {length} bytes in a file of {size}"
                 )
             text = file.read(length)
     except FileNotFoundError as error:

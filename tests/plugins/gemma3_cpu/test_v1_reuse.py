@@ -16,6 +16,7 @@ from tests.gemma3_v1_helpers import (
     lose,
     misnamed,
     names,
+    nodes_of,
     opened,
     predicted,
     run,
@@ -53,7 +54,7 @@ def test_a_prompt_of_gemma_3_1b_is_resumed_where_both_windows_can(
         manager = CacheManagerV1(groups, 32, 8192, contiguous=rule)
         run(manager, tokens(4001))
         keys = [tuple(range(i, i + 32)) for i in range(0, 4000, 32)]
-        path = manager._tree.walk(None, keys)
+        path = nodes_of(manager, None, keys)
         for window, kept in ((0, {b for held in sliding for b in held}), (1, set(range(held_globally)))):
             for block, node in enumerate(path):
                 if block not in kept and node.pages[window] is not None:

@@ -6,6 +6,7 @@ changed and nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from tests.conftest import Brokers, Run
-from tests.e2e_helpers import eventually, own_namespace, post
+from tests.e2e_helpers import eventually, own_namespace, post, recording
 from tests.tensorrt_llm_package import install
 from vswa_plugin.launch.__main__ import settings_from
 from vswa_plugin.launch.cluster import Cluster, ClusterSettings
@@ -190,23 +191,37 @@ async def as_in_the_script(
 def test_a_script_of_dynamos_runs_with_the_modules_name_changed(
     run: Run[Any], brokers: Brokers, exported: dict[str, str], model_dir: Path, tmp_path: Path, script: str
 ) -> None:
-    async def twice() -> tuple[list[Any], list[str]]:
-        async with as_in_the_script(script, brokers, tmp_path, model_dir) as cluster:
-            prompts = [f"{word} {PROMPT}" for word in ("one", "two", "three")]
-            first = [await ask(cluster, prompt) for prompt in prompts]
-
-            async def reused() -> bool:
-                usage = await ask(cluster, prompts[-1])
-                return usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] // 2
-
-            # Once Dynamo's own router has been shown the blocks, where there are two workers.
-            await eventually(reused, "a prompt that comes again is resumed")
+    async def twice() -> tuple[list[Any], list[Any], int, list[str]]:
+        async with (
+            as_in_the_script(script, brokers, tmp_path, model_dir) as cluster,
+            recording(cluster) as recorded,
+        ):
+            # Short, so that the stand-in has room for two at once, and for all of them afterwards.
+            words = ("one", "two", "three", "four", "five", "six")
+            prompts = [f"{word} {PROMPT[:240]}" for word in words]
+            routed = script == "agg_router"
+            if routed:
+                await eventually(lambda: len({s for _, s, _ in recorded.batches}) == 2, "heartbeats of both")
+            first, second = [], []
+            # Two at once, so that Dynamo's router gives them to both workers, where there are two.
+            for pair in zip(prompts[::2], prompts[1::2], strict=True):
+                first += await asyncio.gather(*(ask(cluster, prompt) for prompt in pair))
+            for prompt in prompts:
+                if routed:  # by then Dynamo's router has the projection of what was stored, and no load
+                    await recorded.settled()
+                second.append(await ask(cluster, prompt))
+            storing = {source for _, source, batch in recorded.batches if batch.events}
             entries = [
                 entry for entry in await cluster.entries() if entry.pid in {w.pid for w in cluster.workers}
             ]
-            return first, sorted(entry.engine for entry in entries)
+            return first, second, len(storing), sorted(entry.engine for entry in entries)
 
-    first, engines = run(twice())
+    first, second, storing, engines = run(twice())
 
     assert engines == ["tensorrt_llm"] * len(SCRIPTS[script][1])
-    assert {6} == {usage["completion_tokens"] for usage in first}
+    assert {6} == {usage["completion_tokens"] for usage in [*first, *second]}
+    # Each prompt comes again once. A router that is shown no blocks sends some of six to the other worker.
+    for usage in second:
+        assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] // 2, second
+    if script == "agg_router":
+        assert 2 == storing, "both workers hold some of the prompts"

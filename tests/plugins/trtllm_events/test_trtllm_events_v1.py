@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, prefixes, salt_id
+from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, hashing, salt_id
 from vswa_plugins.trtllm_events.hashing import block_key
-from vswa_plugins.trtllm_events.prefixes import MAX_SEARCHED
+from vswa_plugins.trtllm_events.searches import MAX_SEARCHED
 
 from tests.trtllm_events_helpers import DATA, ONE, TWO, Engine, block, feed
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
@@ -207,7 +207,7 @@ def test_the_search_for_a_parent_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     feed(adapter, *(engine.store(None, each) for each in siblings))
 
     looked_at = []
-    monkeypatch.setattr(prefixes, "block_key", lambda *block: looked_at.append(block))
+    monkeypatch.setattr(hashing, "block_key", lambda *block: looked_at.append(block))
 
     assert [] == feed(adapter, engine.store(None, (12345, [9, 9, 9, 9])))
     assert MAX_SEARCHED == len(looked_at)

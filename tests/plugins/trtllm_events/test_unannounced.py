@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, chains, prefixes
+from vswa_plugins.trtllm_events import TrtllmEventAdapter, chain_keys, hashing
 from vswa_plugins.trtllm_events.hashing import block_key
 from vswa_plugins.trtllm_events.searches import MAX_SEARCHED_AT_ONCE
 from vswa_plugins.trtllm_events.unannounced import _MAX_REMEMBERED
@@ -107,6 +107,31 @@ def test_events_about_a_block_behind_a_gap_are_about_its_published_name() -> Non
     assert [BlocksRemoved(0, (KEYS[2],))] == engine.remove(WINDOW, name)
 
 
+def test_a_block_whose_predecessor_is_given_is_not_taken_for_one_behind_a_gap() -> None:
+    """The same tokens behind the same block, once right behind it and once with a block between."""
+    engine = V1()
+    tokens = part(2)[1]
+    engine.both(None, part(0))
+    engine.store(LONGEST, KEYS[0], part(1), part(2))
+    direct = block_key(tokens, KEYS[0])
+
+    assert [] == engine.store(WINDOW, KEYS[0], (direct, tokens))
+    engine.store(LONGEST, KEYS[0], (direct, tokens))
+    assert {KEYS[0], direct} == engine.held[0]
+
+
+def test_a_block_behind_a_gap_is_not_taken_for_one_right_behind_the_block_before_it() -> None:
+    engine = V1()
+    tokens = part(2)[1]
+    direct = block_key(tokens, KEYS[0])
+    engine.both(None, part(0))
+    engine.store(LONGEST, KEYS[0], (direct, tokens))
+    engine.store(WINDOW, None, (direct, tokens))
+    engine.store(LONGEST, KEYS[0], part(1), part(2))
+
+    assert {KEYS[0], KEYS[2]} == engine.held[0]
+
+
 def test_equal_tokens_are_told_apart_by_the_block_before_the_gap() -> None:
     """Both prompts have the same third block; the name shows behind which one this window stored it."""
     engine = V1()
@@ -191,13 +216,13 @@ def test_what_the_sequence_that_needed_room_has_claimed_stays() -> None:
 def test_a_block_that_is_stored_again_under_another_name_had_left() -> None:
     engine = V1()
     engine.both(None, part(0), part(1))
-    engine.store(LONGEST, KEYS[1], part(2))
-    names = [block_key(part(2)[1], KEYS[n]) for n in (0, 1)]
+    engine.store(LONGEST, KEYS[1], part(2), part(3))
+    names = [block_key(part(3)[1], KEYS[n]) for n in (0, 1)]
     for name in names:
-        engine.store(WINDOW, None, (name, part(2)[1]))
+        engine.store(WINDOW, None, (name, part(3)[1]))
 
-    assert [BlocksRemoved(0, (KEYS[2],))] == engine.remove(WINDOW, names[1])
-    assert KEYS[2] not in engine.held[0]
+    assert [BlocksRemoved(0, (KEYS[3],))] == engine.remove(WINDOW, names[1])
+    assert KEYS[3] not in engine.held[0]
 
 
 def test_a_block_that_was_used_again_is_not_among_the_oldest() -> None:
@@ -293,8 +318,7 @@ class Hashes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.computed = 0
-        for module in (prefixes, chains):
-            monkeypatch.setattr(module, "block_key", self._block_key)
+        monkeypatch.setattr(hashing, "block_key", self._block_key)
 
     def _block_key(self, *given: Any) -> int:
         self.computed += 1
@@ -313,17 +337,17 @@ def test_a_prompt_of_the_same_block_again_and_again_is_named_within_bounds(
 ) -> None:
     engine, blocks = V1(sliding=10_000), 1_000
     engine.both(None, part(0))  # a hash is that of its tokens
+    prompts = [repeated(first, blocks) for first in (1, 2, 3)]
     hashes = Hashes(monkeypatch)
 
-    for first in (1, 2, 3):  # the window that slides announces them first
-        pairs = repeated(first, blocks)
+    for pairs in prompts:  # the window that slides announces them first
         engine.store(WINDOW, None, *pairs)
         engine.store(LONGEST, None, *pairs)
         names = {name for name, _ in pairs}
         assert names <= engine.held[0]
         assert names <= engine.held[1]
 
-    assert hashes.computed < 6 * (MAX_SEARCHED_AT_ONCE + 3 * blocks)
+    assert 0 < hashes.computed < 6 * (MAX_SEARCHED_AT_ONCE + 3 * blocks)
 
 
 @pytest.mark.parametrize("rule", ["trtllm_v1", "trtllm_v1_contiguous"])
@@ -337,7 +361,7 @@ def test_blocks_of_another_hash_that_are_announced_again_are_taken_within_bounds
         engine.store(LONGEST, None, *pairs)
 
     assert {name for name, _ in pairs} == engine.held[1]
-    assert hashes.computed < 2 * (MAX_SEARCHED_AT_ONCE + 3 * blocks)
+    assert 0 < hashes.computed < 2 * (MAX_SEARCHED_AT_ONCE + 3 * blocks)
 
 
 def test_what_waits_for_the_widest_window_is_bounded() -> None:

@@ -178,17 +178,25 @@ def _seen(group: CacheGroup, prompt_tokens: int) -> int:
     return -(-prompt_tokens // group.block_size) - max(0, first)
 
 
-async def _numbers(urls: Iterable[str]) -> defaultdict[str, float]:
-    """The engines' numbers by name and window, summed over workers and ranks."""
-    total: defaultdict[str, float] = defaultdict(float)
+async def pages_of(urls: Iterable[str]) -> list[str]:
+    """/metrics of each worker or router."""
+    pages = []
     async with aiohttp.ClientSession() as session:
         for url in urls:
             async with session.get(f"{url}/metrics") as response:
-                for family in text_string_to_metric_families(await response.text()):
-                    for sample in family.samples if family.name.startswith(_ENGINE) else ():
-                        window = sample.labels.get("window")
-                        name = family.name.removeprefix(_ENGINE) + (f"_{window}" if window else "")
-                        total[name] += sample.value
+                pages.append(await response.text())
+    return pages
+
+
+async def _numbers(urls: Iterable[str]) -> defaultdict[str, float]:
+    """The engines' numbers by name and window, summed over workers and ranks."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for page in await pages_of(urls):
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples if family.name.startswith(_ENGINE) else ():
+                window = sample.labels.get("window")
+                name = family.name.removeprefix(_ENGINE) + (f"_{window}" if window else "")
+                total[name] += sample.value
     return total
 
 

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from vswa_plugin.cli.demo.report import Answer, Choice, Tally
@@ -56,16 +55,6 @@ def newly_promised(before: Mapping[int, Promises], now: Mapping[int, Promises]) 
         raise ProtocolError(f"expected one finished request more on the routers' /metrics, got {counts}")
     ((worker_id, promised),) = more.items()
     return worker_id, promised.tokens
-
-
-async def pages_of(router_urls: Iterable[str]) -> list[str]:
-    """/metrics of each router."""
-    pages = []
-    async with aiohttp.ClientSession() as session:
-        for url in router_urls:
-            async with session.get(f"{url}/metrics") as response:
-                pages.append(await response.text())
-    return pages
 
 
 class Choices:

@@ -23,17 +23,18 @@ from vswa_plugin.cli.demo.report import (
     Transfers,
     checks_of_all,
     checks_of_transfers,
+    pages_of,
     show_answer,
     show_moved,
     show_windows,
     verdict,
 )
-from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, pages_of, show_choice, show_choices
+from vswa_plugin.cli.demo.routing import Choices, checks_of_choices, show_choice, show_choices
 from vswa_plugin.dynamo.chat import chat_obstacle
-from vswa_plugin.dynamo.names import COMPONENTS, worker_namespace
+from vswa_plugin.dynamo.names import COMPONENTS
 from vswa_plugin.engine.contract import ANY_ENGINE
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.launch.cluster import Cluster, ClusterSettings, Progress
+from vswa_plugin.launch.cluster import Cluster, Progress
 from vswa_plugin.launch.scratch import open_scratch
 from vswa_plugin.launch.serving import progress_from, stop
 from vswa_plugin.launch.topologies import Topology, chosen_router, find_topology
@@ -96,16 +97,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ConfigError(
                     f"--model: expected one that can chat, as the demo's requests do: {obstacle}"
                 )
-            settings = ClusterSettings(
-                model_path=str(model),
-                served_model_name=args.served_model_name,
-                groups=groups,
-                namespace=worker_namespace(os.environ),
-                http_port=args.http_port,
-                routing=routing,
-                worker_options=("--heartbeat", "0.1", "--status-port", "0"),
-            )
-            return Cluster(settings, local.log_folder(args, scratch.path), progress, scratch.path)
+            options = ("--heartbeat", "0.1", "--status-port", "0")
+            return local.cluster_of(args, model, groups, routing, scratch, progress, worker_options=options)
 
         life = Life("vswa demo")
         demo = _Demo(args, make, progress)

@@ -123,20 +123,15 @@ def query_answer(fleet: Fleet, prompt: ServedPrompt) -> QueryAnswer:
     """What every rank of the model would reuse of the prompt."""
     model, size = prompt.served, prompt.served.block_size
     ranks = rank_answers(fleet, prompt)
+    instances = {id_text(entry.worker_id): instance_answer(entry, ranks, size) for entry in model.entries}
     return QueryAnswer(
         model_name=model.name,
         block_size=size,
         prompt_tokens=prompt.length,
         assumed=prompt.assumed,
-        scores={
-            id_text(entry.worker_id): {
-                str(dp_rank): _device_tokens(ranks[Rank(entry.worker_id, dp_rank)], size)
-                for dp_rank in entry.epochs
-            }
-            for entry in model.entries
-        },
+        scores={worker: answer.dp for worker, answer in instances.items()},
         frequencies=_frequencies([answer.cached_blocks for answer in ranks.values()]),
-        instances={id_text(entry.worker_id): instance_answer(entry, ranks, size) for entry in model.entries},
+        instances=instances,
     )
 
 

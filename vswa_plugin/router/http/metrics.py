@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from vswa_plugin.engine.outcomes import OUTCOMES
 from vswa_plugin.following.fleet import Fleet
-from vswa_plugin.following.metrics import fleet_families, in_pieces
-from vswa_plugin.program.metrics import About, Page
+from vswa_plugin.following.metrics import fleet_families, in_pieces, rank_labels
+from vswa_plugin.program.metrics import About, Page, no_plugins
 from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.pools import Pool
@@ -168,18 +168,14 @@ def _load(pools: Iterable[Pool]) -> Iterator[Metric]:
         def add(family: GaugeMetricFamily, of: tuple[Pool, Rank], field: str = field) -> None:
             pool, rank = of
             load: Load = pool.book.load(rank)
-            family.add_metric([pool.model, *_labels(rank)], getattr(load, field))
+            family.add_metric([pool.model, *rank_labels(rank)], getattr(load, field))
 
         yield from in_pieces(new, ranks, add)
 
 
-def _labels(rank: Rank) -> tuple[str, str]:
-    return id_text(rank.worker_id), str(rank.dp_rank)
-
-
 def _accuracy(accuracy: Accuracy) -> Iterator[Metric]:
     of_gone = [((model, OTHER, ""), counts) for model, counts in accuracy.gone.items()]
-    ranks = [((each.model, *_labels(rank)), each) for rank, each in accuracy.ranks.items()]
+    ranks = [((each.model, *rank_labels(rank)), each) for rank, each in accuracy.ranks.items()]
     counted = [*ranks, *of_gone]
 
     def predictions() -> CounterMetricFamily:
@@ -235,10 +231,6 @@ def _replicas(replicas: SharedLoad) -> Iterator[Metric]:
         yield CounterMetricFamily(f"vswa_router_replica_{name}", text, value=getattr(replicas.stats, field))
 
 
-def _no_plugins(_: str) -> str:
-    return ""
-
-
 class RouterMetrics:
     """All metrics of one router, rendered on demand.
 
@@ -247,7 +239,7 @@ class RouterMetrics:
     """
 
     def __init__(
-        self, program: str, fleet: Fleet, counted: Counted, plugins: Callable[[str], str] = _no_plugins
+        self, program: str, fleet: Fleet, counted: Counted, plugins: Callable[[str], str] = no_plugins
     ) -> None:
         self._seconds = Histogram(
             "vswa_router_http_request_seconds",

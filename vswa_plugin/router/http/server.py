@@ -41,7 +41,7 @@ from vswa_plugin.router.http.messages import (
 )
 from vswa_plugin.router.http.metrics import RouterMetrics
 from vswa_plugin.router.http.openapi import document
-from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation
+from vswa_plugin.router.http.operations import DUMP_PARAMETERS, JSON, OPERATIONS, Operation, Parameter
 from vswa_plugin.router.pools import Groups
 from vswa_plugin.router.reservations import Reservations, SelectionIdTaken, UnknownReservation
 
@@ -141,9 +141,7 @@ class RouterServer:
         return worker_answers(self._fleet, request.query.get("model_name"))
 
     async def _dump(self, request: web.Request) -> web.StreamResponse:
-        numbers = {
-            each.name: _number(request, each.name) for each in DUMP_PARAMETERS if each.kind == "integer"
-        }
+        numbers = {each.name: _number(request, each) for each in DUMP_PARAMETERS if each.kind == "integer"}
         query = DumpQuery(request.query.get("model_name"), **numbers)
         query.ranks(self._fleet.index)  # refused before anything is sent
         if self._dumping:
@@ -235,11 +233,11 @@ def _decoded(decoder: msgspec.json.Decoder[Any], operation: Operation, body: byt
         ) from error
 
 
-def _number(request: web.Request, name: str) -> int | None:
+def _number(request: web.Request, parameter: Parameter) -> int | None:
+    name, most = parameter.name, parameter.most
     text = request.query.get(name)
     if text is None:
         return None
-    most = next(each.most for each in DUMP_PARAMETERS if each.name == name)
     if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most):
         raise InvalidRequest(f"{name}: expected a whole number of at most {most}, got {text[:40]!r}")
     return int(text)

@@ -28,7 +28,6 @@ from vswa_plugin.router.replicas.messages import (
     parts,
 )
 from vswa_plugin.selection import Booked, LoadBook
-from vswa_plugin.wire.events import id_text
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +218,7 @@ class SharedLoad:
         if len(self.others) >= MAX_ROUTERS:
             self.stats.left_out += 1
             return None
-        logger.info("router %s shares its load", id_text(router))
+        logger.info("router %d shares its load", router)
         other = self.others[router] = _Router(now)
         self._digest_due = True  # it knows nothing of ours yet
         self._wake()
@@ -229,7 +228,7 @@ class SharedLoad:
         other = self.others.pop(router)
         for key in list(other.requests):
             self._leave(router, other, key)
-        logger.info("router %s shares its load no more: %s", id_text(router), reason)
+        logger.info("router %d shares its load no more: %s", router, reason)
 
     def _hear(self, router: int, other: _Router, word: Word) -> None:
         match word:

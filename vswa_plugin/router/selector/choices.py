@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
 from vswa_plugin.errors import RequestError
 from vswa_plugin.following.fleet import Fleet
+from vswa_plugin.registry import Entry
 from vswa_plugin.router.decide import Decider, Decision, Hasher, PromptHashes
 from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.http.answers import (
@@ -187,16 +188,16 @@ class Selection:
             model = self._models.get(name)
             if model is None or model.pool.block_size != size:
                 if model is not None:
-                    self._set_workers(model, Group(()))
+                    self._set_workers(model, ())
                 model = self._models[name] = Model(name, size, self._new_book(name, size))
-            self._set_workers(model, group)
+            self._set_workers(model, group.used)
         for name in self._models.keys() - groups.keys():
-            self._set_workers(self._models.pop(name), Group(()))
+            self._set_workers(self._models.pop(name), ())
 
-    def _set_workers(self, model: Model, group: Group) -> None:
+    def _set_workers(self, model: Model, used: Collection[Entry]) -> None:
         before = {rank.worker_id for pool in model.pools for rank in pool.ranks}
-        set_ranks(model, group)
-        for worker_id in before - {entry.worker_id for entry in group.used}:
+        set_ranks(model, used)
+        for worker_id in before - {entry.worker_id for entry in used}:
             model.pool.book.drop(worker_id)
             self._accuracy.drop(worker_id)
 

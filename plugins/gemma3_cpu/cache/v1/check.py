@@ -69,6 +69,14 @@ def _check_tree(window: Window, nodes: Collection[Node]) -> None:
     _require(present == reusable, f"window {g}: pages and nodes disagree")
     _require(all(page.hash is not None for page in reusable), f"window {g}: a block without a name")
     _require(all(page.used for page in reusable), f"window {g}: a block on a page that was never used")
+    for node in nodes:
+        # Where windows have trees of their own, the order is of the children that this one has.
+        children = {
+            tokens
+            for tokens, child in node.children.items()
+            if not window.contiguous or child.pages[g] is not None
+        }
+        _require(set(node.order_of(g)) == children, f"window {g}: children and their order disagree")
     if not window.contiguous:
         return
     for page, node in present.items():

@@ -63,6 +63,10 @@ class Node:
         assert page is not None, f"window {window} has no page of a block that it is to hold"
         return page
 
+    def order_of(self, window: int) -> TableOrder:
+        """The order in which the engine goes through the children for that window."""
+        return self.orders[window if len(self.orders) > 1 else 0]
+
     def name_below(self, parent_hash: int | None) -> int:
         """Hash of this block's tokens behind the block of that hash; None: as if it began a prompt."""
         salted = self.cache_salt is not None and parent_hash is None
@@ -79,17 +83,6 @@ class Tree:
         self._num_windows = num_windows
         self._apart = apart
         self.roots: dict[str | None, Node] = {}
-
-    def walk(self, cache_salt: str | None, keys: Sequence[Tokens]) -> list[Node]:
-        """Nodes of the longest prefix of ``keys`` that the tree knows; their pages are not looked at."""
-        path: list[Node] = []
-        node = self.roots.get(cache_salt)
-        for key in keys:
-            node = node.children.get(key) if node is not None else None
-            if node is None:
-                break
-            path.append(node)
-        return path
 
     def insert(self, cache_salt: str | None, keys: Sequence[Tokens]) -> list[Node]:
         """Nodes of all ``keys``, made where there are none. Those left without a page must be pruned."""
@@ -148,7 +141,7 @@ def best_part(node: Node, key: Sequence[int], window: int) -> tuple[Page, int] |
     """
     best: tuple[Page, int] | None = None
     shared = 0
-    for tokens in node.orders[window if len(node.orders) > 1 else 0]:
+    for tokens in node.order_of(window):
         page = node.children[tokens].pages[window]
         if page is None or tokens[0] != key[0]:
             continue
