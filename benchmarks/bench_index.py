@@ -3,9 +3,10 @@
     python benchmarks/bench_index.py [--json benchmarks/results/bench_index.json] [--short]
 
 One process and one run. Dynamo's tree holds the global blocks; ours holds the same blocks *and* those of a
-sliding window of 512 tokens, compiled and in pure Python. The three take turns, each with hashes made just
-before, warmed up; medians count. A ratio is ours divided by Dynamo's: below 1 we are faster. The machine
-should be idle: the result holds its load.
+sliding window of 512 tokens, compiled and in pure Python. Layouts of more groups, and of block sizes that
+differ, are in index_layouts.py. The three take turns, each with hashes made just before, warmed up; medians
+count. A ratio is ours divided by Dynamo's: below 1 we are faster. The machine should be idle: the result
+holds its load.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from index_layouts import layout_rows
 from index_sides import (
     BLOCK,
     BRANCH_BLOCKS,
@@ -167,6 +169,9 @@ def measure(short: bool) -> dict[str, Any]:
         result["memory_per_block_and_window"]["kernel" if kernel else "python"] = memory(
             kernel, 100_000 if short else 1_000_000, random.Random(1)
         )
+    say("layouts of more groups and of several block sizes")
+    rows = layout_rows(random.Random(4), 20 if short else 60)
+    result["layouts"] = [{**row, "ratio": ratios(row["us"])} for row in rows]
     small(result, kernels, 20 if short else 60)
     if not short:
         large(result, kernels, 60)
@@ -252,10 +257,15 @@ def rounded(value: Any) -> Any:
 def targets(result: dict[str, Any]) -> dict[str, Any]:
     """What was asked for, the worst of all cases, and the cases in which it was missed."""
     found: dict[str, Any] = {}
+    held = [row for row in result["score"] if row["case"] == "all" and row["blocks"] == LONG]
+    if all("kernel" in row["ratio"] for row in held):
+        found["kernel score of 4,096 blocks that all hold at most 0.15"] = {
+            "worst": max(row["ratio"]["kernel"] for row in held)
+        }
     for name in ("kernel", "python"):
-        for key in ("score", "score_from_tokens"):
+        for key in ("score", "score_from_tokens", "layouts"):
             rows = [row for row in result[key] if name in row["ratio"]]
-            missed = [f"{r['case']} {r['blocks']} of {r['resident']}" for r in rows if r["ratio"][name] > 1.0]
+            missed = [described(row) for row in rows if row["ratio"][name] > 1.0]
             worst = max((row["ratio"][name] for row in rows), default=None)
             found[f"{name} {key} at most 1.0"] = {"worst": worst, "missed": missed}
         for form in ("event", "from bytes"):
@@ -266,6 +276,12 @@ def targets(result: dict[str, Any]) -> dict[str, Any]:
         used = result["memory_per_block_and_window"].get(name)
         found[f"{name} bytes per block and window at most 130, goal 40"] = used and used["process"]
     return found
+
+
+def described(row: dict[str, Any]) -> str:
+    if "layout" in row:
+        return f"{row['case']} of {row['layout']}"
+    return f"{row['case']} {row['blocks']} of {row['resident']}"
 
 
 def machine() -> str:

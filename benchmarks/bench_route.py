@@ -82,7 +82,7 @@ def _conditions(result: Mapping[str, Any]) -> str:
     )
     return (
         f"{plan['ranks']} ranks, {plan['requests']} requests, mean of {seeds} seeds; memory per rank "
-        f"as blocks of {plan['block_size']} tokens; {costs} ({result['date']})."
+        f"as blocks of {plan['block_size'] or 32} tokens; {costs} ({result['date']})."
     )
 
 

@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dynamo.llm import RadixTree, compute_block_hash_for_seq
 
@@ -154,8 +154,16 @@ def timed(action: Callable[[], Any]) -> float:
     return (time.perf_counter_ns() - before) / 1e3
 
 
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+AnySide = TypeVar("AnySide", bound=Named)
+
+
 def in_turns(
-    sides: Sequence[Side], prepare: Callable[[Side, int], Callable[[], Any]], rounds: int
+    sides: Sequence[AnySide], prepare: Callable[[AnySide, int], Callable[[], Any]], rounds: int
 ) -> dict[str, float]:
     """Median microseconds of each side; its action is prepared untimed just before."""
     samples: dict[str, list[float]] = {side.name: [] for side in sides}

@@ -182,8 +182,8 @@ async def router(options: dict[str, Any]) -> int:
                 "decision_s": sum(each.sum for each in durations),
                 "cpu_s": used.ru_utime + used.ru_stime,
                 "main_thread_cpu_s": time.thread_time(),
-                "exact": sum(rank.exact for rank in made.accuracy.ranks.values()),
-                "wrong": sum(rank.over + rank.under for rank in made.accuracy.ranks.values()),
+                "exact": sum(rank.exact for rank in made.promises.ranks.values()),
+                "wrong": sum(rank.over + rank.under for rank in made.promises.ranks.values()),
             }
             path = Path(options["meters"])
             path.with_suffix(".new").write_text(json.dumps(found))

@@ -22,6 +22,7 @@ PUBLIC = {
     "The hooks are in [hooks.md](hooks.md).",
     "vswa_plugin.engine": "For authors of engines and event adapters: settings, requests, chunks, "
     "KV events, and the shape of an engine.",
+    "vswa_plugin.engine.presets": "Known models, for simulations ([models-hybrid.md](models-hybrid.md)).",
     "vswa_plugin.blocks": "Layouts, hashes and reuse rules.",
     "vswa_plugin.wire": "The batches of events that workers publish, as values and as bytes "
     "([protocol.md](protocol.md)).",

@@ -23,6 +23,7 @@ from vswa_plugin.launch.topologies import WorkerGroup
 HERE = Path(__file__).parent
 #: What starts servers or programs, or runs long, is not quick: these folders and files, and these fixtures.
 NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry", "simulation", "testing"} | {
+    "live",
     "test_nats_auth",
     "test_worker_life",
     "test_model_path",
@@ -31,13 +32,28 @@ NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry"
     "test_disagg_soak",
     "test_recorder_traces",
     "test_contract_hooks",
+    "test_exit_codes",
+    "test_plugin_options",
+    "test_schema",
+    "test_deep_chains",
+    # Recorded traces, replayed whole.
+    "test_unannounced_traces",
+    "test_v1_traces",
+    "test_v2_traces",
+    "test_scorer",
+    "test_simulate",
 }
 SERVERS = {"brokers", "cluster"}
-#: Files that start many programs, one after the other; they are marked ``long``.
+#: Files that take long and rarely break: many programs, or faults that show after a time; marked ``long``.
 LONG = {
     HERE / "cli/test_hostile_values.py",
+    HERE / "cluster/test_decode_loss.py",
+    HERE / "cluster/test_demo_runs.py",
     HERE / "cluster/test_metrics_pages.py",
     HERE / "cluster/test_request_fields.py",
+    HERE / "cluster/test_router_windows.py",
+    HERE / "conformance/test_faults.py",
+    HERE / "conformance/test_registry_faults.py",
     HERE / "files/test_hostile_files.py",
     HERE / "launch/test_endings.py",
     HERE / "plugins/tensorrt_llm/test_guide.py",

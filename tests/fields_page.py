@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from vswa_plugins.gemma3_cpu.serving.fields import FIELDS as GEMMA3_CPU
 from vswa_plugins.tensorrt_llm.fields import FIELDS as TENSORRT_LLM
 from vswa_plugins.tensorrt_llm.fields import NOT_SET
+from vswa_plugins.vllm.fields import FIELDS as VLLM
+from vswa_plugins.vllm.fields import NOT_SET as VLLM_NOT_SET
 
 from vswa_plugin.dynamo.client_fields import CLIENT_FIELDS, LOST, Fate
 from vswa_plugin.engine import FieldUse, client_name
 
-ENGINES = {"gemma3_cpu": GEMMA3_CPU, "tensorrt_llm": TENSORRT_LLM}
+ENGINES = {"gemma3_cpu": GEMMA3_CPU, "tensorrt_llm": TENSORRT_LLM, "vllm": VLLM}
 
 _INTRODUCTION = f"""\
 # What becomes of each field of a request
@@ -37,7 +39,8 @@ gives log probabilities of the prompt, so it is refused. Otherwise a tool such a
 score of the answer for that of the prompt.
 
 **The cache.** With `prompt_logprobs`, or `skip_reading_prefix_cache` from a frontend other than Dynamo's,
-engines reuse nothing, so the exact router and `/select` promise nothing for such a request.
+engines reuse nothing, so the exact router and `/select` promise nothing for such a request. `vllm` serves the
+second one so.
 
 **A field that no table names**, from a newer frontend, is refused if it is a generation option, and is
 otherwise ignored and logged once.
@@ -56,7 +59,7 @@ nothing is lost. Where the engines differ, each is named.
 """
 
 _SAMPLING = """
-## Sampling parameters of TensorRT-LLM that no request sets
+## Sampling parameters of {engine} that no request sets
 
 | `SamplingParams` | why |
 |---|---|
@@ -97,10 +100,15 @@ def _worker_rows() -> Iterator[str]:
         yield f"| `{path}` | {name} | {texts[0] if len(texts) == 1 else cell} |"
 
 
+def _not_set(engine: str, reasons: Mapping[str, str]) -> str:
+    rows = "\n".join(f"| `{name}` | {reason} |" for name, reason in reasons.items())
+    return f"{_SAMPLING.format(engine=engine)}{rows}\n"
+
+
 def page() -> str:
-    not_set = "\n".join(f"| `{name}` | {reason} |" for name, reason in NOT_SET.items())
     client, worker = "\n".join(_client_rows()), "\n".join(_worker_rows())
-    return f"{_INTRODUCTION}\n{client}\n{_WORKER}\n{worker}\n{_SAMPLING}{not_set}\n"
+    not_set = _not_set("TensorRT-LLM", NOT_SET) + _not_set("vLLM", VLLM_NOT_SET)
+    return f"{_INTRODUCTION}\n{client}\n{_WORKER}\n{worker}\n{not_set}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 class KubernetesApi:
     """:ivar applied: names of the DynamoWorkerMetadata that were applied, in order.
     :ivar seen: method and path of each request.
+    :ivar faults: called with each request in turn: another answer than the right one, or None.
     """
 
     def __init__(self, pods: Sequence[str]) -> None:
         self.applied: list[str] = []
         self.seen: list[str] = []
+        self.faults: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
         self._version = 1
         self._changed = asyncio.Condition()
         #: path -> name -> object
@@ -46,6 +48,8 @@ class KubernetesApi:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.seen.append(f"{request.method} {request.path}")
+        if self.faults is not None and (fault := await self.faults(request)) is not None:
+            return fault
         path, _, name = request.path.rpartition("/")
         if request.path in self._objects:
             if request.query.get("watch") in ("true", "1"):
@@ -92,9 +96,18 @@ class KubernetesApi:
                     await self._changed.wait()
 
 
+def failure(code: int, reason: str, message: str) -> dict[str, Any]:
+    """The object by which the API says that it does not do what it was to do."""
+    kind = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
+    return {**kind, "reason": reason, "message": message, "code": code}
+
+
+def refused(code: int, reason: str, message: str) -> web.Response:
+    return web.json_response(failure(code, reason, message), status=code)
+
+
 def _no_such(path: str) -> web.Response:
-    status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "NotFound"}
-    return web.json_response({**status, "message": f"{path} not found", "code": 404}, status=404)
+    return refused(404, "NotFound", f"{path} not found")
 
 
 def _endpoint_slice(pod: str) -> dict[str, Any]:

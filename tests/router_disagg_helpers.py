@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from tests.router.test_forward import FakeCall, Step
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Naming
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.pools import Model
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.events import Rank, Stored
 
@@ -94,12 +94,12 @@ class Served:
         self.index = WindowIndex()
         for rank in (P1, P2, D1, D2, AGG):
             self.index.join(rank, LAYOUT)
-        self.accuracy = Accuracy()
+        self.promises = Promises()
         self.hashed = 0
         decider = Decider(self.index, Weights(**weights), self._hashes, hooks)
-        self.forwarder = Forwarder(decider, self.accuracy, lambda rank: True)
+        self.forwarder = Forwarder(decider, self.promises, lambda rank: True)
         self.workers = Workers({**well, **(steps or {})})
-        model = self.model = self.forwarder.models["m"] = Model("m", 16)
+        model = self.model = self.forwarder.models["m"] = Model("m", Naming(16, 16))
         model.clients = dict.fromkeys(self.workers.ids, self.workers)  # type: ignore[arg-type]
         model.prefill.ranks, model.decode.ranks = (P1, P2), (D1, D2)
         model.pool.ranks = (AGG,) if agg else ()

@@ -20,8 +20,8 @@ from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
-from vswa_plugin.router.promises import Accuracy
-from vswa_plugin.router.selector.choices import Selection
+from vswa_plugin.router.promises import Promises
+from vswa_plugin.router.selector.choices import GatewayChoices
 from vswa_plugin.selection import LoadBook, SelectionHooks, Weights
 from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
 from vswa_plugin.wire.subjects import subject
@@ -73,23 +73,23 @@ class Api:
     def __init__(self, *, selector: bool = True, hooks: SelectionHooks | None = None) -> None:
         index = WindowIndex()
         self.fleet = Fleet(Transport(), FileRegistry("/nonexistent"), namespace="ns", index=index)
-        self.accuracy = Accuracy()
+        self.promises = Promises()
         self.decider = Decider(index, Weights(), namespaced_sequence_hashes, hooks)
         self.status = Status(ready=True)
-        self.selection = Selection(self.fleet, self.decider, namespaced_sequence_hashes, self.accuracy)
+        self.choices = GatewayChoices(self.fleet, self.decider, namespaced_sequence_hashes, self.promises)
         counted = Counted(
             self.decider,
-            self.accuracy,
-            self.selection.pools,
+            self.promises,
+            self.choices.pools,
             RequestCounts(),
-            self.selection.reservations,
+            self.choices.reservations,
         )
         self.server = RouterServer(
             self.fleet,
             namespaced_sequence_hashes,
             self.status,
             RouterMetrics("selector", self.fleet, counted),
-            self.selection if selector else None,
+            self.choices if selector else None,
         )
         self.url = ""
 
@@ -135,4 +135,4 @@ class Api:
 
     @property
     def book(self) -> LoadBook:
-        return self.selection.models()["m"].pool.book
+        return self.choices.models()["m"].pool.book

@@ -61,11 +61,17 @@ def check_options(version: Version, options: Mapping[str, Any], architecture: st
     asked = kv.get("use_kv_cache_manager_v2") is True
     if asked and version < Version(1, 3, 0, 20) and kv.get("event_buffer_max_size"):
         raise RuntimeError("Executor worker returned error: event_buffer_max_size must be 0")
+    if not 0 <= kv.get("free_gpu_memory_fraction", 0.9) <= 1:
+        raise ValueError("kv_cache_config.free_gpu_memory_fraction must be a float between 0 and 1")
     transceiver = options.get("cache_transceiver_config") or {}
-    if transceiver.get("backend") not in (None, "DEFAULT", "NIXL") and _runtime(
-        version, transceiver, architecture
-    ):
+    backend, python = transceiver.get("backend"), _runtime(version, transceiver, architecture)
+    if backend not in (None, "DEFAULT", "UCX", "NIXL", "MOONCAKE", "MPI"):
+        raise ValueError(f"cache_transceiver_config.backend: Input should be 'DEFAULT', 'UCX', ... {backend}")
+    if backend not in (None, "DEFAULT", "NIXL") and python:
         raise RuntimeError("Python transceiver currently only supports the NIXL backend")
+    buffer, block = transceiver.get("max_tokens_in_buffer") or 0, kv.get("tokens_per_block", 32)
+    if backend is not None and not python and buffer % block:
+        raise RuntimeError("Executor worker returned error: maxNumTokens.value() % tokensPerBlock == 0")
 
 
 def _known(version: Version, section: str) -> set[str]:

@@ -100,7 +100,7 @@ class Rank:
         self.restarts = 0
 
     def take(self, *raw: Any) -> list[EngineEvent]:
-        told = [event for each in raw for event in self.adapter.feed(each)]
+        told = [event for each in raw for event in self.adapter.feed(each)] + self.adapter.settle()
         for event in told:
             try:
                 self.residency.apply(event)

@@ -12,10 +12,11 @@ from typing import Any
 
 from vswa_plugin.dynamo.client_fields import LOST
 from vswa_plugin.dynamo.frontend import FrontendSettings, serve_frontend
+from vswa_plugin.dynamo.kubernetes import reach_kubernetes
 from vswa_plugin.dynamo.names import NAMESPACE_ENV, PREFIX_ENV, ROUTER_MODES
 from vswa_plugin.dynamo.runtime import connect, run_on_uvloop
 from vswa_plugin.errors import ConfigError, unknown_choice
-from vswa_plugin.program.addresses import check_address
+from vswa_plugin.program.addresses import check_address, http_url
 from vswa_plugin.program.args import add_log_level, check_log_level, make_parser, nats_server
 from vswa_plugin.program.life import Life, Program
 from vswa_plugin.program.options import excludes, port, zero_or_more
@@ -89,11 +90,13 @@ class Frontend(Program):
     async def start(self) -> None:
         await _probe()
         self._runtime = connect()
+        # Any endpoint will do: nothing is written.
+        await reach_kubernetes(self._runtime.endpoint("vswa.frontend.probe"), 30, writes=False)
         serving = asyncio.create_task(serve_frontend(self._runtime, self._settings), name="Dynamo's frontend")
         hint = f"is port {self._settings.http_port} taken, or was etcd away for longer than its lease?"
         self._serving = serving
         self._tasks.watch(serving, hint)
-        logger.info("listening on http://%s:%d/v1", self._settings.http_host, self._settings.http_port)
+        logger.info("listening on %s/v1", http_url(self._settings.http_host, self._settings.http_port))
         logger.info(
             "Dynamo's frontend drops these fields of requests without an error, do not send them: %s; see "
             "docs/request-fields.md",

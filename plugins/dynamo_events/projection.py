@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from vswa_plugin.blocks import RULES, CacheLayout, ReuseRule, rule_named
+from vswa_plugin.blocks import FULL, RULES, CacheLayout, ReuseRule, rule_named
 from vswa_plugin.engine import BlocksStored, Node
 from vswa_plugin.errors import ConfigError, InvariantError, unknown_choice
 from vswa_plugin.wire import Cleared, Event, Layout, Removed, Stored, Unknown
@@ -127,7 +127,7 @@ class Projection:
                     if block.held & bits:
                         self._drop(block, bits)
             case Layout():
-                self._begin(CacheLayout(event.groups, event.rule, event.model, event.hash_scheme))
+                self._begin(event.cache_layout)
 
     def changes(self) -> Changes:
         """What differs from what is published. To be told in this order, then :meth:`commit`."""
@@ -195,13 +195,20 @@ class Projection:
     def _needs(self, layout: CacheLayout) -> dict[int, int | None]:
         """By group id, how many blocks before a boundary it must hold; the groups that count."""
         layout.check()
+        if not layout.naming.by_blocks or len({group.block_size for group in layout.groups}) > 1:
+            raise ConfigError(
+                "expected cache groups of one block size, in which prefixes are named, for a projection onto "
+                f"Dynamo's tree, got blocks of {', '.join(str(g.block_size) for g in layout.groups)} tokens; "
+                "use the exact router"
+            )
         if self._mode == "global":
-            chosen = {group.group_id: None for group in layout.groups if group.window_size is None}
+            chosen = {group.group_id: None for group in layout.groups if group.kind == FULL}
             if not chosen:
                 raise ConfigError("projection 'global': the layout has no global group; use 'boundary'")
             return dict(chosen)
         needs = rule_named(layout.rule, self._rules).needs(layout, _LONG_PROMPT_BLOCKS * layout.block_size)
-        if needs is None or not any(need != 0 for need in needs.trailing):
+        fixed = needs is not None and not any(needs.after) and set(needs.chunks) <= {None}
+        if needs is None or not fixed or not any(need != 0 for need in needs.trailing):
             raise ConfigError(
                 f"reuse rule {layout.rule!r} cannot be projected onto Dynamo's tree: expected a fixed number "
                 f"of blocks before a boundary, got one that depends on it; use the exact router, or 'global'"

@@ -5,6 +5,7 @@ nothing at all; one token later it needs that chunk's first block, and then one 
 """
 
 from vswa_plugin.blocks import CacheGroup, CacheLayout, Needs, ReuseRule
+from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import hookimpl
 
 
@@ -23,11 +24,13 @@ class ChunkedRule:
     def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
         if group.window_size is None:
             return 0
-        # CacheLayout.check has seen to it that a chunk is a whole number of blocks.
         return boundary - boundary % (group.window_size // group.block_size)
 
     def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
         layout.check()
+        sizes = {group.block_size for group in layout.groups}
+        if len(sizes) > 1 or any((group.window_size or 0) % group.block_size for group in layout.groups):
+            raise ConfigError(f"expected one block size that divides all chunks, got {layout.groups}")
         return None  # how many blocks depends on where in its chunk the boundary lies
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vswa_plugin.hookspecs import hookimpl
@@ -54,7 +55,7 @@ def vswa_register_commands(commands: Commands) -> None:
     commands.add("get-model", "install a real model by name", ours.configure_get_model, ours.run_get_model)
     commands.add(
         "simulate",
-        "requests through the cache managers, without a model",
+        "run requests through the cache managers, without a model",
         simulate_command.configure_simulate,
-        simulate_command.run_simulate,
+        partial(simulate_command.run_simulate, commands.simulated_rank),
     )

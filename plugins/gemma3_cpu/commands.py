@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.errors import ConfigError, shown
 
 #: Layers per global layer in Gemma 3.
 _PATTERN = 6
@@ -23,10 +23,17 @@ def configure_make_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     parser.add_argument(
-        "--layers", type=_positive, metavar="N", help="layers; the last of each six is global"
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="number of layers, of which every sixth has global attention",
     )
-    parser.add_argument("--window", type=_positive, metavar="TOKENS", help="window of the sliding layers")
-    parser.add_argument("--context", type=_positive, metavar="TOKENS", help="longest sequence")
+    parser.add_argument(
+        "--window", type=_positive, metavar="TOKENS", help="attention window of the sliding layers"
+    )
+    parser.add_argument(
+        "--context", type=_positive, metavar="TOKENS", help="longest sequence that the model takes"
+    )
 
 
 def run_make_model(args: argparse.Namespace) -> int:
@@ -97,14 +104,16 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text}")
-    return value
+    from .serving.options import is_number
+
+    if not is_number(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {shown(text)}")
+    return int(text)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return value
+    from .serving.options import is_number
+
+    if not is_number(text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {shown(text)}")
+    return int(text)

@@ -142,6 +142,8 @@ _VLLM = {
     ),
     "BlockRemoved": ("block_hashes", "medium", "group_idx"),
     "AllBlocksCleared": (),
+    # What a worker adds where its engine's batches have not come.
+    "BatchesLost": ("expected", "got"),
 }
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vswa_plugin.accuracy.trace import TraceGroup, TraceHeader
-from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.accuracy.trace import header_of
 from vswa_plugin.engine import Fields, RawEvent, RequestDict, RequestRecord, unchecked_token_ids
 from vswa_plugin.errors import ConfigError, InvalidRequest
 
@@ -100,14 +99,3 @@ def begin(worker: WorkerContext, directory: str, tokens: str) -> Recorder:
     ]
     logger.warning("recording %s, token ids %s: %s", settings.engine, tokens, where)
     return Recorder(ranks)
-
-
-def header_of(event_format: str, layout: CacheLayout, engine: str, config: str) -> TraceHeader:
-    """What a reader must know beforehand."""
-    groups = tuple(
-        TraceGroup("full") if group.window_size is None else TraceGroup("swa", group.window_size)
-        for group in layout.groups
-    )
-    return TraceHeader(
-        event_format, layout.block_size, groups=groups, rule=layout.rule, engine=engine, config=config
-    )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.blocks import CacheLayout, checked
 from vswa_plugin.engine import (
     MODES,
     WORKER_ONLY,
@@ -27,7 +27,14 @@ from vswa_plugin.engine import (
     EventSink,
     RequestDict,
 )
-from vswa_plugin.errors import ConfigError, InvalidRequest, RequestError, Unavailable, unknown_choice
+from vswa_plugin.errors import (
+    ConfigError,
+    InvalidRequest,
+    RequestError,
+    Unavailable,
+    VswaError,
+    unknown_choice,
+)
 
 from . import handover, package
 from .answer import Answer, faulty
@@ -77,7 +84,7 @@ class TensorRtLlmEngine:
         shape = load_shape(settings.model_path, weights=has_weights)
         decision = decide(options, version, shape.architecture)
         plan = make_plan(options, shape, decision)
-        layout = CacheLayout(plan.groups, decision.rule, settings.served_model_name).check()
+        layout = checked(CacheLayout(plan.groups, decision.rule, settings.served_model_name))
         self._mode = settings.mode
         self._model_path = settings.model_path
         self._llm_args = plan.llm_args
@@ -124,12 +131,16 @@ class TensorRtLlmEngine:
         """Import TensorRT-LLM, load the model, begin to fetch KV events. Takes minutes. Called once.
 
         :raises ConfigError: the package cannot be imported, or does not take the options.
+        :raises VswaError: it does not start for any other reason, such as a GPU without memory.
         """
         api = package.load()
         try:
             llm = api.LLM(model=self._model_path, **self._llm_args)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"TensorRT-LLM does not take these options: {error}") from error
+        except (Exception, SystemExit) as error:  # of any code of its own, and of its processes
+            reason = f"{type(error).__name__}: {error}"
+            raise VswaError(f"TensorRT-LLM has not started: {reason}; its lines above say more") from error
         try:
             blocks = int(llm.get_kv_cache_capacity()["maxNumBlocks"])
             self.info = msgspec.structs.replace(self.info, total_kv_blocks=blocks)

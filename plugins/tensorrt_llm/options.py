@@ -2,7 +2,7 @@
 
 TensorRT-LLM checks its options itself, after a minute of imports and in its own words. Here the names are
 checked at once, with the nearest known one; values only where events, windows or the reuse rule depend on
-them. A section ``vswa`` is ours and is taken out.
+them, or where it would certainly not start (:mod:`.values`). A section ``vswa`` is ours and is taken out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vswa_plugin.engine import Section
 from vswa_plugin.errors import ConfigError, shown
 
 from ..trtllm_events import indented, misplaced, option_names
+from .values import check_cache, check_transfer_buffer
 
 SECTION = "vswa"
 #: The embedded engine's section of a file that serves both.
@@ -82,9 +83,14 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
         transceiver.check(_TRANSCEIVER, advice=_NEWER)
     own.check(_OWN)
     _refuse(top, kv)
+    check_cache(top, kv)
+    tokens_per_block, runtime = kv.integer("tokens_per_block", 32), _runtime(transceiver)
+    if runtime != "PYTHON":
+        check_transfer_buffer(transceiver, tokens_per_block, ", unless it uses transceiver_runtime: PYTHON")
     args = {k: v for k, v in data.items() if k not in (SECTION, _OTHER_SECTION)}
     changes = _turn_on(args, top, kv, mode)
     backend = transceiver.choice("backend", _BACKENDS, None, any_case=True)
+    changes += _as_written(args, {"backend": backend, "transceiver_runtime": runtime})
     if mode != "agg" and backend is None:
         raise ConfigError(
             f"cache_transceiver_config.backend: expected one of {', '.join(_BACKENDS)} in mode {mode}, so "
@@ -99,7 +105,7 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
             "max_attention_window", "(tokens), one per layer, repeating"
         ),
         max_seq_len=top.integer("max_seq_len", None),
-        tokens_per_block=kv.integer("tokens_per_block", 32),
+        tokens_per_block=tokens_per_block,
         max_tokens=kv.integer("max_tokens", None),
         max_batch_size=top.integer("max_batch_size", 2048),
         max_num_tokens=top.integer("max_num_tokens", 8192),
@@ -108,7 +114,7 @@ def parse_options(data: Mapping[str, Any], source: str, mode: str) -> TrtllmOpti
         manager_v2=_manager(kv),
         manager_given="use_kv_cache_manager_v2" in kv.data,
         transceiver_backend=backend,
-        transceiver_runtime=_runtime(transceiver),
+        transceiver_runtime=runtime,
         reuse_rule=own.text("reuse_rule", None),
         lora_adapters=_lora_adapters(top, kv, own),
         changes=tuple(changes),
@@ -148,10 +154,25 @@ def _turn_on(args: dict[str, Any], top: Section, kv: Section, mode: str) -> list
     if top.boolean("skip_tokenizer_init", False):
         args["skip_tokenizer_init"] = False
         changes.append("skip_tokenizer_init = false: every request would fail without the tokenizer")
+    if args.pop("num_postprocess_workers", 0):
+        # Dynamo's own worker takes it out too.
+        changes.append("num_postprocess_workers left out: answers are turned into text by Dynamo's frontend")
     if mode == "prefill" and top.data.get("disable_overlap_scheduler") is None:
         args["disable_overlap_scheduler"] = True
         changes.append("disable_overlap_scheduler = true: a prefill worker has no next step to overlap with")
     return changes
+
+
+def _as_written(args: dict[str, Any], names: Mapping[str, str | None]) -> list[str]:
+    """Names of the transceiver as the engine has them, which tells ``ucx`` from ``UCX``."""
+    given = args.get("cache_transceiver_config") or {}
+    others = {key: name for key, name in names.items() if given.get(key) is not None and given[key] != name}
+    if others:
+        args["cache_transceiver_config"] = {**given, **others}
+    return [
+        f"cache_transceiver_config.{key} = {name}: TensorRT-LLM takes capitals alone"
+        for key, name in others.items()
+    ]
 
 
 def _manager(kv: Section) -> bool | None:

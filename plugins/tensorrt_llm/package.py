@@ -31,14 +31,14 @@ DISTRIBUTION = "tensorrt-llm"
 INSTALL = "pip install 'vswa-plugin[trtllm]' --extra-index-url https://pypi.nvidia.com"
 
 _NO_CANDIDATE = 1 << 20
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)(?:rc(\d+))?")
+_VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:[-_.]?(rc|c|a|alpha|b|beta|dev)[-_.]?(\d*))?", re.ASCII)
 #: TensorRT-LLM splits the machine's number in two from 1.3.0rc22 on.
 _PROCESS_IDS = 64
 _MACHINES, _MACHINES_AND_PROCESSES = 1021, 256 * _PROCESS_IDS
 
 
 class Version(NamedTuple):
-    """A release; of candidates the number, else more than any."""
+    """A release; of candidates the number, else more than any; what comes before them counts as the first."""
 
     major: int
     minor: int
@@ -51,9 +51,11 @@ class Version(NamedTuple):
         match = _VERSION.match(text)
         if match is None:
             return None
-        major, minor, patch, candidate = match.groups()
+        major, minor, patch, stage, number = match.groups()
         numbers = int(major), int(minor), int(patch)
-        return cls(*numbers, _NO_CANDIDATE if candidate is None else int(candidate))
+        if stage is None:
+            return cls(*numbers)
+        return cls(*numbers, int(number or 0) if stage in ("rc", "c") else 0)
 
     def __str__(self) -> str:
         tail = "" if self.candidate == _NO_CANDIDATE else f"rc{self.candidate}"
@@ -123,7 +125,7 @@ def load() -> Api:
             RequestError=_name("executor.utils", "RequestError"),
             get_global_disagg_request_id=_name_if_any("llmapi.disagg_utils", "get_global_disagg_request_id"),
         )
-    except (ImportError, AttributeError, OSError) as error:
+    except Exception as error:  # its imports look at the driver, and raise what they like
         raise ConfigError(
             f"--engine tensorrt_llm: the installed package cannot be imported: {error}; it needs an NVIDIA "
             f"driver and the CUDA libraries of its release; to install it anew: {INSTALL}"

@@ -9,11 +9,13 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from vswa_plugin.engine import Section
 from vswa_plugin.errors import ConfigError, unknown_choice
 
 from .options import TrtllmOptions
 from .package import Version
 from .releases import PREFER_V2, RUNTIME_DEFAULTS_TO_PYTHON, Handover, Manager, Release, release_of
+from .values import check_transfer_buffer
 
 V2, V1, V1_CONTIGUOUS = RULES = ("trtllm_v2", "trtllm_v1", "trtllm_v1_contiguous")
 
@@ -51,7 +53,8 @@ def decide(
     """The manager and the rule for these options.
 
     :param version: None: unknown, taken as the newest.
-    :raises ConfigError: an unknown rule, or a manager that cannot hand over blocks as configured.
+    :raises ConfigError: an unknown rule, a manager that cannot hand over blocks as configured, or a transfer
+        buffer that the transceiver of this release does not take.
     """
     release = release_of(version)
     shown = (
@@ -64,6 +67,9 @@ def decide(
     unknown = _unknown_options(options, release)
     if unknown:
         reasons.append(f"{shown} does not know {' and '.join(unknown)}")
+    if _RUNTIME_OPTION in unknown:
+        transceiver = Section(options.llm_args, options.source).section("cache_transceiver_config")
+        check_transfer_buffer(transceiver, options.tokens_per_block)
     runtime = None
     if _needs_runtime(handover, release, version, architecture):
         runtime, handover = "CPP", Handover.CPP

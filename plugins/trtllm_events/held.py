@@ -9,6 +9,8 @@ engine has, and nothing that was released before an evicted block is left.
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Collection
 
 from vswa_plugin.engine import EngineHash
 
@@ -32,6 +34,8 @@ class Held:
         self._clock = 0
         #: The latest place of a block whose eviction was announced since :meth:`settle`; 0: none was.
         self._evicted = 0
+        #: Blocks that slid out before they were stored -> place: they take up room until they are evicted.
+        self._unstored: dict[Prefix, int] = {}
         # Orphans, the one that leaves first on top. Entries of blocks that were released again, or that are
         # no orphans any more, are skipped when they come up.
         self._orphans: list[tuple[int, EngineHash]] = []
@@ -52,6 +56,7 @@ class Held:
         self._blocks.clear()
         self._names.clear()
         self._released.clear()
+        self._unstored.clear()
         self._orphans.clear()
 
     def prefix_of(self, name: EngineHash | None) -> Prefix | None:
@@ -72,14 +77,23 @@ class Held:
                 else:  # it has left without an event: what is held is not stored again
                     del self._blocks[former], self._released[former]
                 self._names[prefix] = name
+                self._unstored.pop(prefix, None)
         self._release(name)
 
-    def release(self, prefixes: list[Prefix]) -> None:
-        """A sequence has let go of these, in this order; what is not held is passed over."""
+    def release(self, prefixes: list[Prefix], computed: Collection[Prefix] = ()) -> None:
+        """A sequence has let go of these, in this order.
+
+        :param computed: those that it has computed itself: where the window does not hold one of them, it has
+            slid out before it was stored. What else is not held is passed over.
+        """
         for prefix in prefixes:
             name = self._names.get(prefix)
             if name is not None:
                 self._release(name)
+            elif prefix in computed:
+                self._clock += 1
+                self._unstored.pop(prefix, None)
+                self._unstored[prefix] = self._clock
 
     def remove(self, name: EngineHash, *, silently: bool) -> list[Prefix]:
         """The engine has evicted a block: what has left with it.
@@ -109,6 +123,8 @@ class Held:
                 self._drop_orphan(lost)
         for each in claimed:
             heapq.heappush(self._orphans, each)
+        while self._first_unstored() < self._evicted:
+            del self._unstored[next(iter(self._unstored))]
         self._evicted = 0
         return lost
 
@@ -123,9 +139,19 @@ class Held:
     def overflow(self) -> list[Prefix]:
         """Orphans that must have left, because the window would hold more than the engine has blocks."""
         lost: list[Prefix] = []
-        while self.capacity is not None and len(self._blocks) > self.capacity and self._orphans:
-            self._drop_orphan(lost)
+        if self.capacity is None:
+            self._unstored.clear()
+            return lost
+        while len(self._blocks) + len(self._unstored) > self.capacity and (self._orphans or self._unstored):
+            if not self._orphans or self._first_unstored() < self._orphans[0][0]:
+                del self._unstored[next(iter(self._unstored))]
+            else:
+                self._drop_orphan(lost)
         return lost
+
+    def _first_unstored(self) -> float:
+        """The place of the one that leaves first."""
+        return next(iter(self._unstored.values()), math.inf)
 
     def _release(self, name: EngineHash) -> None:
         self._clock += 1

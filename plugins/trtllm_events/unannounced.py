@@ -6,14 +6,12 @@ Its decision code was transcribed from the sources and run; these are the differ
   the nearest block before the gap. The widest window, whose events of the same sequence come before it or
   right after it, names the same tokens by their whole prefix: by that name a block is published.
 * An evicted block is announced only where the window holds its predecessor, see :mod:`.held`.
-* A block on which nothing hangs, and which no sequence holds, is not copied but taken over where its
-  beginning is reused by a prompt that goes on differently: it is gone from its window.
+* A block whose beginning is reused is taken over, see :mod:`.takeovers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import NamedTuple
 
 from vswa_plugin.engine import EngineHash, ring_closed
@@ -24,6 +22,7 @@ from .hashing import block_key, names
 from .held import Held
 from .prefixes import Prefix, Prefixes, packed
 from .searches import MAX_SEARCHED
+from .takeovers import taken_over
 
 _GLOBAL = 1 << 62
 #: Blocks that wait for their prefix, and names that seem to be taken over; the oldest are forgotten.
@@ -72,10 +71,14 @@ class Unannounced:
         #: Tokens -> group -> name -> block that waits for the widest window to announce it.
         self._waiting: dict[bytes, dict[int, dict[EngineHash, _Waiting]]] = {}
         self._num_waiting = 0
+        #: Windows that have announced blocks of a sequence ahead of the widest one, as they do at its end.
+        self._ahead: set[int] = set()
         self._proven = False
         # Names of blocks that seem to have been taken over. The removal of one shows that this engine copies.
         self._taken: dict[tuple[int, EngineHash], None] = {}
         self._takes_whole = True
+        #: Blocks that are new with the event of the widest window that is being read.
+        self._computed: dict[Prefix, None] = {}
         #: The last block of the sequence that a window has released last.
         self._released: dict[int, Prefix] = {}
 
@@ -101,27 +104,32 @@ class Unannounced:
         :raises ProtocolError: a block would be below itself; nothing is changed.
         """
         self._prefixes.searches.begin()
+        self._computed.clear()
         changes: list[Found | Lost] = []
         widest = self._widest()
+        # Of other windows, removals that have made room may not have come yet.
+        complete = {group_id}
         if group_id == widest:
             self._check_rings(stored, where)
+            complete |= self._ahead
             last = self._of_widest(group_id, stored, strict, changes)
-            sliding = [each for each in self._held if each != widest]
+            seen = list(self._held)
         else:
             last = self._of_sliding(group_id, stored, strict, changes)
-            sliding = [group_id]
-        for each in sliding:
+            seen = [group_id]
+        for each in filter(self._slides, seen):
             if last is not None:
                 if self._of(each).unsettled:
                     self._lose(each, self._of(each).settle(set(last.path())), changes)
                 self._release(each, last)
-            self._lose(each, self._of(each).overflow(), changes)
+            if each in complete:
+                self._lose(each, self._of(each).overflow(), changes)
         return changes
 
     def removed(self, group_id: int, block_hashes: Iterable[EngineHash]) -> list[Found | Lost]:
         """What left with the blocks that an event announces as removed."""
         held = self._of(group_id)
-        silently = group_id != self._widest()
+        silently = self._slides(group_id)
         lost: list[EngineHash] = []
         for name in block_hashes:
             if self._taken.pop((group_id, name), 0) is None:
@@ -145,6 +153,10 @@ class Unannounced:
         # A global window is the widest, whatever the others are.
         windows = self._groups.windows
         return max(windows, key=lambda group_id: windows[group_id] or _GLOBAL)
+
+    def _slides(self, group_id: int) -> bool:
+        """Whether blocks leave the window from the first one on, so that later ones become orphans."""
+        return self._groups.windows.get(group_id) is not None
 
     def _of(self, group_id: int) -> Held:
         held = self._held.get(group_id)
@@ -178,6 +190,7 @@ class Unannounced:
             is_new = self._prefixes.get(block.hash) is None
             prefix = self._prefixes.add(block, parent, published=nameable and is_whole)
             if is_new:
+                self._computed[prefix] = None
                 self._take_over(prefix, changes)
             self._hold(group_id, block.hash, prefix, block, stored, changes)
             self._find_waiting(prefix, changes)
@@ -288,6 +301,7 @@ class Unannounced:
     def _wait(self, waiting: _Waiting) -> None:
         same = self._waiting.setdefault(packed(waiting.block.token_ids), {})
         blocks = same.setdefault(waiting.group_id, {})
+        self._ahead.add(waiting.group_id)
         self._num_waiting += waiting.block.hash not in blocks
         blocks[waiting.block.hash] = waiting
         if self._num_waiting > _MAX_REMEMBERED:
@@ -296,6 +310,7 @@ class Unannounced:
 
     def _forget_waiting(self) -> None:
         self._waiting.clear()
+        self._ahead.clear()
         self._num_waiting = 0
 
     def _find_waiting(self, prefix: Prefix, changes: list[Found | Lost]) -> None:
@@ -343,45 +358,20 @@ class Unannounced:
             changes.append(Found(group_id, parent, [published], stored))
 
     def _take_over(self, prefix: Prefix, changes: list[Found | Lost]) -> None:
-        """Drop the blocks that were taken over for a prompt that goes on differently with ``prefix``.
-
-        That takes a sibling in every window, and all that each window needs before it: else the prompt was
-        resumed at an earlier block, or at the edge before the siblings.
-        """
-        if len(self._prefixes.below(prefix.parent)) < 2:
+        """Drop the blocks that were taken over for a prompt that goes on differently with ``prefix``."""
+        siblings = self._prefixes.below(prefix.parent)
+        if len(siblings) < 2:
             return
-        windows = self._groups.windows
-        closest = {group_id: self._closest(self._of(group_id), prefix) for group_id in windows}
-        shared = min(most for _, most in closest.values())
-        if not shared:
-            return
-        *path, _ = prefix.path()
-        resumed_at = len(path) * self._block_size + shared
-        for group_id, window in windows.items():
-            first = 0 if window is None else max(0, resumed_at - window) // self._block_size
-            held = self._of(group_id)
-            if any(held.name_of(each) is None for each in path[first:]):
-                return
-        for group_id, (sibling, _) in closest.items():
-            if sibling is None or sibling.children:
-                continue
+        windows = {
+            group_id: (window, self._of(group_id)) for group_id, window in self._groups.windows.items()
+        }
+        for group_id, sibling in taken_over(prefix, siblings, windows, self._block_size):
             held = self._of(group_id)
             if sibling.num_tokens == self._block_size:
                 if not self._takes_whole:
                     continue
                 self._note_taken(group_id, held.name_of(sibling))
             self._lose(group_id, held.drop(sibling), changes)
-
-    def _closest(self, held: Held, prefix: Prefix) -> tuple[Prefix | None, int]:
-        """The sibling in a window that shares most leading tokens, the youngest of those, and how many."""
-        closest, most = None, 0
-        for sibling in islice(reversed(self._prefixes.below(prefix.parent)), MAX_SEARCHED):
-            if sibling is prefix or held.name_of(sibling) is None:
-                continue
-            shared = sibling.shared_tokens(prefix)
-            if shared > most:
-                closest, most = sibling, shared
-        return closest, most
 
     def _note_taken(self, group_id: int, name: EngineHash | None) -> None:
         if name is not None:
@@ -411,7 +401,9 @@ class Unannounced:
         released.reverse()
         tokens = last.depth * self._block_size + last.num_tokens
         slid_out = max(0, max(0, tokens - window) // self._block_size - released[0].depth)
-        self._of(group_id).release(released[:slid_out] + released[slid_out:][::-1])
+        held = self._of(group_id)
+        held.release(released[:slid_out], self._computed)
+        held.release(released[slid_out:][::-1])
 
     def _lose(self, group_id: int, lost: list[Prefix], changes: list[Found | Lost]) -> None:
         published = [prefix.name for prefix in lost if prefix.published]

@@ -2,9 +2,8 @@
 
 * vLLM may hold several copies of a block in one group and removes each of them: copies are counted, and a
   block is gone with its last copy.
-* A sliding group's event may list fewer blocks than its tokens cover, and not say which ones. They are held
-  back until the global group's event over the same tokens, next in the batch, says it; where none does,
-  vLLM's hashes are computed.
+* A group that keeps only some blocks may list fewer than its event's tokens cover, and not say which ones.
+  Where no other event of the batch says it, vLLM's names are computed: see naming.py.
 * vLLM's cache groups stay apart, each a cache group of its own under its index: they share one pool of
   blocks, but each loses its own.
 * Blocks whose tokens do not say all that they hold (multimodal, prompt embeddings) and copies outside the
@@ -15,11 +14,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
-from vswa_plugin.blocks import CacheLayout
+import msgspec
+
+from vswa_plugin.blocks import CacheGroup, CacheLayout
 from vswa_plugin.engine import (
     BlocksRemoved,
     BlocksStored,
@@ -29,50 +30,53 @@ from vswa_plugin.engine import (
     EventsLost,
     GroupCreated,
     check_chain,
-    ring_closed,
 )
 from vswa_plugin.errors import ProtocolError
 
-from . import digests, fields
-from .fields import Cleared, RawVllmEvent, Removed, Stored
+from . import fields
+from .fields import CHUNKED, FULL, KINDS, SLIDING, Cleared, RawVllmEvent, Removed, Stored
+from .named import Named, NamedBlocks, Namespace
+from .naming import Naming
 
-#: Kept only where blocks must be named by computing; about 150 bytes each.
-_MAX_DIGESTS = 500_000
+logger = logging.getLogger(__name__)
 
-
-class _Namespace(NamedTuple):
-    """What keeps equal tokens apart."""
-
-    cache_salt: str | None
-    lora_name: str | None
-
-
-class _Named(NamedTuple):
-    """A block of which the place in its sequence is known."""
-
-    parent_hash: EngineHash | None
-    block: EngineBlock
-    namespace: _Namespace
+#: Tokens of stored blocks that may wait to be named before all that wait are.
+_MAX_OPEN_TOKENS = 1_000_000
 
 
 class VllmEventAdapter:
     """Adapter of one data-parallel rank. Not thread-safe.
 
-    :param layout: the groups that the worker declared; an event that says another window corrects it.
+    :param layout: the groups that the worker declared; an event that says another window or kind corrects it.
     """
 
     def __init__(self, layout: CacheLayout) -> None:
-        self._block_size = layout.block_size
-        self._windows = {group.group_id: group.window_size for group in layout.groups}
+        self._groups = {group.group_id: group for group in layout.groups}
+        self._unit, self._lookahead = layout.hash_block_size, layout.lookahead
         #: Copies on the device, by group.
-        self._copies: dict[int, Counter[EngineHash]] = {group_id: Counter() for group_id in self._windows}
-        #: Only blocks of which some group has a copy.
-        self._named: dict[EngineHash, _Named] = {}
-        #: How many of these hang on a block, named or not.
-        self._below: dict[EngineHash | None, int] = {}
-        #: An event with blocks that no event has named yet.
-        self._open: Stored | None = None
-        self._digests: OrderedDict[EngineHash, bytes] = OrderedDict()
+        self._copies: dict[int, Counter[EngineHash]] = {group_id: Counter() for group_id in self._groups}
+        self._named = NamedBlocks()
+        self._naming = Naming(self._named, layout)
+        self._open_tokens = 0
+
+    @property
+    def wants_prompts(self) -> bool:
+        """Whether events may leave out names that a prompt gives: no full group has the finest blocks."""
+        return self._naming.computes and not self._has_dense_group
+
+    @property
+    def _has_dense_group(self) -> bool:
+        return any(g.kind == FULL and g.block_size == self._unit for g in self._groups.values())
+
+    def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
+        """A request with this prompt goes to the engine."""
+        salted = cache_salt is None or isinstance(cache_salt, str)  # else the engine refuses the request
+        if self.wants_prompts and not lora_name and salted:
+            self._naming.wait(token_ids, cache_salt or None)
+
+    def prepare(self) -> bool:
+        """Hash a piece of what :meth:`prompt` was given; True where nothing is left."""
+        return self._naming.prepare()
 
     def feed(self, raw: RawVllmEvent) -> list[EngineEvent]:
         """Events that ``raw``, of either encoding, means, in order.
@@ -86,17 +90,35 @@ class VllmEventAdapter:
             self._forget_all()
             raise
 
+    def settle(self) -> list[EngineEvent]:
+        """Blocks that no event has named and whose names can be computed.
+
+        :raises ProtocolError: a block is its own ancestor; no copy is counted on.
+        """
+        self._open_tokens = 0
+        try:
+            return self._settle()
+        except ProtocolError:
+            self._forget_all()
+            raise
+
     def _read(self, event: Stored | Removed | Cleared) -> list[EngineEvent]:
-        events = self._settle(event)
+        if isinstance(event, Stored):
+            return self._read_stored(event) if fields.on_device(event) else []
+        events = self.settle()
         if isinstance(event, Cleared):
-            return self._clear()
+            return events + self._clear()
         if not fields.on_device(event):
             return events
-        group_id = self._group_id(event)
-        if isinstance(event, Removed):
-            return events + self._remove(group_id, fields.hashes(event))
-        listed = self._listed(group_id, event)
-        return events + self._corrected(group_id, event) + self._store(group_id, event, listed)
+        return events + self._remove(self._group(event).group_id, fields.hashes(event))
+
+    def _read_stored(self, event: Stored) -> list[EngineEvent]:
+        group = self._group(event)
+        listed = self._listed(group, event)
+        events: list[EngineEvent] = []
+        if self._open_tokens > _MAX_OPEN_TOKENS:
+            events += self.settle()
+        return events + self._corrected(group, event) + self._store(group.group_id, event, listed)
 
     def lost(self, expected_id: int, got_id: int) -> list[EngineEvent]:
         """Batches are missing before the next event: nothing is counted any more, nothing known as held.
@@ -110,112 +132,92 @@ class VllmEventAdapter:
         self._forget_all()
         return [EventsLost(expected_id, got_id)]
 
-    def _group_id(self, event: Stored | Removed) -> int:
+    def _group(self, event: Stored | Removed) -> CacheGroup:
         group_id = event.group_idx
-        if group_id is None and len(self._windows) == 1:
-            return next(iter(self._windows))
-        if group_id is None or group_id not in self._windows:
-            declared = " or ".join(f"{i} (window {w or 'global'})" for i, w in self._windows.items())
+        if group_id is None and len(self._groups) == 1:
+            return next(iter(self._groups.values()))
+        if group_id is None or group_id not in self._groups:
+            declared = " or ".join(f"{i} (window {g.label})" for i, g in self._groups.items())
             name = f"Block{type(event).__name__}"
             raise ProtocolError(f"{name}: expected a group_idx of {declared}, got {group_id}")
-        return group_id
+        return self._groups[group_id]
 
-    def _listed(self, group_id: int, event: Stored) -> list[EngineHash]:
+    def _listed(self, group: CacheGroup, event: Stored) -> list[EngineHash]:
         """The listed blocks, once the event's parts are seen to fit together."""
         listed, parent = fields.hashes(event), fields.parent(event)
-        if event.block_size != self._block_size:
+        where = f"BlockStored, group {group.group_id}"
+        covered, rest = divmod(len(event.token_ids), event.block_size)
+        # In a group of larger blocks an entry may end inside a block: then all of the event is listed.
+        entry = event.block_size == self._unit and not rest and len(listed) == covered
+        if event.block_size != group.block_size and not entry:
             raise ProtocolError(
-                f"BlockStored, group {group_id}: expected blocks of {self._block_size} tokens, as the layout "
-                f"states, got blocks of {event.block_size}: two block sizes are mixed, which is not supported"
+                f"{where}: expected blocks of {group.block_size} tokens, as the layout states, got blocks of "
+                f"{event.block_size}: two block sizes are mixed in one group"
             )
         # Refused before anything is counted, not in between.
-        check_chain(parent, listed, f"BlockStored, group {group_id}")
-        covered, rest = divmod(len(event.token_ids), event.block_size)
+        check_chain(parent, listed, where)
         if rest or len(listed) > covered:
             raise ProtocolError(
-                f"BlockStored, group {group_id}: expected at most a hash for each {self._block_size} tokens, "
+                f"{where}: expected at most a hash for each {event.block_size} tokens, "
                 f"got {len(listed)} for {len(event.token_ids)} tokens, block_size {event.block_size}"
             )
         if len(event.extra_keys or listed) != len(listed):
             raise ProtocolError(
-                f"BlockStored, group {group_id}: expected extra_keys for each of {len(listed)} block_hashes, "
+                f"{where}: expected extra_keys for each of {len(listed)} block_hashes, "
                 f"got {len(event.extra_keys or ())}"
             )
+        self._check_lookahead(event, len(listed), where)
         return listed
 
+    def _check_lookahead(self, event: Stored, listed: int, where: str) -> None:
+        ahead = event.lookahead_token_ids or []
+        wrong = next((len(each) for each in ahead if len(each) != self._lookahead), None)
+        if wrong is not None or (len(ahead) != listed and (self._lookahead or ahead)):
+            got = f"{len(ahead)} lists of them" if wrong is None else f"{wrong} for a block"
+            raise ProtocolError(
+                f"{where}: expected lookahead_token_ids of {self._lookahead} tokens, as the layout states, "
+                f"for each of {listed} block_hashes, got {got}"
+            )
+
     def _store(self, group_id: int, event: Stored, listed: list[EngineHash]) -> list[EngineEvent]:
-        covered = len(event.token_ids) // self._block_size
         self._copies[group_id].update(listed)
-        new = self._name(event, listed) if len(listed) == covered else []
-        events = list(self._stored(group_id, listed))
+        odd = fields.odd(event)
+        for name in listed if not odd else ():
+            self._named.hold(name)
+        dense = len(listed) * event.block_size == len(event.token_ids)
+        new = self._name(event, listed) if dense else []
+        if not odd and self._naming.open(event, dense=dense):
+            self._open_tokens += len(event.token_ids)
+        events = list(self._stored(group_id, self._ready(listed)))
         for other in self._copies if new else ():
             if other != group_id:
-                events += self._stored(other, new)
-        if len(listed) < covered and self._unnamed(listed):
-            self._open = event
+                events += self._stored(other, self._ready(new))
         return events
+
+    def _ready(self, names: list[EngineHash]) -> list[EngineHash]:
+        """Those of which the host may know the parent; the others wait until :meth:`settle`."""
+        if self._has_dense_group or not self._naming.computes:
+            return names
+        return [name for name in names if self._named.sure(name)]
 
     def _name(self, event: Stored, listed: list[EngineHash]) -> list[EngineHash]:
         """Note what consecutive blocks hold, as far as their tokens say it; the names that are new."""
         new: list[EngineHash] = []
         extra_keys = event.extra_keys or [None] * len(listed)
-        parent = fields.parent(event)
-        self._check_rings(parent, listed)
-        for name, token_ids, keys in zip(listed, self._blocks(event), extra_keys, strict=True):
+        ahead = event.lookahead_token_ids or [[]] * len(listed)
+        parent, size = fields.parent(event), event.block_size
+        self._named.check_rings(parent, listed)
+        for index, (name, keys) in enumerate(zip(listed, extra_keys, strict=True)):
             namespace = self._namespace(event, parent, keys or [])
             if namespace is None:
                 break
-            if self._hang(name, parent, token_ids, namespace):
+            tokens = tuple(event.token_ids[index * size : (index + 1) * size])
+            if self._named.hang(EngineBlock(name, tokens, tuple(ahead[index])), parent, namespace):
                 new.append(name)
             parent = name
         return new
 
-    def _hang(
-        self, name: EngineHash, parent: EngineHash | None, token_ids: tuple[int, ...], namespace: _Namespace
-    ) -> bool:
-        """Whether the block is new; one that is named keeps what it is, and its parent is the latest."""
-        known = self._named.get(name)
-        if known is None:
-            self._named[name] = _Named(parent, EngineBlock(name, token_ids), namespace)
-        elif known.parent_hash != parent:
-            self._unhang(known)
-            self._named[name] = known._replace(parent_hash=parent)
-        else:
-            return False
-        self._below[parent] = self._below.get(parent, 0) + 1
-        return known is None
-
-    def _unhang(self, named: _Named) -> None:
-        parent = named.parent_hash
-        left = self._below[parent] - 1
-        if left:
-            self._below[parent] = left
-        else:
-            del self._below[parent]
-
-    def _check_rings(self, parent: EngineHash | None, names: list[EngineHash]) -> None:
-        """Refuse a chain below ``parent`` that has a block of it among its own parents.
-
-        So no ring is ever stored, and every walk up from a block ends. Only a block that something hangs on
-        already can close one, as where a child came before its parent; then the walk is made once for all.
-        """
-        known, before = self._named, parent
-        if self._below.keys().isdisjoint(names):
-            return
-        for name in names:
-            if name not in known or known[name].parent_hash != before:
-                break
-            before = name
-        else:
-            return
-        inside, above = set(names), parent
-        while above is not None:
-            if above in inside:
-                raise ring_closed("BlockStored", above, parent)
-            named = known.get(above)
-            above = None if named is None else named.parent_hash
-
-    def _namespace(self, event: Stored, parent: EngineHash | None, keys: list[object]) -> _Namespace | None:
+    def _namespace(self, event: Stored, parent: EngineHash | None, keys: list[object]) -> Namespace | None:
         """Of one block; None where more than its tokens went into its hash."""
         if event.lora_id is not None or event.lora_name is not None:
             if event.lora_name is None:
@@ -223,29 +225,25 @@ class VllmEventAdapter:
             keys = keys[1:]
         if not keys:  # the salt is in the hash of the first block of a prefix only
             before = None if parent is None else self._named.get(parent)
-            return _Namespace(before and before.namespace.cache_salt, event.lora_name)
+            return Namespace(before and before.namespace.cache_salt, event.lora_name)
         if parent is None and len(keys) == 1 and isinstance(keys[0], str):
-            return _Namespace(keys[0], event.lora_name)
+            return Namespace(keys[0], event.lora_name)
         return None
-
-    def _blocks(self, event: Stored) -> list[tuple[int, ...]]:
-        size = self._block_size
-        return [tuple(event.token_ids[at : at + size]) for at in range(0, len(event.token_ids), size)]
 
     def _stored(self, group_id: int, names: Iterable[EngineHash]) -> Iterator[EngineEvent]:
         """For those of ``names`` that are named and that the group holds; a run is one event."""
-        run: list[_Named] = []
+        run: list[Named] = []
         copies = self._copies[group_id]
         for name in names:
             named = self._named.get(name)
             if named is None or not copies[name]:
                 continue
-            if run and (named.parent_hash != run[-1].block.hash or named.namespace != run[-1].namespace):
-                yield _stored(group_id, run)
+            if run and not _follows(named, run[-1]):
+                yield _event(group_id, run)
                 run = []
             run.append(named)
         if run:
-            yield _stored(group_id, run)
+            yield _event(group_id, run)
 
     def _remove(self, group_id: int, names: list[EngineHash]) -> list[EngineEvent]:
         copies = self._copies[group_id]
@@ -261,9 +259,7 @@ class VllmEventAdapter:
 
     def _forget(self, name: EngineHash) -> None:
         if not any(name in copies for copies in self._copies.values()):
-            named = self._named.pop(name, None)
-            if named is not None:
-                self._unhang(named)
+            self._named.forget(name)
 
     def _clear(self) -> list[EngineEvent]:
         events: list[EngineEvent] = [
@@ -276,97 +272,78 @@ class VllmEventAdapter:
         for copies in self._copies.values():
             copies.clear()
         self._named.clear()
-        self._below.clear()
-        self._open = None
+        self._naming.close()
+        self._open_tokens = 0
 
-    def _corrected(self, group_id: int, event: Stored) -> list[EngineEvent]:
-        """Where the event gives its group another window: that, and once more all that is resident."""
-        says, window = fields.window(event)
-        if not says or window == self._windows[group_id]:
+    def _corrected(self, group: CacheGroup, event: Stored) -> list[EngineEvent]:
+        """Where the event says something else of its group: that, and once more all that is resident."""
+        stated = fields.kind(event)
+        if stated is None or _same(group, *stated):
             return []
-        self._windows[group_id] = window
-        events: list[EngineEvent] = [GroupCreated(group_id, window)]
+        kind, window = stated
+        if kind == CHUNKED:
+            kind = fields.CHUNKED_KIND  # without the size of its chunks it cannot be followed
+        if kind not in KINDS:
+            logger.warning(
+                "cache group %d is of the kind %s, which is not known: it is taken to need all blocks, so "
+                "that promises are too low rather than too high",
+                group.group_id,
+                kind,
+            )
+        usual = kind in (FULL, SLIDING) and group.kind in (FULL, SLIDING)
+        self._groups[group.group_id] = msgspec.structs.replace(
+            group, window_size=window, stated_kind=None if usual else kind, chunk_size=None
+        )
+        events: list[EngineEvent] = [GroupCreated(group.group_id, window, kind=None if usual else kind)]
         for each, copies in self._copies.items():
             events += self._stored(each, list(copies))
         return events
 
     # -- blocks that no event names ------------------------------------------------------------------
 
-    def _settle(self, event: Stored | Removed | Cleared) -> list[EngineEvent]:
-        """Compute what the open event's blocks are, unless ``event`` is about the same tokens."""
-        before = self._open
-        if before is None or (isinstance(event, Stored) and _same_tokens(before, event)):
-            return []
-        self._open = None
-        unnamed = self._unnamed(fields.hashes(before))
-        start = self._digest(fields.parent(before)) if unnamed else None
-        if start is None:
-            return []
-        blocks = self._blocks(before)
-        computed = digests.chained(start, blocks)
-        names = [digests.published(digest, like=unnamed[0]) for digest in computed]
-        places = [i for i, name in enumerate(names) if self._unnamed([name])]
-        if not places:
-            return []
-        self._keep(names, computed)
-        return self._name_computed(fields.parent(before), names[: places[-1] + 1], blocks)
+    def _settle(self) -> list[EngineEvent]:
+        events: list[EngineEvent] = []
+        doubtful = [] if self._has_dense_group else list(self._named.fresh)
+        chains = self._naming.settle()
+        for chain in chains:
+            # What hangs on a block must come after it, in whichever group it is.
+            events += self._chain(chain)
+        for group_id in self._copies if doubtful else ():
+            # The host may know their parents even so.
+            events += self._stored(group_id, [name for name in doubtful if name in self._named.unsure])
+        return events
 
-    def _name_computed(
-        self, parent: EngineHash | None, names: list[EngineHash], blocks: list[tuple[int, ...]]
-    ) -> list[EngineEvent]:
-        """A prefix is named through all of its blocks, so those that no group holds come and go at once."""
-        plain = _Namespace(None, None)
-        new: list[EngineHash] = []
-        self._check_rings(parent, names)
-        for name, token_ids in zip(names, blocks, strict=False):
-            if self._hang(name, parent, token_ids, plain):
-                new.append(name)
-            parent = name
-        group_id = next(iter(self._copies))
-        absent = tuple(name for name in names if name not in self._copies[group_id])
-        events: list[EngineEvent] = [_stored(group_id, [self._named[name] for name in names])]
+    def _chain(self, chain: list[Named]) -> list[EngineEvent]:
+        """Of consecutive blocks of which some group holds the last; the others may be held by none."""
+        names = [named.block.hash for named in chain]
+        holders = [group_id for group_id, copies in self._copies.items() if names[-1] in copies]
+        first = holders[0]
+        absent = tuple(name for name in names if name not in self._copies[first])
+        events: list[EngineEvent] = [_event(first, chain)]
         if absent:
-            events.append(BlocksRemoved(group_id, absent))
-        for other in list(self._copies)[1:]:
-            events += self._stored(other, new)
-        for name in new:
+            events.append(BlocksRemoved(first, absent))
+        for other in self._copies:
+            if other != first:
+                events += self._stored(other, names)
+        for name in absent:
             self._forget(name)
         return events
 
-    def _unnamed(self, names: Iterable[EngineHash]) -> list[EngineHash]:
-        """Those that some group holds and nothing names."""
-        held = self._copies.values()
-        return [name for name in names if name not in self._named and any(name in each for each in held)]
 
-    def _digest(self, name: EngineHash | None) -> bytes | None:
-        """Digest of the prefix that ends with ``name``, if it is known or all of its blocks are.
-
-        The walk up ends at the root or at a block that is not named: no ring is stored, see ``_check_rings``.
-        """
-        above: list[EngineHash] = []
-        while name is not None and name not in self._digests:
-            named = self._named.get(name)
-            if named is None:
-                return None
-            above.append(name)
-            name = named.parent_hash
-        digest = digests.ROOT if name is None else self._digests[name]
-        above.reverse()
-        computed = digests.chained(digest, (self._named[each].block.token_ids for each in above))
-        self._keep(above, computed)
-        return computed[-1] if computed else digest
-
-    def _keep(self, names: list[EngineHash], computed: list[bytes]) -> None:
-        self._digests.update(zip(names, computed, strict=True))
-        while len(self._digests) > _MAX_DIGESTS:
-            self._digests.popitem(last=False)
-
-
-def _stored(group_id: int, run: list[_Named]) -> BlocksStored:
+def _event(group_id: int, run: list[Named]) -> BlocksStored:
     salt, lora = run[0].namespace
     blocks = tuple(named.block for named in run)
     return BlocksStored(group_id, run[0].parent_hash, blocks, cache_salt=salt, lora_name=lora)
 
 
-def _same_tokens(one: Stored, other: Stored) -> bool:
-    return one.parent_block_hash == other.parent_block_hash and one.token_ids == other.token_ids
+def _follows(named: Named, before: Named) -> bool:
+    return named.parent_hash == before.block.hash and named.namespace == before.namespace
+
+
+def _same(group: CacheGroup, kind: str, window: int | None) -> bool:
+    """Whether the layout states of the group what an event says."""
+    if kind not in KINDS and group.kind not in KINDS:
+        return True  # by whatever name each of them calls it
+    if kind == CHUNKED and group.kind == fields.CHUNKED_KIND:
+        return True
+    return kind == group.kind and (kind != SLIDING or window == group.window_size)

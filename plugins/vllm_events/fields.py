@@ -28,6 +28,7 @@ class Stored(msgspec.Struct, frozen=True):
 
     :param parent_block_hash: the block before the *range*, None where the range begins at token 0.
     :param extra_keys: per listed block: what its hash covers beside its tokens.
+    :param lookahead_token_ids: per listed block: the tokens after it that its hash covers.
     """
 
     block_hashes: list[Any]
@@ -41,6 +42,7 @@ class Stored(msgspec.Struct, frozen=True):
     group_idx: Natural | None = None
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: Natural | None = None
+    lookahead_token_ids: list[list[TokenId]] | None = None
 
 
 class Removed(msgspec.Struct, frozen=True):
@@ -62,8 +64,20 @@ _KINDS: Mapping[str, type[Stored | Removed | Cleared]] = {
 }
 #: With which vLLM's events are about its own pool; copies elsewhere are not looked at by its cache manager.
 _DEVICE = (None, "GPU", "DEVICE")
-_GLOBAL_KINDS = ("full_attention", "mla_attention", "sink_full_attention")
-_SLIDING_KINDS = ("sliding_window", "sliding_window_mla")
+#: As a CacheGroup calls them.
+FULL, SLIDING, CHUNKED, RECURRENT = "full", "sliding", "chunked", "recurrent"
+KINDS = (FULL, SLIDING, CHUNKED, RECURRENT)
+_GROUP_KINDS: Mapping[str, str] = {
+    "full_attention": FULL,
+    "mla_attention": FULL,
+    "sink_full_attention": FULL,
+    "sliding_window": SLIDING,
+    "sliding_window_mla": SLIDING,
+    "mamba": RECURRENT,
+    "chunked_local_attention": CHUNKED,
+}
+#: What vLLM calls chunked layers; its events do not say how large chunks are.
+CHUNKED_KIND = "chunked_local_attention"
 
 
 def parse(raw: object) -> Stored | Removed | Cleared:
@@ -110,16 +124,30 @@ def engine_hash(value: object) -> EngineHash:
     raise ProtocolError(f"block_hashes: expected 64-bit numbers or digests, got {type(value).__name__}")
 
 
-def window(event: Stored) -> tuple[bool, int | None]:
-    """Whether the event says what its group attends to, and the window in tokens (None: everything)."""
-    kind = event.kv_cache_spec_kind
-    if kind is None:
-        return False, None
-    if kind in _GLOBAL_KINDS:
-        return True, None
-    if kind not in _SLIDING_KINDS:
-        known = ", ".join((*_GLOBAL_KINDS, *_SLIDING_KINDS))
-        raise ProtocolError(f"BlockStored: expected a kv_cache_spec_kind of {known}, got {kind!r}")
+def kind(event: Stored) -> tuple[str, int | None] | None:
+    """What the event says of its group: its kind, as in a CacheGroup, and its window in tokens.
+
+    None: it does not say. A kind that is not known is given by vLLM's own name for it.
+    """
+    stated = event.kv_cache_spec_kind
+    if stated is None:
+        return None
+    known = _GROUP_KINDS.get(stated, stated)
+    if known != SLIDING:
+        return known, None
     if not event.kv_cache_spec_sliding_window:
-        raise ProtocolError(f"BlockStored of kind {kind}: expected kv_cache_spec_sliding_window, got none")
-    return True, event.kv_cache_spec_sliding_window
+        raise ProtocolError(f"BlockStored of kind {stated}: expected kv_cache_spec_sliding_window, got none")
+    return SLIDING, event.kv_cache_spec_sliding_window
+
+
+def odd(event: Stored) -> bool:
+    """Whether the hashes of the event cover more than tokens, a salt and the name of a LoRA."""
+    lora = event.lora_id is not None or event.lora_name is not None
+    if lora and event.lora_name is None:
+        return True
+    for index, keys in enumerate(event.extra_keys or []):
+        more = (keys or [])[lora:]
+        first = index == 0 and event.parent_block_hash is None  # where a salt is, if there is one
+        if more and not (first and len(more) == 1 and isinstance(more[0], str)):
+            return True
+    return False

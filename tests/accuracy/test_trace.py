@@ -133,7 +133,22 @@ def test_the_rule_is_the_users_then_the_traces_then_the_formats(tmp_path: Path) 
         ({"format": "trtllm", "block_size": 16, "layers": ["swa"]}, "line 1: expected block_size"),
         ({"format": "vllm", "block_size": 16, "groups": [{"kind": "swa"}]}, "expected a window for swa"),
         ({"format": "vllm", "block_size": 16, "groups": [{"kind": "full", "window": 5}]}, "none for full"),
-        ({"format": "vllm", "block_size": 16, "groups": [{"kind": "swa", "window": 8}]}, "multiple of the"),
+        (
+            {"format": "vllm", "block_size": 16, "groups": [{"kind": "chunked", "chunk": 40}]},
+            "line 1: cache group 0: expected chunks of a multiple of the block size",
+        ),
+        (
+            {"format": "vllm", "block_size": 16, "groups": [{"kind": "chunked"}]},
+            "expected a chunk for chunked",
+        ),
+        (
+            {"format": "vllm", "block_size": 16, "groups": [{"kind": "full", "chunk": 64}]},
+            "for no other kind",
+        ),
+        (
+            {"format": "vllm", "block_size": 16, "groups": [{"kind": "full", "cacheable": False}]},
+            "line 1: expected block_size",
+        ),
     ],
 )
 def test_a_header_without_a_layout_says_what_it_lacks(

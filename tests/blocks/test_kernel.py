@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from typing import Any
 
 import pytest
@@ -224,6 +225,31 @@ def test_an_unused_row_is_never_taken_for_a_key_that_looks_like_its_links() -> N
     assert ({7: 1, 0: 1}, None) == (dict(table.items(0)), table.check())
 
 
+def test_a_run_of_rows_ends_at_an_unused_one_that_looks_like_the_next_key() -> None:
+    table = KernelTable(compiled(), 1)
+    table.add(0, 0, [0], -1)
+    table.add(0, 0, [7, 8], -1)
+    table.discard(0, 0, [8])  # of whose row the links are 0 now
+
+    plan = ScorePlan(2, (None,), None, 1, 99, False)
+    assert {RANKS[0]: 2} == table.score([7, 0], plan, 1, RANKS)
+
+
+@pytest.mark.parametrize("run", [1, 6])
+def test_keys_of_one_tag_are_distinct_where_a_run_of_rows_starts(run: int) -> None:
+    """Whichever of them the index finds first; after long runs and short ones."""
+    twins = keys_of_one_tag(3, 77)
+    table = KernelTable(compiled(), 1)
+    chain = list(range(1, 1 + run))
+    for each in twins:
+        table.add(0, 0, [each], -1)
+        table.add(0, 1, [each + 10**6], -1)
+    table.add(0, 0, chain, -1)
+
+    plan = ScorePlan(run + 1, (None,), None, 1, 99, False)
+    assert [{RANKS[0]: run + 1}] * 3 == [table.score([*chain, each], plan, 1, RANKS) for each in twins]
+
+
 def test_chains_that_grow_into_unused_rows_leave_the_others_unused() -> None:
     """Blocks are stored behind ones that are held, so that rows leave the list of unused ones anywhere."""
     dice = random.Random(11)
@@ -242,7 +268,7 @@ def test_chains_that_grow_into_unused_rows_leave_the_others_unused() -> None:
     assert dict(tables[0].items(0)) == dict(tables[1].items(0))
 
 
-@pytest.mark.parametrize("table", [PythonTable(2), KernelTable(compiled(), 2)] if KERNEL else [])
+@pytest.mark.parametrize("table", [PythonTable(2), *([KernelTable(KERNEL, 2)] if KERNEL else [])])
 def test_what_a_rank_held_is_handed_out_as_of_one_moment(table: Table) -> None:
     """Rows move meanwhile: for longer masks, for more keys, and to give memory back."""
     dice = random.Random(5)
@@ -265,6 +291,27 @@ def test_what_a_rank_held_is_handed_out_as_of_one_moment(table: Table) -> None:
 def test_what_nobody_can_hold_is_no_place_in_memory(group: int, bit: int) -> None:
     with pytest.raises(ValueError, match=r"expected a (group|bit) of 0 to"):
         KernelTable(compiled(), 1).held(group, bit, 1)
+
+
+def test_hashes_are_ints_of_any_sequence_or_packed() -> None:
+    table, seven = KernelTable(compiled(), 1), array("Q", range(7))
+    kinds = [
+        list(seven),
+        tuple(seven),
+        range(7),
+        seven,
+        memoryview(seven),
+        memoryview(array("Q", range(14)))[::2],
+        array("I", range(7)),
+        seven.tobytes(),
+    ]
+    held = []
+    for bit, hashes in enumerate(kinds):
+        table.add(0, bit, hashes, -1)  # type: ignore[arg-type]
+        held.append(sorted(key for key, mask in table.items(0) if mask >> bit & 1))
+
+    every_second = list(range(0, 14, 2))
+    assert [every_second if at == 5 else list(range(7)) for at in range(len(kinds))] == held
 
 
 def test_a_bad_hash_changes_nothing() -> None:

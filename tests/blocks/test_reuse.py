@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.blocks.reuse import RULES, Needs, ReuseRule, resumable, rule_named
+from vswa_plugin.blocks.reuse import RULES, Needs, ReuseRule, is_hybrid, resumable, rule_named
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.testing.cases import ReuseCase, random_case
 from vswa_plugin.testing.walks import (
@@ -291,7 +291,7 @@ def test_exception_b_a_tied_sibling_that_came_first_is_matched_and_its_pages_may
 
 def test_rules_say_whether_they_have_been_run_against_the_engine() -> None:
     v1 = dict.fromkeys(("trtllm_v1", "trtllm_v1_contiguous"), "transcribed")
-    expected = {"trtllm_v2": "run", **v1, "vllm": "run"}
+    expected = {"trtllm_v2": "run", **v1, "vllm": "run", "vllm_hybrid": "run"}
 
     assert expected == {name: rule.provenance for name, rule in RULES.items()}
     assert list(RULES) == [rule.name for rule in RULES.values()]
@@ -307,21 +307,31 @@ def test_an_unknown_rule_lists_the_known_ones_and_a_given_one_is_found() -> None
     assert rule_named("mine", {"mine": RULES["vllm"]}) is RULES["vllm"]
 
 
+PLAIN_RULES = [rule for rule in RULES.values() if not is_hybrid(rule)]
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
-def test_a_window_that_is_no_multiple_of_the_block_size_is_refused(rule: ReuseRule) -> None:
+def test_only_tensorrt_llm_refuses_a_window_that_is_no_multiple_of_the_block_size(rule: ReuseRule) -> None:
     layout = CacheLayout((CacheGroup(0, 500, 32), CacheGroup(1, None, 32)), rule.name, "m")
     for ask in (lambda: rule.needs(layout, 100), lambda: resumable(rule, layout, {}, 100)):
-        with pytest.raises(ConfigError, match="window that is a multiple of the block size"):
+        if rule.name.startswith("trtllm"):
+            with pytest.raises(ConfigError, match="window that is a multiple of the block size"):
+                ask()
+        else:
             ask()
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
-def test_differing_block_sizes_are_refused(rule: ReuseRule) -> None:
-    layout = CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 16)), rule.name, "m")
+@pytest.mark.parametrize("rule", PLAIN_RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "other",
+    [CacheGroup(1, None, 16), CacheGroup(1, None, 32, "recurrent"), CacheGroup(1, 64, 32, drops_last=True)],
+)
+def test_what_only_a_hybrid_rule_knows_is_refused(rule: ReuseRule, other: CacheGroup) -> None:
+    layout = CacheLayout((CacheGroup(0, 512, 32), other), rule.name, "m")
     for ask in (
         lambda: rule.needs(layout, 100),
         lambda: rule.boundaries(layout, 100),
         lambda: resumable(rule, layout, {}, 100),
     ):
-        with pytest.raises(ConfigError, match=r"expected one block size for all cache groups, got \[16, 32"):
+        with pytest.raises(ConfigError, match=r"expected full and sliding groups of one block size, got 0: "):
             ask()

@@ -30,6 +30,7 @@ from tests.gemma3_engine_helpers import prompt_of, request_for, tokens_of
 from tests.gemma3_engine_helpers import small as small
 from tests.gemma3_transfer_helpers import FULL, OFFERED, Decode, Prefill, connect, expected_blocks
 from tests.router.test_forward import FakeCall
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import Unavailable
@@ -40,7 +41,7 @@ from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.pools import Model
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.events import Rank
 
@@ -135,7 +136,9 @@ def test_dynamos_frontend_alone_forgets_a_model_whose_decode_workers_have_all_go
             async with asyncio.timeout(25):
                 while UNKNOWN not in await refusals(cluster):
                     await asyncio.sleep(0.1)
-            assert 1 == len(await cluster.entries()), "the prefill worker is there"
+            entries = await cluster.entries()  # of all that use these brokers
+            modes = [each.mode for each in entries if each.namespace == cluster.settings.namespace]
+            assert ["prefill"] == modes, "the prefill worker is there"
             return await all_refusals(cluster)
 
     assert {UNKNOWN} == run(body())
@@ -197,8 +200,8 @@ class Workers:
 
 def forwarder_of(workers: Workers) -> Forwarder:
     decider = Decider(WindowIndex(), Weights(), namespaced_sequence_hashes)
-    forwarder = Forwarder(decider, Accuracy(), lambda _: True)
-    model = forwarder.models["m"] = Model("m", 8)
+    forwarder = Forwarder(decider, Promises(), lambda _: True)
+    model = forwarder.models["m"] = Model("m", Naming(8, 8))
     model.clients = dict.fromkeys(workers.instance_ids(), workers)  # type: ignore[arg-type]
     model.prefill.ranks, model.decode.ranks = (PREFILL,), (DECODE,)
     return forwarder

@@ -11,7 +11,6 @@ import pytest
 import vswa_plugins.gemma3_cpu.serving.options
 import vswa_plugins.tensorrt_llm.options
 
-from tests.cases import mended_by
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.worker.engine_args import load_engine_args
 
@@ -179,7 +178,6 @@ cache_transceiver_config: {backend: NIXL, max_tokens_in_buffer: %d}
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
-@mended_by(4, "the engine asserts this in its own words after minutes of loading")
 def test_a_transfer_buffer_that_is_no_whole_number_of_blocks_is_refused_before_the_engine_starts(
     tmp_path: Path, mode: str
 ) -> None:

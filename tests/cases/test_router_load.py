@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cases import mended_by
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Naming
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import RequestError
 from vswa_plugin.index import WindowIndex
@@ -35,7 +35,7 @@ def decider() -> tuple[Decider, Pool]:
     for rank in RANKS:
         index.join(rank, CacheLayout((CacheGroup(0, None, BLOCK),), "trtllm_v2", "m"))
     index.apply(RANKS[0], Stored(0, 0, None, tuple(namespaced_sequence_hashes(CACHED, BLOCK))))
-    pool = Pool("m", BLOCK, LoadBook(BLOCK), RANKS, TAINTS)
+    pool = Pool("m", Naming(BLOCK, BLOCK), LoadBook(BLOCK), RANKS, TAINTS)
     return Decider(index, Weights(), namespaced_sequence_hashes), pool
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.accuracy_helpers import adapter_for
-from tests.cases import mended_by
 from vswa_plugin.accuracy.replay import replay
 from vswa_plugin.accuracy.trace import open_trace
 from vswa_plugin.errors import ConfigError
@@ -154,13 +153,12 @@ def test_an_event_without_a_group_is_refused_where_there_are_several_groups(tmp_
 
 
 def test_a_header_with_a_layout_that_is_not_supported_is_refused_with_its_line(tmp_path: Path) -> None:
-    refusal = predicted(written(tmp_path, request(64, 0), groups=[{"kind": "swa", "window": 40}, FULL]))
+    refusal = predicted(written(tmp_path, request(64, 0), groups=[{"kind": "chunked", "chunk": 40}, FULL]))
 
     assert isinstance(refusal, str)
-    assert refusal.startswith("the trace, line 1: cache group 0: expected a window")
+    assert refusal.startswith("the trace, line 1: cache group 0: expected chunks of a multiple of the block")
 
 
-@mended_by(5, "a window that is no multiple of the block size is refused")
 def test_a_window_that_is_no_multiple_of_the_block_size_is_predicted_exactly(tmp_path: Path) -> None:
     window = {"kind": "swa", "window": 500}
     path = written(

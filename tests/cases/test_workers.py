@@ -20,7 +20,7 @@ from tests.e2e_helpers import get
 from tests.host_helpers import clock as clock
 from tests.host_helpers import failing
 from tests.host_helpers import host as host
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Naming
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EventAdapter
 from vswa_plugin.errors import ProtocolError
@@ -233,7 +233,7 @@ def _decided(host: PluginHost, method: str, tokens: list[int], *ranks: Rank) -> 
         index.join(rank, layout)
         index.apply(rank, Stored(0, 0, None, held))
     decider = Decider(index, Weights(), namespaced_sequence_hashes, None, random.Random(1))
-    pool = Pool("m", 32, LoadBook(32), ranks)
+    pool = Pool("m", Naming(32, 32), LoadBook(32), ranks)
 
     def decide() -> tuple[Rank, int]:
         decision = decider.decide(pool, {"token_ids": tokens})
@@ -304,7 +304,7 @@ def test_a_router_shows_the_failures_and_the_metrics_of_its_plugins(host: Plugin
 
     async def body() -> tuple[int, str]:
         router = Router(parse_router([], {}), host, FileRegistry(tmp_path), Life("test"))
-        router.decider.decide(Pool("m", 32, LoadBook(32), (Rank(1),)), {"token_ids": SHORT})
+        router.decider.decide(Pool("m", Naming(32, 32), LoadBook(32), (Rank(1),)), {"token_ids": SHORT})
         port = await router.server.start("127.0.0.1", 0)
         try:
             return await get(f"http://127.0.0.1:{port}/metrics")

@@ -15,6 +15,7 @@ from vswa_plugin import __version__
 from vswa_plugin import cli as commands
 from vswa_plugin.cli import BUILT_IN, built_in
 from vswa_plugin.cli.main import main
+from vswa_plugin.engine.predicted import RankSetup, SimulatedRank
 from vswa_plugin.errors import ConnectError, InvariantError, PluginError
 from vswa_plugin.hookspecs import hookimpl
 from vswa_plugin.hookspecs.commands import Command, Commands
@@ -277,6 +278,10 @@ def test_a_plugin_that_fails_half_way_adds_no_command_and_costs_no_other(tmp_pat
     assert ["hello"] == [each.name for each in added]
 
 
+def _no_rank(setup: RankSetup) -> SimulatedRank:
+    raise AssertionError("nothing is simulated")
+
+
 @pytest.mark.parametrize(
     ("name", "help", "configure", "run", "message"),
     [
@@ -291,7 +296,7 @@ def test_a_plugin_that_fails_half_way_adds_no_command_and_costs_no_other(tmp_pat
 def test_a_command_that_cannot_work_is_refused_at_once(
     name: str, help: str, configure: object, run: object, message: str
 ) -> None:
-    added = Commands("mine", {})
+    added = Commands("mine", {}, _no_rank)
     with pytest.raises(PluginError, match=message):
         added.add(name, help, configure, run)  # type: ignore[arg-type]
 

@@ -25,6 +25,7 @@ TRACE = Path(__file__).parents[1] / "data" / "trtllm-v2-gemma3-1b-head.jsonl.gz"
 #: Command -> what it needs besides the option that is tried, and stands before it.
 NEEDED = {
     "worker": ["--model-path", "{model}"],
+    "relay": ["--model-path", "{model}", "--events", "tcp://127.0.0.1:1"],
     "launch": ["agg_router", "--model-path", "{model}"],
     "explain": ["--token-ids", "1"],
     "completion": ["bash"],
@@ -97,6 +98,7 @@ def stops_where_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in (
         "asyncio.run",
         "vswa_plugin.worker.__main__.run_on_uvloop",
+        "vswa_plugin.relay.__main__.run_on_uvloop",
         "vswa_plugin.router.__main__.run_on_uvloop",
         "vswa_plugin.frontend.run_on_uvloop",
         "vswa_plugin.cli.accuracy_route._run_all",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 
 from tests.conftest import Brokers
 from tests.e2e_helpers import own_namespace
 from vswa_plugin.cli.main import main
 from vswa_plugin.launch.processes import free_port
+from vswa_plugin.wire.transport import Transport
 
 LOOKS = [
     ["index"],
@@ -64,6 +67,7 @@ def test_events_says_on_standard_error_that_it_waits_for_a_worker(
 ) -> None:
     monkeypatch.setenv("VSWA_REGISTRY", f"file:{tmp_path}")
     monkeypatch.setenv("NATS_SERVER", "nats://127.0.0.1:1")
+    monkeypatch.setattr(Transport, "connect", partialmethod(Transport.connect, timeout=0.5))
 
     assert 1 == main(["events"])
     assert "no worker is registered in" in capsys.readouterr().err

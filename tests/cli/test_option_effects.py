@@ -21,6 +21,12 @@ Output = pytest.CaptureFixture[str]
 #: Command line -> what is said. {model}, {trace} and {requests} stand for files that are fit to be used.
 NO_EFFECT = {
     "worker --model-path {model} --status-host ::1": "--status-host: expected --status-port with it",
+    "relay --model-path {model} --events tcp://h:1 --status-host ::1": "--status-host: expected",
+    "relay --model-path {model} --events tcp://h:1 --workers x": "--workers: expected no --events with it",
+    "relay --model-path {model} --replay tcp://h:1": "--replay: expected --events with it",
+    "relay --model-path {model} --worker-id 1": "--worker-id: expected --events with it",
+    "relay --model-path {model} --data-parallel-size 2": "--data-parallel-size: expected --events with it",
+    "relay --events tcp://h:1 --endpoint dyn://a.b.c --namespace a": "--endpoint: expected no --namespace",
     "router --http-host ::1": "--http-host: expected --http-port with it",
     "router --selector-only --served-model-name x": "--served-model-name: expected no --selector-only",
     "router --selector-only --drain-timeout 3": "--drain-timeout: expected no --selector-only with it",
@@ -52,6 +58,13 @@ NO_EFFECT = {
     "accuracy route forks --rate 1 --load 1": "--load: expected no --rate with it",
     "accuracy route {requests} --load 1": "--load: expected a made-up workload",
     "simulate --seed 1 --from {requests}": "--seed: expected no --from with it",
+    "simulate --prompt-len 9 --from {requests}": "--prompt-len: expected no --from with it",
+    "simulate --model gpt-oss --windows 64": "--windows: expected no --model with it, got gpt-oss",
+    "simulate --model gemma-4-31b --layers 3": "--layers: expected no --model with it, got gemma-4-31b",
+    "simulate --model gemma-4-31b --rule trtllm_v2": "--rule: expected no --model of vLLM with it",
+    "simulate --model gemma-4-31b --host-blocks 9": "--host-blocks: expected no --model of vLLM with it",
+    "simulate --model gemma-4-31b --block-size 9": "--block-size: expected none for gemma-4-31b",
+    "simulate --model gemma-4-31b --blocks global=9": "--blocks: expected a number of at least 1 with",
     "make-model /nowhere --layers 1 --window 64": "--window: expected --layers of at least 2 with it",
 }
 OUT_OF_RANGE = {
@@ -61,6 +74,16 @@ OUT_OF_RANGE = {
     "worker --model-path {model} --drain-timeout nan": "--drain-timeout: expected 0 seconds or more, got nan",
     "worker --model-path {model} --data-parallel-size 0": "--data-parallel-size: expected at least 1,",
     "worker --model-path {model} --taint=": "--taint: expected a name, got nothing",
+    "relay --model-path {model}": "--events: expected the address of a worker's KV events, or --workers",
+    "relay --events tcp://h:1": "--model-path: expected the directory or name of a model, got none",
+    "relay --model-path {model} --events tcp://*:1": "events: expected an address to connect to, such as",
+    "relay --model-path {model} --events tcp://h:1 --replay h:1": "replay: expected an address to connect to",
+    "relay --model-path {model} --events tcp://h:1 --engine no": "--engine: expected an engine whose workers",
+    "relay --model-path {model} --events tcp://h:1 --mode both": "--mode: unknown mode 'both'",
+    "relay --model-path {model} --events tcp://h:1 --worker-id -1": "expected a whole number, 0 or more",
+    "relay --model-path {model} --events tcp://h:1 --data-parallel-size 1025": "at most 1024, got 1025",
+    "relay --model-path {model} --events tcp://h:1 --status-port 65536": "expected a port from 0 to 65535",
+    "relay --model-path {model} --events tcp://h:1 --engine-options x": "expected a JSON object such as",
     "router --http-port -1": "--http-port: expected a port from 0 to 65535, got -1",
     "router --stale-grace -1": "--stale-grace: expected 0 seconds or more, got -1",
     "router --router-temperature -1": "router_temperature",
@@ -112,12 +135,28 @@ OUT_OF_RANGE = {
     "plugins --plugin-options /nowhere.yaml": "--plugin-options: expected a YAML or JSON file at /nowhere",
     "accuracy replay {trace} --plugin-options /nowhere.yaml": "--plugin-options: expected a YAML or JSON",
     "simulate --plugin-options /nowhere.yaml": "--plugin-options: expected a YAML or JSON file at /nowhere",
-    "simulate --workers 0": "--workers: expected a number of at least 1, got 0",
-    "simulate --requests -1": "--requests: expected a number of at least 1, got -1",
-    "simulate --chunk 0": "--chunk: expected a number of at least 1, got 0",
+    "simulate --workers 0": "--workers: expected a whole number of at least 1, got '0'",
+    "simulate --requests -1": "--requests: expected a whole number of at least 1, got '-1'",
+    "simulate --chunk 0": "--chunk: expected a whole number of at least 1, got '0'",
     "simulate --blocks -1": "--blocks: expected a number, or window=number for each, got '-1'",
-    "make-model /nowhere --seed -1": "--seed: expected a number, 0 or more, got -1",
-    "make-model /nowhere --context 0": "--context: expected a number of at least 1, got 0",
+    "make-model /nowhere --seed -1": "--seed: expected a whole number, 0 or more, got '-1'",
+    "make-model /nowhere --context 0": "--context: expected a whole number of at least 1, got '0'",
+    # Digits of another script, which Python reads as these.
+    "launch agg --http-port ٨٠٠٠": "--http-port: expected a port from 0 to 65535, got '٨٠٠٠'",
+    "worker --model-path {model} --status-port ٩": "--status-port: expected a whole number, got '٩'",
+    "worker --model-path {model} --stall-timeout ٩": "--stall-timeout: expected a number, got '٩'",
+    "worker --model-path {model} --heartbeat 1_0": "--heartbeat: expected a number, got '1_0'",
+    "router --http-port ٩": "--http-port: expected a whole number, got '٩'",
+    "router --stale-grace ٩": "--stale-grace: expected a number, got '٩'",
+    "router --router-temperature ٩": "--router-temperature: expected a number, got '٩'",
+    "index --timeout ٩": "--timeout: expected more than 0 seconds, got '٩'",
+    "accuracy route forks --seed ٩": "--seed: expected a whole number, got '٩'",
+    "accuracy route forks --sliding-share ٠": "--sliding-share: expected a number, got '٠'",
+    "accuracy replay {trace} --min-exact ١": "--min-exact: expected a number, got '١'",
+    "simulate --requests ٩": "--requests: expected a whole number of at least 1, got '٩'",
+    "simulate --seed ٩": "--seed: expected a whole number, 0 or more, got '٩'",
+    "make-model /nowhere --seed ٩": "--seed: expected a whole number, 0 or more, got '٩'",
+    "make-model /nowhere --layers ٩": "--layers: expected a whole number of at least 1, got '٩'",
 }
 
 
@@ -131,7 +170,7 @@ def no_program_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("was not refused")
 
     monkeypatch.setattr("asyncio.run", fail)
-    for module in ("worker.__main__", "router.__main__", "frontend"):
+    for module in ("worker.__main__", "relay.__main__", "router.__main__", "frontend"):
         monkeypatch.setattr(f"vswa_plugin.{module}.run_on_uvloop", fail)
     monkeypatch.setattr("vswa_plugin.cli.accuracy_route._run_all", fail)
     monkeypatch.setattr("vswa_plugin.cli.accuracy.replay_with", fail)

@@ -2,7 +2,7 @@
 
 Two models behind one router: ``gemma`` on a prefill and a decode engine, ``echo`` on two echo workers of each
 kind, which refuse, hang and die as they are told. Beside them a selector, an aggregated worker of two ranks
-with a host tier that feeds Dynamo's own router, and ``vswa index``.
+with a host tier that feeds Dynamo's own router, ``vswa index``, and a relay of one recorded vLLM.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from tests.cluster.test_router_http_process import url_of
 from tests.conftest import Brokers, Run
 from tests.e2e_helpers import eventually, get, status_url
 from tests.metrics_helpers import Family, documented, families_of, needs_promtool, promtool
+from tests.relay_helpers import Engine, Recording, url_in
 from tests.router_helpers import Stack, prompt_of
 from vswa_plugin.engine.outcomes import OUTCOMES
 from vswa_plugin.launch.processes import Child, free_port
 
 NAME = "pages"
-BESIDE = f"{NAME}-beside"
+BESIDE, RELAYED = f"{NAME}-beside", f"{NAME}-relayed"
 #: What no program here has: it takes the engine tensorrt_llm, whose own test looks at it.
 ELSEWHERE = {"vswa_engine_prompt_tokens_total", "vswa_engine_kv_events_total"}
 #: Asked of the echo workers: status, and how the router counts it. One that dies is moved by the frontend.
@@ -47,6 +48,8 @@ class Pages:
         self.stack = stack
         self.workers: dict[str, Child] = {}
         self.index_url = f"http://127.0.0.1:{free_port()}"
+        self.relayed = Engine()
+        self.relay: Child
 
     async def start(self) -> None:
         stack, folder = self.stack, self.stack.folder
@@ -70,16 +73,28 @@ class Pages:
             *(stack.echo("echo", mode=mode, component=f"echo-{mode}") for mode in ("prefill", "decode") * 2),
             stack.child("index", "vswa_plugin", "index", "--status-port", port),
         )
+        self.relay = await self._start_relay()
         for worker in self.workers.values():
             await worker.until(lambda worker=worker: _holds("serves '" in worker.log()), "serving", 60)
         await stack.shows("gemma", "echo")
         await eventually(lambda: stack.routers[0].log().count("joins") == 6, "all workers are used", 60)
 
+    async def _start_relay(self) -> Child:
+        recording = Recording("dense")
+        self.relayed.publish(recording.payloads[:3])
+        model = recording.write_model(self.stack.folder / "relayed")
+        options = self.relayed.options
+        where = ("--events", options["events"], "--replay", options["replay"], "--worker-id", "7001")
+        what = ("--model-path", str(model), "--engine-options", '{"block_size": 32}', "--namespace", RELAYED)
+        relay = await self.stack.child("relay", "vswa_plugin.relay", *where, *what, "--status-port", "0")
+        await relay.until(lambda: _holds("relayed as worker 7001" in relay.log()), "relaying", 30)
+        return relay
+
     async def urls(self) -> dict[str, str]:
         router, selector = self.stack.routers
         urls = {name: await status_url(child) for name, child in self.workers.items()}
         urls |= {"router": await url_of(router), "selector": await url_of(selector)}
-        return urls | {"index": self.index_url}
+        return urls | {"index": self.index_url, "relay": await url_in(self.relay, "status on ")}
 
     async def texts(self) -> dict[str, str]:
         return {name: (await get(f"{url}/metrics"))[1] for name, url in (await self.urls()).items()}
@@ -97,6 +112,7 @@ def pages(
         yield made
     finally:
         codes = run(stack.stop())
+        made.relayed.close()
     assert {code for name, code in codes.items() if name not in stack.killed} == {0}, codes
 
 
@@ -163,7 +179,7 @@ def test_build_info_names_engine_and_versions(run: Run[Any], pages: Pages) -> No
         assert sample.labels["dynamo_version"]
 
     workers = dict.fromkeys(("agg", "prefill", "decode"), ("worker", "gemma3_cpu"))
-    assert found == {**workers, **{name: (name, "") for name in ("router", "selector", "index")}}
+    assert found == {**workers, **{name: (name, "") for name in ("router", "selector", "index", "relay")}}
 
 
 def counts(page: str, program: str, **labels: str) -> tuple[float, dict[str, float], float]:

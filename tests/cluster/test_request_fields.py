@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from vswa_plugins.gemma3_cpu.serving.fields import FIELDS as GEMMA3_CPU
 from vswa_plugins.tensorrt_llm.fields import FIELDS as TENSORRT_LLM
+from vswa_plugins.vllm.fields import FIELDS as VLLM
 
 from tests.client_field_samples import BASE, CHAT, COMPLETIONS, SAMPLES, WORKER
 from tests.conftest import Brokers, Run
@@ -94,7 +95,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-TABLE = GEMMA3_CPU.uses.keys() | TENSORRT_LLM.uses.keys()
+TABLE = GEMMA3_CPU.uses.keys() | TENSORRT_LLM.uses.keys() | VLLM.uses.keys()
 OPENED = {path[:at] for path in TABLE for at, each in enumerate(path) if each == "."}
 
 
@@ -157,7 +158,7 @@ def test_the_frontend_does_with_each_field_what_the_table_says(
         assert field.name in text
     else:
         assert came, (status, text)
-        assert set() == changed - TABLE, "each of these is a row of the tables of both engines"
+        assert set() == changed - TABLE, "each of these is a row of the tables of the engines"
     if fate.kind == "passed":
         assert set(fate.paths) <= changed | {"model"}, changed
     if fate.kind == "dropped":
@@ -269,7 +270,11 @@ STRUCTS = {
     "PrefillResult": "prefill_result.",
 }
 #: Not of Dynamo's own struct: what other front doors may add.
-OTHERS = {"priority", "sampling_options.guided_decoding.json_object"}
+OTHERS = {
+    "priority",
+    "sampling_options.guided_decoding.json_object",
+    "sampling_options.skip_reading_prefix_cache",
+}
 
 
 def runtime_counts() -> dict[str, set[int]]:
@@ -287,7 +292,9 @@ def runtime_counts() -> dict[str, set[int]]:
         data.close()
 
 
-@pytest.mark.parametrize("table", [GEMMA3_CPU, TENSORRT_LLM], ids=["gemma3_cpu", "tensorrt_llm"])
+@pytest.mark.parametrize(
+    "table", [GEMMA3_CPU, TENSORRT_LLM, VLLM], ids=["gemma3_cpu", "tensorrt_llm", "vllm"]
+)
 def test_every_field_of_the_runtimes_structs_is_in_the_table(table: Any) -> None:
     counts = {}
     for name, prefix in STRUCTS.items():

@@ -93,7 +93,7 @@ def test_the_worker_that_was_selected_serves_and_reuses_what_was_predicted(
                 found.append(await gateway.ask(prompt, by, allowed_worker_ids=[worker_id]))
                 await eventually(lambda text=prompt: gateway.knows(text), "its blocks are known")
                 found.append(await gateway.ask(prompt))
-            assert sum(counts.exact for counts in selector.accuracy.ranks.values()) == 4
+            assert sum(counts.exact for counts in selector.promises.ranks.values()) == 4
             return found
 
     found = run(body())
@@ -132,8 +132,8 @@ def test_prefill_and_decode_ranks_that_were_selected_serve_and_reuse_what_was_pr
                 for _ in range(3):
                     found.append(await gateway.ask(prompt, by, decode_worker_id=decoder, dp_rank=1))
                     await eventually(lambda text=prompt: gateway.knows(text), "its blocks are known")
-            assert sum(counts.exact for counts in selector.accuracy.ranks.values()) == 6
-            assert not any(len(pool.book) for pool in selector.selection.pools())
+            assert sum(counts.exact for counts in selector.promises.ranks.values()) == 6
+            assert not any(len(pool.book) for pool in selector.choices.pools())
             return found
 
     found = run(body())

@@ -106,7 +106,7 @@ class TestAcceptsAnything(_Suite):
 
     @pytest.fixture
     def refused(self) -> Sequence[CacheLayout]:
-        return [CacheLayout((CacheGroup(0, 10, 4), CacheGroup(1, None, 4)), Sound.name, "m")]
+        return [CacheLayout((CacheGroup(0, 8, 4), CacheGroup(1, None, 8)), Sound.name, "m")]
 
 
 class TestFailsOtherwise(_Suite):
@@ -126,5 +126,6 @@ class TestOneBlockTooFew(_Suite):
 
     class kind(Sound):
         @staticmethod
-        def _trailing(window: int, block_size: int) -> int:
-            return max(1, Vllm._trailing(window, block_size) - 1)
+        def _trailing(group: CacheGroup) -> int | None:
+            blocks = Vllm._trailing(group)
+            return None if blocks is None else max(1, blocks - 1)

@@ -9,7 +9,7 @@ from vswa_plugins.vllm_events import VllmEventAdapter
 
 from tests import vllm_events_helpers as vllm
 from tests.trtllm_events_helpers import LAYOUT, ONE, TWO, Engine, block
-from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import EventAdapter
 from vswa_plugin.testing.conformance import EventAdapterConformance
 
@@ -66,6 +66,24 @@ class TestVllmEvents(EventAdapterConformance):
 
     def new_adapter(self) -> EventAdapter:
         return VllmEventAdapter(self.layout)
+
+
+class TestVllmEventsOfBlocksOfTwoUnits(TestVllmEvents):
+    """Full blocks of two letters, sliding ones of one."""
+
+    layout = CacheLayout(
+        (CacheGroup(0, None, 2 * vllm.SIZE), CacheGroup(1, 8, vllm.SIZE)), "vllm_hybrid", "m"
+    )
+    samples = [  # noqa: RUF012
+        vllm.stored("abcd", listed=(1, 3), block_size=2 * vllm.SIZE),
+        vllm.stored("abcd", group=1, listed=(1, 2)),
+        vllm.stored("abcde", 4, kv_cache_spec_kind="full_attention"),
+        vllm.stored("abcde", 4, group=1, kv_cache_spec_kind="sliding_window", kv_cache_spec_sliding_window=8),
+        vllm.removed("abc", group=1),
+        vllm.removed("abcd", "ab"),
+        vllm.CLEARED,
+        vllm.stored("b", group=1),
+    ]
 
 
 class TestVllmEventsBefore024(TestVllmEvents):

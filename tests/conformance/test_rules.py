@@ -11,8 +11,8 @@ import pytest
 
 from tests.blocks.test_reuse import exception_of
 from tests.index_helpers import HalfTokens
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, is_hybrid, rule_named
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.testing.cases import ReuseCase, random_layout
 from vswa_plugin.testing.rules import ReuseRuleConformance, ReuseWalk
@@ -59,7 +59,9 @@ class TestBuiltInRules(_OfOurs):
 
     @pytest.fixture
     def refused(self, rule: ReuseRule) -> Sequence[CacheLayout]:
-        return [CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 16)), rule.name, "m")]
+        mixed = CacheLayout((CacheGroup(0, 512, 32), CacheGroup(1, None, 16)), rule.name, "m")
+        inside = msgspec.structs.replace(mixed, resumption=Resumption(16, 16, partial=True))
+        return [inside if is_hybrid(rule) else mixed]
 
     @pytest.fixture
     def walk(self, rule: ReuseRule) -> ReuseWalk:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import examples
+from vswa_plugin.engine import option_files
 from vswa_plugin.engine.option_files import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -72,7 +73,6 @@ YAML = {
     "a: 1.0e+999": "a number beyond the range of floats",
     'a: {b: "\\ud800"}': "half a character",
     '"a\\udfff": 1': "half a character",
-    "a: [" + "1," * 2 * MAX_VALUES + "]": f"more than {MAX_VALUES} values",
     "a: &a 1\n" + "".join(f"b{n}: " + "[" * 2 + "]" * 2 + "\n" for n in range(9)) + "a: 2": "'a' twice",
 }
 
@@ -80,6 +80,13 @@ YAML = {
 @pytest.mark.parametrize("content", YAML, ids=[text[:20] for text in YAML])
 def test_what_a_yaml_file_may_not_hold_is_refused_in_a_line(tmp_path: Path, content: str) -> None:
     assert YAML[content] in refusal(tmp_path, content)
+
+
+def test_a_yaml_file_of_too_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_VALUES == option_files.MAX_VALUES >= 50_000
+    monkeypatch.setattr(option_files, "MAX_VALUES", 1000)
+
+    assert "more than 1000 values" in refusal(tmp_path, "a: [" + "1," * 2000 + "]")
 
 
 def test_aliases_of_aliases_are_counted_as_what_they_stand_for(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from vswa_plugins.gemma3_cpu.serving.fields import FIELDS as GEMMA3_CPU
 from vswa_plugins.tensorrt_llm.fields import FIELDS as TENSORRT_LLM
+from vswa_plugins.vllm.fields import FIELDS as VLLM
 
 from tests.fields_page import page
 from vswa_plugin.engine import SHARED, FieldUses, client_name, ignored, refused, used
 from vswa_plugin.errors import InvalidRequest
 from vswa_plugin.testing.engine import FIELDS as STANDIN
 
-TABLES = {"gemma3_cpu": GEMMA3_CPU, "tensorrt_llm": TENSORRT_LLM, "standin": STANDIN}
+TABLES = {"gemma3_cpu": GEMMA3_CPU, "tensorrt_llm": TENSORRT_LLM, "vllm": VLLM, "standin": STANDIN}
 
 
 def refusal(request: dict[str, Any], table: FieldUses = GEMMA3_CPU) -> str:

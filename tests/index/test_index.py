@@ -163,7 +163,7 @@ def test_a_rank_that_never_joined_is_refused(kernel: bool) -> None:
         (CacheLayout(groups(4), "trtlm_v2", "m"), "did you mean 'trtllm_v2'"),
         (CacheLayout((), "vllm", "m"), "at least one cache group"),
         (CacheLayout((CacheGroup(0, None, 2), CacheGroup(1, 4, 4)), "vllm", "m"), "one block size"),
-        (CacheLayout(groups(5), "vllm", "m"), "multiple of the block size"),
+        (CacheLayout(groups(5), "trtllm_v2", "m"), "multiple of the block size"),
     ],
 )
 def test_a_layout_that_cannot_be_used_leaves_all_as_it_was(

@@ -58,6 +58,9 @@ def test_a_worker_gets_as_many_as_its_parallel_sizes_need(model_dir: Path, tmp_p
     )
     assert [("0,1", "2,3")] == both
     assert 1 == gpus_needed({"tensor_parallel_size": "two"})
+    assert 6 == gpus_needed({"tensor_parallel_size": 2, "data_parallel_size": 3}), (
+        "vLLM's ranks have GPUs each"
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,8 +76,12 @@ def test_a_worker_gets_as_many_as_its_parallel_sizes_need(model_dir: Path, tmp_p
             {VISIBLE: "0,1"},
             rf"^{VISIBLE}: expected 8 GPUs, 4 for each of 2 agg workers .* got 2.* unset it",
         ),
-        (["disagg"], {PREFILL: "0", DECODE: "1,1"}, rf"^{DECODE}: expected different GPUs, got 1,1"),
-        (["disagg"], {PREFILL: ",", DECODE: "1"}, rf"^{PREFILL}: expected different GPUs, got ,"),
+        (["disagg"], {PREFILL: "0", DECODE: "1,1"}, rf"^{DECODE}: expected different GPUs, got 1, 1"),
+        (["disagg"], {PREFILL: "0", DECODE: "1,2,1"}, rf"^{DECODE}: expected different GPUs, got 1, 2, 1"),
+        (["disagg"], {VISIBLE: "0,0,1"}, rf"^{VISIBLE}: expected different GPUs, got 0, 0, 1"),
+        (["disagg"], {PREFILL: ",", DECODE: "1"}, rf"^{PREFILL}: expected numbers or UUIDs .*, got ','"),
+        (["disagg"], {PREFILL: "0-3", DECODE: "4"}, rf"^{PREFILL}: .* got '0-3'; unset it for an engine on"),
+        (["disagg"], {PREFILL: "-1", DECODE: "4"}, rf"^{PREFILL}: expected numbers or UUIDs .* got '-1'"),
         (["disagg"], {VISIBLE: "0", DECODE: "0"}, None),
     ],
 )
@@ -86,6 +93,25 @@ def test_too_few_are_refused_with_the_numbers(
         return
     with pytest.raises(ConfigError, match=message):
         sets(model_dir, *argv, **environ)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        ("GPU-1b2c-1234-1-1,GPU-2", ("GPU-1b2c-1234-1-1", "GPU-2")),
+        ("MIG-12345678-1234-1234-1234-123456789012", ("MIG-12345678-1234-1234-1234-123456789012",)),
+        ("MIG-GPU-1-1/1/0,0", ("MIG-GPU-1-1/1/0", "0")),
+        ("0,,1", ("0",)),
+        (" 3 , 2", ("3", "2")),
+        ("-1,0", ()),
+        ("2,-1,0", ("2",)),
+        ("none", ()),
+        ("NoDevFiles", ()),
+        ("0-3", ()),
+    ],
+)
+def test_gpus_are_seen_as_cuda_sees_them(named: str, seen: tuple[str, ...]) -> None:
+    assert seen == visible_gpus({VISIBLE: named})
 
 
 def test_the_machines_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:

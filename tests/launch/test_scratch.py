@@ -152,7 +152,7 @@ def test_a_program_that_ends_leaves_neither_processes_nor_its_folder() -> None:
 def test_the_folder_of_a_program_that_lives_stays_and_so_does_what_is_not_ours(folders: Path) -> None:
     (folders / "vswa-of-somebody").mkdir()
     with owner() as (_, folder, started):
-        sweep()
+        sweep(Path(os.environ["TMPDIR"]))
 
         assert folder.is_dir()
         assert left_of(started, 0) == started
@@ -182,7 +182,7 @@ def test_a_failure_keeps_the_logs_and_says_where() -> None:
 
     assert raised.value.__notes__ == [f"logs are kept in {opened.path}"]
     assert sorted(each.name for each in opened.path.iterdir()) == ["worker-0.log", "worker-0.log.1"]
-    sweep()
+    sweep(Path(os.environ["TMPDIR"]))
     assert opened.path.is_dir()
 
 

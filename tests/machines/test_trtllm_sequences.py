@@ -180,5 +180,5 @@ def _block(name: int, tokens: list[int], level: int) -> dict[str, Any]:
 def test_any_sequence_of_events_is_followed_or_refused(rule_name: str) -> None:
     machine = type("Machine", (TrtllmMachine,), {"rule_name": rule_name})
     run_state_machine_as_test(
-        machine, settings=examples(400, stateful_step_count=25, suppress_health_check=list(HealthCheck))
+        machine, settings=examples(150, stateful_step_count=25, suppress_health_check=list(HealthCheck))
     )

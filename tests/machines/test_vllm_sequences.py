@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
@@ -15,6 +16,7 @@ from tests.machines.event_sequences import (
     BLOCK,
     GLOBAL,
     LETTERS,
+    MOST_LINES,
     SLIDING,
     WINDOW,
     EventMachine,
@@ -23,8 +25,10 @@ from tests.machines.event_sequences import (
     letters,
 )
 from tests.properties import examples
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
 from vswa_plugin.engine.contract import EventAdapter
+from vswa_plugin.errors import ProtocolError
+from vswa_plugin.testing.adapter_checks import bounded
 
 
 def tokens_of(chain: Sequence[str]) -> list[int]:
@@ -37,12 +41,14 @@ def other_tokens(chain: Sequence[str]) -> list[int]:
 
 
 def true_names(chain: Sequence[str]) -> list[int]:
-    digests = chained(ROOT, [tuple(tokens_of(letter)) for letter in chain])
-    return [int(published(digest, 0)) for digest in digests]
+    return [int(published(digest)) for digest in chained(ROOT, tokens_of(chain), BLOCK, 0)]
 
 
 class VllmMachine(EventMachine):
     layout = CacheLayout((CacheGroup(SLIDING, WINDOW, BLOCK), CacheGroup(GLOBAL, None, BLOCK)), "vllm", "m")
+
+    adapter: VllmEventAdapter
+    prompts_wait = 0
 
     def new_adapter(self) -> EventAdapter:
         return VllmEventAdapter(self.layout)
@@ -111,6 +117,28 @@ class VllmMachine(EventMachine):
             kind = {"kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": window}  # type: ignore[dict-item]
         self.store(group, None, [ord(letter)], other_tokens(letter), **kind)
 
+    @rule(chain=chains, tail=st.integers(0, BLOCK - 1), salt=st.sampled_from([None, None, "salt"]))
+    def a_prompt_goes_to_the_engine(self, chain: list[str], tail: int, salt: str | None) -> None:
+        tokens = [*tokens_of(chain), *range(tail)]
+        bounded(lambda: self.adapter.prompt(tokens, salt, None), MOST_LINES)
+        self.prompts_wait += 1
+        if self.prompts_wait > 3:  # a worker does it while it has nothing else to do
+            self.some_of_it_is_hashed()
+
+    @rule()
+    def some_of_it_is_hashed(self) -> None:
+        bounded(self.adapter.prepare, MOST_LINES)
+        self.prompts_wait = 0
+
+    @rule()
+    def no_more_events_are_there(self) -> None:
+        try:
+            events = bounded(self.adapter.settle, 5 * MOST_LINES)
+        except ProtocolError as error:
+            self.lose(str(error))
+        else:
+            self.take(events)
+
     @rule()
     def clear(self) -> None:
         self.feed({"type": "AllBlocksCleared"})
@@ -132,7 +160,7 @@ class VllmMachine(EventMachine):
     @rule(got=st.integers(0, 5))
     def batches_are_lost(self, got: int) -> None:
         self.said.clear()
-        self.take(self.adapter.lost(3, got))  # type: ignore[attr-defined]
+        self.take(self.adapter.lost(3, got))
 
     @rule(chain=st.permutations(LETTERS).map(lambda order: order[:3]))
     def after_a_loss_all_is_followed(self, chain: list[str]) -> None:
@@ -147,7 +175,59 @@ class VllmMachine(EventMachine):
             assert 0 == self.ledger.residency.counts()[group]
 
 
-def test_any_sequence_of_events_is_followed_or_refused() -> None:
+class SparseMachine(VllmMachine):
+    """No group names every block: names are computed, of prompts too."""
+
+    layout = CacheLayout((CacheGroup(SLIDING, WINDOW, BLOCK), CacheGroup(GLOBAL, 8, BLOCK)), "vllm", "m")
+
+    @rule(chain=st.permutations(LETTERS).map(lambda order: order[:4]), group=groups)
+    def what_only_a_prompt_names_is_held(self, chain: list[str], group: int) -> None:
+        self.batches_are_lost(5)
+        self.a_prompt_goes_to_the_engine(chain, 1, None)
+        *_, above, last = true_names(chain)
+        self.store(group, above, [last], tokens_of(chain[-1]))
+        self.no_more_events_are_there()
+
+        # The names of letters are none that sha256 gives: where they came first nothing is computed.
+        held = {name for name, _ in self.ledger.residency.frozen()[group]}
+        assert {last} == held or not self.adapter.wants_prompts
+
+
+class HybridMachine(VllmMachine):
+    """Blocks of two units, and entries of one inside them; a state in place of a window."""
+
+    layout = CacheLayout(
+        (CacheGroup(SLIDING, None, 2 * BLOCK, "recurrent"), CacheGroup(GLOBAL, None, 2 * BLOCK)),
+        "vllm_hybrid",
+        "m",
+        resumption=Resumption(2 * BLOCK, BLOCK),
+    )
+
+    @rule(
+        group=groups,
+        chain=st.permutations(LETTERS).map(lambda order: order[:4]),
+        start=st.sampled_from([0, 2]),
+        listed=st.sampled_from([[], [1], [3], [1, 3]]),
+    )
+    def store_blocks_of_two_units(
+        self, group: int, chain: list[str], start: int, listed: Sequence[int]
+    ) -> None:
+        names = true_names(chain)
+        kept = [names[at] for at in listed if at >= start]
+        parent = names[start - 1] if start else None
+        self.store(group, parent, kept, tokens_of(chain[start:]), block_size=2 * BLOCK)
+
+    @rule(group=groups, chain=chains, ahead=st.lists(st.lists(st.integers(0, 9), max_size=60), max_size=60))
+    def tokens_that_no_layout_states(self, group: int, chain: list[str], ahead: list[list[int]]) -> None:
+        self.store(group, None, true_names(chain), tokens_of(chain), lookahead_token_ids=ahead)
+
+    @rule(group=groups, letter=letters, kind=st.sampled_from(["mamba", "full_attention", "a_later_kind"]))
+    def another_kind(self, group: int, letter: str, kind: str) -> None:
+        self.store(group, None, true_names(letter), tokens_of(letter), kv_cache_spec_kind=kind)
+
+
+@pytest.mark.parametrize("machine", [VllmMachine, SparseMachine, HybridMachine])
+def test_any_sequence_of_events_is_followed_or_refused(machine: type[VllmMachine]) -> None:
     run_state_machine_as_test(
-        VllmMachine, settings=examples(400, stateful_step_count=25, suppress_health_check=list(HealthCheck))
+        machine, settings=examples(150, stateful_step_count=25, suppress_health_check=list(HealthCheck))
     )

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.program.addresses import check_address
+from vswa_plugin.program.addresses import check_address, http_url, local_url
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,21 @@ def test_a_host_that_is_no_address_of_this_machine_is_refused_by_its_option(host
 
     assert str(refused.value).startswith("--status-host: expected an address of this machine, got ")
     assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:9"),
+        ("0.0.0.0", "http://127.0.0.1:9"),
+        ("10.0.0.0", "http://10.0.0.0:9"),
+        ("host", "http://host:9"),
+        ("::1", "http://[::1]:9"),
+        ("::", "http://[::1]:9"),
+    ],
+)
+def test_an_ipv6_address_is_in_brackets_and_all_addresses_are_reached_at_the_local_one(
+    host: str, url: str
+) -> None:
+    assert url == local_url(host, 9)
+    assert (url == http_url(host, 9)) is (host not in ("0.0.0.0", "::"))

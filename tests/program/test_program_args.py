@@ -12,6 +12,7 @@ import pytest
 from vswa_plugin import frontend
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.program.args import ENVIRONMENT_HELP
+from vswa_plugin.program.run import CommandLineRefused, Parser
 from vswa_plugin.router import args as router_args
 from vswa_plugin.worker import args as worker_args
 
@@ -66,6 +67,22 @@ def test_defaults_are_alike(parse: Parse, environ: dict[str, str]) -> None:
 def test_what_is_wrong_is_refused_alike(parse: Parse, argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse(*argv)
+
+
+@pytest.mark.parametrize("option", ["--registry", "--heartbeat", "--plugin", "--log-level"])
+def test_two_dashes_are_no_value(parse: Parse, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CommandLineRefused) as refused:
+        parse(f"{option}=--")
+
+    assert f"argument {option}: expected a value, got '--'" == refused.value.message
+    assert 1 == capsys.readouterr().err.count("\n")
+
+
+def test_what_stands_behind_two_dashes_is_no_option() -> None:
+    made = Parser()
+    made.add_argument("words", nargs="*")
+
+    assert ["--a=--"] == made.parse_args(["--", "--a=--"]).words
 
 
 @pytest.mark.parametrize("made", [worker_args.parser(), router_args.parser()], ids=["worker", "router"])

@@ -38,13 +38,13 @@ class DirectAdapter:
 class Harness:
     """A publisher with a broker made of a list."""
 
-    def __init__(self, options: PublisherOptions | None = None) -> None:
+    def __init__(self, options: PublisherOptions | None = None, adapter: DirectAdapter | None = None) -> None:
         self.sent: list[Batch] = []
         self.observed: list[Batch] = []
         self.broker_away = False
         self.publisher = Publisher(
             SOURCE,
-            DirectAdapter(),
+            adapter or DirectAdapter(),
             Residency(LAYOUT),
             self.send,
             lambda _, batch: self.observed.append(batch),

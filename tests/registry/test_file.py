@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -253,7 +252,8 @@ def test_an_idle_watcher_of_a_hundred_workers_costs_little(run: Run[Any], backen
         ({"VSWA_REGISTRY": "file:x"}, f"directory {Path.cwd()}/x/{FOLDER}"),
         ({"VSWA_REGISTRY": "file", "DYN_FILE_KV": "/kv"}, f"directory /kv/{FOLDER}"),
         ({"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": "/kv"}, f"directory /kv/{FOLDER}"),
-        ({"DYN_DISCOVERY_BACKEND": "file"}, f"directory {tempfile.gettempdir()}/dynamo_store_kv/{FOLDER}"),
+        ({"DYN_DISCOVERY_BACKEND": "file"}, f"directory /tmp/dynamo_store_kv/{FOLDER}"),
+        ({"DYN_DISCOVERY_BACKEND": "file", "TMPDIR": "/no"}, f"directory /no/dynamo_store_kv/{FOLDER}"),
         ({"DYN_DISCOVERY_BACKEND": "file", "VSWA_REGISTRY": "etcd"}, "etcd at 127.0.0.1:2379"),
         ({"DYN_DISCOVERY_BACKEND": "kv_store"}, "etcd at 127.0.0.1:2379"),
         ({"DYN_DISCOVERY_BACKEND": "mem", "VSWA_REGISTRY": "file:/x"}, f"directory /x/{FOLDER}"),

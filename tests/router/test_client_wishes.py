@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import examples
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Naming
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import ConfigError, InvalidRequest, RequestError
 from vswa_plugin.index import WindowIndex
@@ -138,7 +138,7 @@ def test_it_is_obeyed_at_a_finite_cost_or_refused_and_booked_nowhere(
     requests: list[dict[str, Any]], weights: Weights, phase: str, seed: int
 ) -> None:
     by, book = decider(weights.check(), seed)
-    pool = Pool("m", BLOCK, book, RANKS, TAINTS, phase)
+    pool = Pool("m", Naming(BLOCK, BLOCK), book, RANKS, TAINTS, phase)
     decided = 0
     for request in requests:
         try:
@@ -165,7 +165,7 @@ def test_an_override_is_obeyed_in_its_range_and_refused_by_name_outside_whatever
     for _ in range(3):
         request = {"token_ids": [*CACHED, *[5] * 99], "router_config_override": override}
         try:
-            cost = by.decide(Pool("m", BLOCK, book, RANKS, TAINTS), request).cost
+            cost = by.decide(Pool("m", Naming(BLOCK, BLOCK), book, RANKS, TAINTS), request).cost
         except InvalidRequest as error:
             assert too_large, error
             assert str(error).startswith("router_config_override.")
@@ -184,7 +184,7 @@ def test_a_knob_out_of_its_range_is_refused_by_name_in_requests_and_in_the_confi
         with pytest.raises(
             InvalidRequest, match=rf"router_config_override\.{name}: expected .* at most 1e\+09"
         ):
-            by.decide(Pool("m", BLOCK, book, RANKS), request)
+            by.decide(Pool("m", Naming(BLOCK, BLOCK), book, RANKS), request)
     with pytest.raises(ConfigError, match=r"router_temperature: expected a finite number"):
         Weights(router_temperature=value).check()
 
@@ -212,7 +212,7 @@ def test_a_wish_that_cannot_be_read_is_refused_by_its_name(wishes: dict[str, Any
     by, book = decider(Weights(), 0)
 
     with pytest.raises(InvalidRequest, match=named):
-        by.decide(Pool("m", BLOCK, book, RANKS), {"token_ids": CACHED, **wishes})
+        by.decide(Pool("m", Naming(BLOCK, BLOCK), book, RANKS), {"token_ids": CACHED, **wishes})
 
 
 def test_every_wish_of_dynamos_constraints_is_known() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Naming
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.errors import InvalidRequest
 from vswa_plugin.index import WindowIndex
@@ -31,7 +31,7 @@ class Setting:
         self.index = WindowIndex()
         for rank in (A, B, C):
             self.index.join(rank, LAYOUT)
-        self.pool = Pool("m", 16, LoadBook(16), (A, B, C))
+        self.pool = Pool("m", Naming(16, 16), LoadBook(16), (A, B, C))
         self.decider = Decider(
             self.index, Weights(**weights), namespaced_sequence_hashes, hooks, random.Random(3)
         )

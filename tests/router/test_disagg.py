@@ -10,6 +10,7 @@ import pytest
 from tests.router.test_decide import Prefers
 from tests.router.test_forward import FakeCall, run
 from tests.router_disagg_helpers import AGG, D1, D2, LAST, P1, P2, PROMPT, Served, computed, usage
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import Unavailable
 from vswa_plugin.router.pools import Model
@@ -36,8 +37,8 @@ def test_prefill_computes_the_prompt_and_decode_gets_what_it_hands_over_as_it_is
         assert told["stop_conditions"] == {"max_tokens": 50, "min_tokens": 4}
         assert (told["token_ids"], told["extra_args"]) == (PROMPT, {"a": 1})
         assert served.idle()
-        assert served.forwarder.counts.ended["m", "completed"] == served.accuracy.ranks[P2].exact == 1
-        assert D2 not in served.accuracy.ranks, "what it was handed is not what was promised"
+        assert served.forwarder.counts.ended["m", "completed"] == served.promises.ranks[P2].exact == 1
+        assert D2 not in served.promises.ranks, "what it was handed is not what was promised"
 
     run(body())
 
@@ -52,7 +53,7 @@ def test_what_was_cached_is_read_from_the_usage_or_beside_what_is_handed_over(
     async def body() -> None:
         served = Served({11: [last], 12: [last]})
         assert (await served.all())[-1]["completion_usage"] == usage(cached)
-        assert [rank.actual_tokens for rank in served.accuracy.ranks.values()] == [cached]
+        assert [rank.actual_tokens for rank in served.promises.ranks.values()] == [cached]
 
     run(body())
 
@@ -61,7 +62,7 @@ def test_a_prefill_worker_that_says_nothing_of_its_cache_leaves_the_usage_as_it_
     async def body() -> None:
         served = Served({11: [computed(None)], 12: [computed(None)]})
         assert (await served.all())[-1] == LAST
-        assert [rank.unreported for rank in served.accuracy.ranks.values()] == [1]
+        assert [rank.unreported for rank in served.promises.ranks.values()] == [1]
 
     run(body())
 
@@ -205,7 +206,7 @@ def test_aggregated_workers_beside_them_serve_while_one_kind_is_away() -> None:
 
 
 def test_a_model_can_be_served_by_aggregated_workers_or_by_one_of_each_kind() -> None:
-    model = Model("m", 16)
+    model = Model("m", Naming(16, 16))
     assert model.missing() == "no worker serves this model right now"
     model.prefill.ranks = (P1,)
     assert "--mode decode" in str(model.missing())

@@ -164,7 +164,7 @@ def test_an_answer_that_a_prefill_worker_ends_itself_is_the_clients() -> None:
             assert (chunk["finish_reason"], chunk["token_ids"]) == (reason, [9])
             assert "disaggregated_params" not in chunk
             assert served.idle()
-            assert bool(served.accuracy.ranks) is (reason == "stop")
+            assert bool(served.promises.ranks) is (reason == "stop")
 
     run(body())
 

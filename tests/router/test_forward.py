@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.dynamo.client import WorkerHttpError, namespaced_sequence_hashes
 from vswa_plugin.engine.contract import ChunkDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, Unavailable
@@ -15,7 +16,7 @@ from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.pools import Model
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.selection import Load, NoCandidate, Weights
 from vswa_plugin.wire.events import Rank
 
@@ -78,11 +79,11 @@ class Served:
     def __init__(
         self, *steps: Step, live: Callable[[Rank], bool] = lambda rank: True, **weights: Any
     ) -> None:
-        self.accuracy = Accuracy()
+        self.promises = Promises()
         decider = Decider(WindowIndex(), Weights(**weights), namespaced_sequence_hashes)
-        self.forwarder = Forwarder(decider, self.accuracy, live)
+        self.forwarder = Forwarder(decider, self.promises, live)
         self.client = FakeClient(*steps)
-        self.model = self.forwarder.models["m"] = Model("m", 16)
+        self.model = self.forwarder.models["m"] = Model("m", Naming(16, 16))
         self.model.clients = {1: self.client, 2: self.client}  # type: ignore[dict-item]
         self.model.pool.ranks = (A, B)
         self.book = self.model.pool.book
@@ -114,7 +115,7 @@ def test_chunks_pass_as_they_are_and_the_worker_gets_the_request_with_its_dp_ran
         assert (forwarded["token_ids"], forwarded["extra_args"]) == (PROMPT, {"a": 1})
         assert served.idle()
         assert served.forwarder.counts.ended == {("m", "completed"): 1}
-        assert served.accuracy.ranks[B].exact == 1
+        assert served.promises.ranks[B].exact == 1
 
     run(body())
 
@@ -218,7 +219,7 @@ def test_a_promise_is_judged_by_whether_the_view_was_live_when_the_rank_was_chos
             await anext(chunks)
             live[A] = live[B] = True  # too late for this one
             assert [LAST] == [chunk async for chunk in chunks]
-        recent = served.accuracy._recent
+        recent = served.promises._recent
         assert [False, True] == [each.live for worker_id in (1, 2) for each in recent[worker_id]]
 
     run(body())
@@ -302,10 +303,10 @@ def test_unfinished_requests_are_not_compared_and_unreported_ones_are_counted_ap
     async def body() -> None:
         served = Served({**LAST, "finish_reason": "cancelled"})
         await served.all()
-        assert not served.accuracy.ranks
+        assert not served.promises.ranks
         served.client.steps = ({"token_ids": [7], "finish_reason": "stop"},)
         await served.all()
-        assert served.accuracy.ranks[A].unreported == 1
+        assert served.promises.ranks[A].unreported == 1
 
     run(body())
 

@@ -107,7 +107,7 @@ def test_what_global_only_would_promise_is_the_unbroken_start_of_the_widest_grou
             assert by_hand == {A: ((0, 3),), A1: ((1, 3),), B: ((0, 8),)}
             return global_only(api.fleet.index, HASHES, "m")
 
-    assert run(body()) == {A: 3, B: 8}
+    assert run(body()) == {A: 48, B: 128}
     assert global_only(index, HASHES, "m") == {}
 
 

@@ -19,7 +19,7 @@ from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.models import Models, card_of
 from vswa_plugin.router.pools import grouped, not_used, slug_of
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.selection import Weights
 
 
@@ -180,7 +180,7 @@ def test_taints_reach_the_pool_and_a_worker_that_shows_the_model_itself_is_warne
     monkeypatch.setattr(Models, "_show", unshown)
     hidden, visible = entry(1, visible=False, taints=("spot", "old")), entry(2)
     forwarder = Forwarder(
-        Decider(WindowIndex(), Weights(), namespaced_sequence_hashes), Accuracy(), lambda rank: True
+        Decider(WindowIndex(), Weights(), namespaced_sequence_hashes), Promises(), lambda rank: True
     )
     models = Models(None, {"1": hidden, "2": visible}, EndpointName.parse("dyn://n.c.e"), forwarder)
     asyncio.run(models.update())
@@ -220,7 +220,7 @@ def test_streams_of_a_worker_that_left_and_is_silent_are_given_up_once(
     monkeypatch.setattr("vswa_plugin.router.models.WorkerClient.open", opened)
     monkeypatch.setattr(Models, "_show", unshown)
     forwarder = Forwarder(
-        Decider(WindowIndex(), Weights(), namespaced_sequence_hashes), Accuracy(), lambda rank: True
+        Decider(WindowIndex(), Weights(), namespaced_sequence_hashes), Promises(), lambda rank: True
     )
     entries = {"1": entry(1), "2": entry(2)}
     models = Models(

@@ -17,7 +17,7 @@ from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.models import Models
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.selection import LoadBook, Weights
 from vswa_plugin.wire.events import Rank
 
@@ -80,7 +80,7 @@ class Followed:
         monkeypatch.setattr(module, "CLIENT_TIMEOUT_S", 0.01)
         self.entries = {each.key: each for each in entries}
         decider = Decider(WindowIndex(), Weights(), namespaced_sequence_hashes)
-        self.forwarder = Forwarder(decider, Accuracy(), lambda rank: True)
+        self.forwarder = Forwarder(decider, Promises(), lambda rank: True)
         self.models = Models(
             None, self.entries, EndpointName.parse("dyn://n.c.e"), self.forwarder, book=self.book
         )

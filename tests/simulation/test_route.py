@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.engine.contract import RawEvent
 from vswa_plugin.engine.predicted import Prompt
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.simulation.costs import CostModel
-from vswa_plugin.simulation.policies import ByCost, Routed, Unaware
+from vswa_plugin.simulation.policies import ByCost, Routed, Unaware, whole_blocks
 from vswa_plugin.simulation.simulation import Simulation, Totals
 from vswa_plugin.simulation.sweep import percentile
 from vswa_plugin.simulation.workloads import Arrival, Request
 
 SIZE = 4
+NAMING = Naming(SIZE, SIZE)
 
 
 class Endless:
@@ -82,7 +84,7 @@ SECONDS = CostModel(fixed_s=0, per_token_s=1, per_pair_s=0, per_output_token_s=5
 
 
 def simulated(ranks: Sequence[Any], requests: Sequence[Arrival], policy: Any = None) -> Totals:
-    return Simulation(ranks, policy or Unaware(len(ranks), None), SECONDS, SIZE).run(requests)
+    return Simulation(ranks, policy or Unaware(len(ranks), None), SECONDS, NAMING).run(requests)
 
 
 # -- the simulation ----------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_round_robin_takes_turns_and_random_is_the_seeds() -> None:
 
 
 def test_the_oracle_goes_where_the_most_is_cached_unless_it_is_busy() -> None:
-    oracle = ByCost(3, None, SIZE, random.Random(0))
+    oracle = ByCost(3, None, NAMING, random.Random(0))
     hashes = (11, 12, 13, 14)
 
     assert Routed(1, 12, True) == oracle.route(0, Prompt(range(17), hashes), (0, 12, 4))
@@ -209,17 +211,20 @@ class Fixed:
     def predict(self, prompt: Prompt) -> int:
         return self.tokens
 
+    def sent(self, prompt: Prompt) -> None:
+        pass
+
 
 def test_a_policy_that_believes_wrongly_does_not_agree_with_the_oracle() -> None:
     views = [Fixed(0), Fixed(16)]
-    wrong = ByCost(2, views, SIZE, random.Random(0))
+    wrong = ByCost(2, views, NAMING, random.Random(0))
 
     assert Routed(1, 16, False) == wrong.route(0, Prompt(range(20), (1, 2, 3, 4, 5)), (12, 0))
     assert Routed(1, 16, True) == wrong.route(1, Prompt(range(20), (1, 2, 3, 4, 5)), (0, 16))
 
 
 def test_blocks_that_a_request_under_way_holds_cost_nothing_more() -> None:
-    oracle = ByCost(2, None, SIZE, random.Random(0))
+    oracle = ByCost(2, None, NAMING, random.Random(0))
     shared = tuple(range(100, 110))
     first = oracle.route(0, Prompt(range(40), shared), (4, 0)).rank
     oracle.first_token(0)
@@ -230,7 +235,7 @@ def test_blocks_that_a_request_under_way_holds_cost_nothing_more() -> None:
 
 
 def test_load_is_forgotten_when_a_request_ends() -> None:
-    oracle = ByCost(2, None, SIZE, random.Random(0))
+    oracle = ByCost(2, None, NAMING, random.Random(0))
     first = oracle.route(0, Prompt(range(40), tuple(range(10))), (4, 0)).rank
     oracle.first_token(0)
     oracle.ended(0)
@@ -267,3 +272,10 @@ def test_the_default_costs_are_those_that_were_published() -> None:
 
     assert [47.77, 406.77] == [pytest.approx(1e3 * cost.prefill_s(n, 0), rel=0.002) for n in (500, 5_000)]
     assert pytest.approx((18.91 + 18.58) / 2, rel=0.005) == 1e3 * cost.decode_s(2)
+
+
+def test_prompts_are_counted_by_the_names_at_the_ends_of_whole_blocks() -> None:
+    prompt = Prompt(range(21), tuple(range(10)))
+
+    assert tuple(range(10)) == whole_blocks(prompt, Naming(2, 2))
+    assert (3, 7) == whole_blocks(prompt, Naming(8, 2))

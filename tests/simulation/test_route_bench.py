@@ -12,12 +12,12 @@ import msgspec
 import pytest
 
 from vswa_plugin.cli.main import main
+from vswa_plugin.engine.presets import PRESETS, TRTLLM, rank_setup
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.simulation.policies import ORACLE
-from vswa_plugin.simulation.presets import PRESETS, rank_setup
-from vswa_plugin.simulation.sweep import Bench, Case, Plan, cases
+from vswa_plugin.simulation.sweep import DEFAULT_POLICIES, Bench, Case, Plan, cases
 from vswa_plugin.simulation.workloads import WORKLOADS, Request, answer, made_up, mooncake, poisson
 
 # -- workloads ---------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ PLAN = Plan("forks", requests=50)
 LOW_ON_WINDOWS = Plan("forks", requests=60, ranks=1, sliding_share=0.3)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, each in PRESETS.items() if each.engine == TRTLLM])
 def test_exact_promises_are_true_and_the_others_of_one_cache_are_not(host: PluginHost, preset: str) -> None:
     bench = Bench(LOW_ON_WINDOWS, host)
     policies = ("global only", "boundary projection", "exact", ORACLE)
@@ -187,6 +187,18 @@ def test_a_file_keeps_its_times_unless_a_rate_is_given(tmp_path: Path, host: Plu
     assert [0.25, 0.5, 0.75, 1.0] == [each.at_s for each in faster.arrivals(0)]
 
 
+def test_the_projection_is_compared_where_it_can_show_the_layout() -> None:
+    compared = {
+        name: {case.policy for case in cases([name], [1], None, [0])}
+        for name in ("gpt-oss-20b", "gemma-4-31b")
+    }
+
+    assert {*DEFAULT_POLICIES} == compared["gpt-oss-20b"]
+    assert {*DEFAULT_POLICIES} - {"boundary projection"} == compared["gemma-4-31b"]
+    with pytest.raises(ConfigError, match="unknown model"):
+        cases(["gemma-5"], [1], None, [0])
+
+
 def test_cells_have_all_combinations() -> None:
     assert 2 * 3 * 2 * 2 == len(set(cases(["a", "b"], [1, 2, 3], ["x", "y"], range(2))))
 
@@ -237,7 +249,9 @@ def test_several_processes_find_what_one_finds(capsys: pytest.CaptureFixture[str
         (["chat", "--model", "gema-3-1b"], "did you mean 'gemma-3-1b'"),
         (["chat", "--policies", "exakt"], "did you mean 'exact'"),
         (["chat", "--sliding-share", "0"], "--sliding-share"),
-        (["chat", "--block-size", "48"], "block size"),
+        (["chat", "--block-size", "48"], "--block-size: expected a block size that divides the windows"),
+        (["chat", "--model", "gemma-4-31b", "--block-size", "32"], "expected none for gemma-4-31b"),
+        (["chat", "--model", "gemma-4-32b"], "Known: deepseek-v4-flash, gemma-3-1b"),
         (["chat", "--plot", "p.jpeg"], "--plot: expected a file that ends in .png, .svg, .pdf, got p.jpeg"),
         (["chat", "--plot", "/nowhere/p.png"], "--plot: cannot write /nowhere/p.png: there is no directory"),
         (["chat", "--cost-per-token", "nan"], "per_token_s: expected a finite number"),

@@ -74,7 +74,7 @@ def test_a_wrong_login_is_an_error_that_shows_no_secret(
     run: Run[Any], tmp_path: Path, config: str, environ: dict[str, str]
 ) -> None:
     with pytest.raises(ConnectError, match=r"(?i)authorization") as refused:
-        run(reaches(tmp_path, config, environ, patience_s=3))
+        run(reaches(tmp_path, config, environ, patience_s=1))
     assert "wrong" not in str(refused.value)
 
 

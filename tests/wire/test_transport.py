@@ -71,6 +71,41 @@ def test_messages_arrive_in_the_order_of_publishing(run: Run[Any], brokers: Brok
     assert run(body()) == [str(number).encode() for number in range(500)]
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_subscription_and_an_answer_end_when_they_are_to(
+    run: Run[Any], brokers: Brokers, closed: bool
+) -> None:
+    async def body() -> None:
+        sender, receiver = Transport(brokers.nats_server), Transport(brokers.nats_server)
+        await sender.connect()
+        await receiver.connect()
+        received: list[bytes] = []
+
+        async def take(_: str, payload: bytes) -> None:
+            received.append(payload)
+
+        ending = [
+            await receiver.subscribe("vswa.ends", take),
+            await receiver.serve("vswa.ends.served", lambda payload: payload),
+        ]
+        await receiver.flush()
+        assert b"?" == await sender.request("vswa.ends.served", b"?", 5)
+        if closed:
+            await receiver.close()
+        for end in ending:
+            await end()
+        if not closed:
+            await receiver.flush()
+        await sender.publish("vswa.ends", b"late")
+        with pytest.raises(ConnectError, match="no process serves this subject"):
+            await sender.request("vswa.ends.served", b"?", 5)
+        await receiver.close()
+        await sender.close()
+        assert [] == received
+
+    run(body())
+
+
 def test_a_server_that_is_not_there_is_named_with_the_setting(run: Run[Any]) -> None:
     port = free_port()
     began = time.monotonic()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import wire_1_0 as old
 from vswa_plugin import registry
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
 from vswa_plugin.wire import control, events
 
 U64 = st.integers(0, 2**64 - 1)
@@ -19,12 +19,28 @@ HASHES = st.lists(U64, min_size=1, max_size=4).map(tuple)
 GROUP_IDS = st.integers(0, 3)
 TIERS = st.sampled_from(events.TIERS)
 GROUPS = st.lists(
-    st.builds(CacheGroup, GROUP_IDS, st.none() | st.integers(32, 4096), st.integers(1, 128)),
+    st.builds(
+        CacheGroup,
+        GROUP_IDS,
+        st.none() | st.integers(32, 4096),
+        st.integers(1, 128),
+        st.none() | st.sampled_from(["full", "recurrent", "a later one"]),
+        st.none() | st.integers(1, 512),
+        st.booleans(),
+    ),
     min_size=1,
     max_size=3,
 ).map(tuple)
 EVENTS = st.one_of(
-    st.builds(events.Layout, GROUPS, st.text(), st.text(), st.text(), st.none() | st.floats(0.1, 60)),
+    st.builds(
+        events.Layout,
+        GROUPS,
+        st.text(),
+        st.text(),
+        st.text(),
+        st.none() | st.floats(0.1, 60),
+        st.none() | st.builds(Resumption, *[st.integers(1, 512)] * 2, st.booleans(), st.integers(0, 3)),
+    ),
     st.builds(events.Stored, GROUP_IDS, U64, st.none() | U64, HASHES, TIERS),
     st.builds(events.Removed, GROUP_IDS, HASHES),
     st.builds(events.Moved, GROUP_IDS, HASHES, TIERS),
@@ -48,6 +64,7 @@ ENTRY = registry.Entry(
     groups=(CacheGroup(0, 512, 32), CacheGroup(1, None, 32)),
     epochs={0: 2**63},
     total_kv_blocks=100,
+    resumption=Resumption(32, 16, lookahead=1),
 )
 
 
@@ -133,7 +150,8 @@ def test_an_old_router_reads_the_entry_of_a_new_worker() -> None:
 def test_a_new_router_reads_the_entry_of_an_old_worker() -> None:
     before = msgspec.json.decode(registry.encode_entry(ENTRY), type=old.Entry)
 
-    assert ENTRY == registry.decode_entry(ENTRY.key, msgspec.json.encode(before))
+    expected = msgspec.structs.replace(ENTRY, resumption=None)
+    assert expected == registry.decode_entry(ENTRY.key, msgspec.json.encode(before))
 
 
 def test_what_is_appended_later_is_ignored_today() -> None:

@@ -51,6 +51,10 @@ class Claims:
     def __init__(self, events: int) -> None:
         self.engine_events = events
         self.claims: list[Claim] = []
+        self.prompts: list[tuple[Any, ...]] = []
+
+    def prompt(self, *prompt: Any) -> None:
+        self.prompts.append(prompt)
 
     def claim(self, claim: Claim) -> None:
         self.claims.append(claim)
@@ -90,6 +94,26 @@ def test_chunks_pass_through_and_the_record_says_what_happened() -> None:
     assert record.first_token_s is not None
     assert 0 <= record.first_token_s <= record.total_s
     assert engine.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("routing", "ranks"), [({"dp_rank": 1}, [1]), ({}, [0, 1, 2]), ({"dp_rank": "x"}, [0, 1, 2])], ids=str
+)
+def test_the_ranks_that_may_serve_a_request_are_given_its_prompt_before_the_engine_is(
+    routing: dict[str, Any], ranks: list[int]
+) -> None:
+    served = Served(Scripted({"token_ids": [5]}), ranks=3)
+    seen: list[list[tuple[Any, ...]]] = []
+    generate = served.handler._engine.generate
+
+    def generating(request: Any) -> Any:
+        seen.extend(publisher.prompts for publisher in served.publishers.values())
+        return generate(request)
+
+    served.handler._engine.generate = generating  # type: ignore[method-assign]
+    asyncio.run(served.request(routing={**routing, "cache_salt": "s", "lora_name": "l"}))
+
+    assert [[([1, 2, 3, 4], "s", "l")] if rank in ranks else [] for rank in range(3)] == seen
 
 
 def test_a_client_that_goes_before_the_first_token_closes_the_engines_generator() -> None:

@@ -4,56 +4,7 @@
 #include "score.h"
 
 /* Raised when what vswa_plugin.blocks.kernel relies on changes: an old build is then left aside. */
-#define VSWA_KERNEL_VERSION 2
-#define MAX_BIT (1 << 20)
-#define MAX_GROUPS (1 << 12)
-#define SCRATCH_KEPT ((size_t)1 << 22)
-
-typedef struct {
-    PyObject_HEAD
-    vswa_table table;
-    u64 *scratch; /* for walks; kept between calls while it is small */
-    size_t scratch_bytes;
-    need_class *classes; /* [groups] */
-    Py_ssize_t *needs;   /* [2 * groups] */
-    u32 *class_of;       /* [groups] */
-} KernelTable;
-
-static void *scratch(KernelTable *self, size_t bytes) {
-    if (bytes > self->scratch_bytes) {
-        free(self->scratch);
-        self->scratch_bytes = 0;
-        self->scratch = malloc(bytes);
-        if (self->scratch == NULL) return PyErr_NoMemory();
-        self->scratch_bytes = bytes;
-    }
-    return self->scratch;
-}
-
-static void scratch_done(KernelTable *self) {
-    if (self->scratch_bytes <= SCRATCH_KEPT) return;
-    free(self->scratch);
-    self->scratch = NULL;
-    self->scratch_bytes = 0;
-}
-
-static int expect_count(const char *method, Py_ssize_t expected, Py_ssize_t got) {
-    if (expected == got) return 0;
-    PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", method, expected, got);
-    return -1;
-}
-
-/* A number in [0, limit). */
-static int small_number(PyObject *o, const char *what, long limit, u32 *out) {
-    long value = PyLong_AsLong(o);
-    if (value == -1 && PyErr_Occurred()) return -1;
-    if (value < 0 || value >= limit) {
-        PyErr_Format(PyExc_ValueError, "expected a %s of 0 to %ld, got %ld", what, limit - 1, value);
-        return -1;
-    }
-    *out = (u32)value;
-    return 0;
-}
+#define VSWA_KERNEL_VERSION 3
 
 static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"groups", NULL};
@@ -64,9 +15,11 @@ static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     KernelTable *self = (KernelTable *)type->tp_alloc(type, 0);
     if (self == NULL) return NULL;
     self->classes = calloc((size_t)groups, sizeof *self->classes);
-    self->needs = calloc(2 * (size_t)groups, sizeof *self->needs);
+    self->needs = calloc((size_t)groups, sizeof *self->needs);
     self->class_of = calloc((size_t)groups, sizeof *self->class_of);
-    if (!self->classes || !self->needs || !self->class_of || table_init(&self->table, (u32)groups) < 0) {
+    self->masks = calloc((size_t)groups, sizeof *self->masks);
+    if (!self->classes || !self->needs || !self->class_of || !self->masks ||
+        table_init(&self->table, (u32)groups) < 0) {
         Py_DECREF(self);
         return PyErr_NoMemory();
     }
@@ -80,6 +33,7 @@ static void table_dealloc(KernelTable *self) {
     free(self->classes);
     free(self->needs);
     free(self->class_of);
+    free(self->masks);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
@@ -89,7 +43,7 @@ static u64 *read_keys(KernelTable *self, PyObject *source, Py_ssize_t *count) {
     vswa_hashes hashes;
     if (vswa_hashes_open(&hashes, source) < 0) return NULL;
     u64 *keys = scratch(self, (size_t)(hashes.count + 1) * sizeof(u64));
-    if (keys != NULL && vswa_hashes_read(&hashes, 0, hashes.count, keys) < 0) keys = NULL;
+    if (keys != NULL && vswa_hashes_read(&hashes, 0, 1, hashes.count, keys) < 0) keys = NULL;
     *count = hashes.count;
     vswa_hashes_close(&hashes);
     return keys;
@@ -191,7 +145,7 @@ static PyObject *table_items(KernelTable *self, PyObject *const *args, Py_ssize_
     PyObject *items = PyList_New(0);
     for (u32 row = 0; items != NULL && row < t->high; row++) {
         const u64 *mask = row_mask(t, row, group);
-        if (mask_any(mask, t->words) && append_item(items, *row_at(t, row), mask, t->words) < 0)
+        if (mask_any(mask, t->words) && append_item(items, t->keys[row], mask, t->words) < 0)
             Py_CLEAR(items);
     }
     return items;
@@ -212,16 +166,6 @@ static PyObject *table_held_method(KernelTable *self, PyObject *const *args, Py_
     size_t count = table_held(t, group, bit, PyBytes_AS_STRING(packed), most);
     _PyBytes_Resize(&packed, (Py_ssize_t)(count * sizeof(u64)));
     return packed;
-}
-
-/* A mask of ranks given as little-endian bytes, cut or filled with zeros to the table's words. */
-static u64 *mask_words(KernelTable *self, PyObject *source, u64 *out) {
-    char *bytes;
-    Py_ssize_t length, wanted = (Py_ssize_t)(self->table.words * sizeof(u64));
-    if (PyBytes_AsStringAndSize(source, &bytes, &length) < 0) return NULL;
-    memset(out, 0, (size_t)wanted);
-    memcpy(out, bytes, (size_t)(length < wanted ? length : wanted));
-    return out;
 }
 
 PyDoc_STRVAR(sweep_doc, "sweep(dead, budget, group) -> done\n\n"
@@ -246,101 +190,6 @@ static PyObject *table_sweep_method(KernelTable *self, PyObject *const *args, Py
 static PyObject *table_rewind(KernelTable *self, PyObject *Py_UNUSED(none)) {
     self->table.cursor = 0;
     Py_RETURN_NONE;
-}
-
-static int read_needs(PyObject *source, u32 groups, Py_ssize_t *out) {
-    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != (Py_ssize_t)groups) {
-        PyErr_Format(PyExc_ValueError, "expected a tuple of %u needs, one for each group", groups);
-        return -1;
-    }
-    for (u32 g = 0; g < groups; g++) {
-        PyObject *need = PyTuple_GET_ITEM(source, g);
-        out[g] = need == Py_None ? ALL_BLOCKS : PyLong_AsSsize_t(need);
-        if (out[g] == -1 && PyErr_Occurred()) return -1;
-        if (out[g] < 0) {
-            PyErr_SetString(PyExc_ValueError, "expected needs that are not negative");
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* Give the ranks of `found` (one word of them) min(tokens, limit). */
-static int report(PyObject *result, PyObject *ranks, u64 found, u32 word, PyObject *tokens) {
-    for (; found; found &= found - 1) {
-        Py_ssize_t bit = 64 * (Py_ssize_t)word + __builtin_ctzll(found);
-        if (bit >= PyList_GET_SIZE(ranks)) {
-            PyErr_Format(PyExc_ValueError, "a wanted rank, bit %zd, is not among the ranks", bit);
-            return -1;
-        }
-        if (PyDict_SetItem(result, PyList_GET_ITEM(ranks, bit), tokens) < 0) return -1;
-    }
-    return 0;
-}
-
-/* From the deepest boundary on, each rank at its first. */
-static int settle(vswa_walk *k, PyObject *ranks, Py_ssize_t unit, Py_ssize_t limit, PyObject *result) {
-    for (u32 word = 0; word < k->table->words; word++) {
-        u64 remaining = k->wanted[word];
-        for (u32 c = 0; c < k->class_count; c++) k->classes[c].piece = -1;
-        if (k->walked > 0) remaining &= k->running[(Py_ssize_t)word * k->blocks];
-        for (Py_ssize_t b = k->walked; b > 0 && remaining; b--) {
-            u64 found = remaining & resumable_at(k, b, word);
-            if (!found) continue;
-            remaining &= ~found;
-            Py_ssize_t tokens = b > limit / unit ? limit : b * unit;
-            if (tokens <= 0) continue;
-            PyObject *value = PyLong_FromSsize_t(tokens);
-            int failed = value == NULL || report(result, ranks, found, word, value) < 0;
-            Py_XDECREF(value);
-            if (failed) return -1;
-        }
-    }
-    return 0;
-}
-
-static int walk_and_settle(KernelTable *self, vswa_walk *k, PyObject *const *args, const vswa_hashes *hashes,
-                           PyObject *result) {
-    Py_ssize_t unit = PyLong_AsSsize_t(args[6]), limit = PyLong_AsSsize_t(args[7]);
-    if (PyErr_Occurred()) return -1;
-    if (unit < 1 || !PyList_Check(args[5])) {
-        PyErr_SetString(PyExc_ValueError, "expected a list of ranks, and at least one token a block");
-        return -1;
-    }
-    Py_ssize_t *needs = self->needs;
-    if (read_needs(args[2], k->table->groups, needs) < 0) return -1;
-    if (k->ends_on_edge && read_needs(args[3], k->table->groups, needs + k->table->groups) < 0) return -1;
-    make_classes(k, needs, needs + k->table->groups);
-    size_t words = k->table->words, arrays = place_arrays(k, NULL);
-    u64 *space = scratch(self, (arrays + 2 * words) * sizeof(u64));
-    if (space == NULL || mask_words(self, args[4], space) == NULL) return -1;
-    k->wanted = space;
-    place_arrays(k, space + 2 * words);
-    if (walk_blocks(k, hashes, space + words) < 0) return -1;
-    return settle(k, args[5], unit, limit, result);
-}
-
-PyDoc_STRVAR(score_doc,
-             "score(hashes, boundaries, trailing, at_end, wanted, ranks, unit, limit) -> {rank: tokens}\n\n"
-             "For each rank of the mask `wanted` (bytes) the deepest boundary of at most `boundaries` blocks at\n"
-             "which all groups hold what they need, as min(boundary * unit, limit); ranks with 0 are left out.\n"
-             "trailing, at_end: per group blocks needed before a boundary, None for all; at_end (or None) holds\n"
-             "at the deepest boundary. hashes: ints, or the bytes of sequence_hashes(packed=True).");
-static PyObject *table_score(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
-    vswa_hashes hashes;
-    if (expect_count("score", 8, nargs) < 0) return NULL;
-    Py_ssize_t boundaries = PyLong_AsSsize_t(args[1]);
-    if (boundaries == -1 && PyErr_Occurred()) return NULL;
-    if (vswa_hashes_open(&hashes, args[0]) < 0) return NULL;
-    PyObject *result = PyDict_New();
-    vswa_walk walk = {.table = &self->table, .classes = self->classes, .class_of = self->class_of};
-    walk.blocks = boundaries < hashes.count ? boundaries : hashes.count;
-    walk.ends_on_edge = args[3] != Py_None && walk.blocks == boundaries;
-    if (result != NULL && walk.blocks > 0 && walk_and_settle(self, &walk, args, &hashes, result) < 0)
-        Py_CLEAR(result);
-    vswa_hashes_close(&hashes);
-    scratch_done(self);
-    return result;
 }
 
 static PyObject *table_check_method(KernelTable *self, PyObject *Py_UNUSED(none)) {

@@ -79,20 +79,28 @@ static inline int vswa_as_u32(PyObject *o, u32 *out) {
     return 0;
 }
 
-/* Hashes as given by the caller: a list or tuple of ints, or the packed u64 of sequence_hashes. */
+/* Hashes as given by the caller: a sequence of ints, or u64 in memory: array("Q"), or the bytes that
+ * sequence_hashes packs. */
 typedef struct {
     PyObject *sequence; /* owned; NULL where packed */
     Py_buffer buffer;
     Py_ssize_t count;
 } vswa_hashes;
 
+static inline int vswa_is_packed(PyObject *source, const Py_buffer *buffer) {
+    return PyBytes_CheckExact(source) ||
+           (buffer->itemsize == sizeof(u64) && buffer->format != NULL && strcmp(buffer->format, "Q") == 0);
+}
+
 static int vswa_hashes_open(vswa_hashes *h, PyObject *source) {
     h->sequence = NULL;
-    if (PyBytes_CheckExact(source)) {
-        if (PyObject_GetBuffer(source, &h->buffer, PyBUF_SIMPLE) < 0) return -1;
+    if (PyObject_CheckBuffer(source) &&
+        PyObject_GetBuffer(source, &h->buffer, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) == 0) {
         h->count = h->buffer.len / (Py_ssize_t)sizeof(u64);
-        return 0;
+        if (vswa_is_packed(source, &h->buffer)) return 0;
+        PyBuffer_Release(&h->buffer);
     }
+    PyErr_Clear(); /* a view with gaps is a sequence as any */
     h->sequence = PySequence_Fast(source, "expected a sequence of hashes");
     if (h->sequence == NULL) return -1;
     h->count = PySequence_Fast_GET_SIZE(h->sequence);
@@ -106,15 +114,21 @@ static void vswa_hashes_close(vswa_hashes *h) {
         PyBuffer_Release(&h->buffer);
 }
 
-static inline int vswa_hashes_read(const vswa_hashes *h, Py_ssize_t from, Py_ssize_t count, u64 *out) {
+/* `count` hashes, of every `stride`th from `from` on. */
+static inline int vswa_hashes_read(const vswa_hashes *h, Py_ssize_t from, Py_ssize_t stride, Py_ssize_t count,
+                                   u64 *out) {
     if (h->sequence == NULL) {
-        memcpy(out, (const char *)h->buffer.buf + from * (Py_ssize_t)sizeof(u64),
-               (size_t)count * sizeof(u64));
+        const char *packed = (const char *)h->buffer.buf + from * (Py_ssize_t)sizeof(u64);
+        if (stride == 1)
+            memcpy(out, packed, (size_t)count * sizeof(u64));
+        else
+            for (Py_ssize_t i = 0; i < count; i++)
+                memcpy(out + i, packed + i * stride * (Py_ssize_t)sizeof(u64), sizeof(u64));
         return 0;
     }
     PyObject **items = PySequence_Fast_ITEMS(h->sequence) + from;
     for (Py_ssize_t i = 0; i < count; i++)
-        if (vswa_as_u64(items[i], &out[i]) < 0) return -1;
+        if (vswa_as_u64(items[i * stride], &out[i]) < 0) return -1;
     return 0;
 }
 

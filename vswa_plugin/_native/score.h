@@ -1,177 +1,157 @@
-/* For all ranks at once: the deepest boundary of a prompt at which each could resume.
- *
- * Groups with one and the same need make a class, whose mask of a block is the AND of theirs. Classes that
- * need every block from 0 are one running AND; it ends the walk where no rank is left. Of the others each
- * needs the last `need` blocks before a boundary: cut at multiples of `need`, a window is a suffix of one
- * piece and a prefix of the next, and so two ANDs (van Herk). The boundaries are then looked at from the
- * deepest, until every rank has found its own.
- */
+/* score(): what a plan gives is read, the walk is done, and the deepest boundary of each rank is reported. */
 #ifndef VSWA_SCORE_H
 #define VSWA_SCORE_H
 
-#include "table.h"
+#include "object.h"
+#include "windows.h"
 
-#define ALL_BLOCKS PY_SSIZE_T_MAX
-#define RUNNING UINT32_MAX
-#define FIRST_CHUNK 4
-#define CHUNK 32
-
-typedef struct {
-    Py_ssize_t need, at_end; /* blocks before a boundary, and before that at the prompt's end */
-    u64 *masks;              /* [words][blocks] */
-    u64 *prefix, *suffix;    /* [blocks], filled piece by piece */
-    Py_ssize_t piece;        /* where the piece starts whose prefixes are filled */
-} need_class;
-
-typedef struct {
-    vswa_table *table;
-    const u64 *wanted;   /* [table words]: ranks to be scored */
-    Py_ssize_t blocks;   /* deepest boundary, and stride of the arrays */
-    Py_ssize_t walked;   /* blocks behind which some rank may still be */
-    int ends_on_edge;    /* whether `blocks` is the end of the prompt, where at_end holds */
-    u64 *running;        /* [words][blocks] */
-    need_class *classes;
-    u32 class_count;
-    u32 *class_of;       /* per group, or RUNNING */
-} vswa_walk;
-
-/* Rows of `count` keys, NO_ROW where there is none. Along a stored chain each is the row after the last; from
- * the first that is not, index and rows of all the others are fetched at once instead of one after another. */
-static void find_rows(const vswa_table *t, const u64 *keys, Py_ssize_t count, u32 before, u32 *rows) {
-    Py_ssize_t known = 0;
-    u32 likely = before == NO_ROW ? NO_ROW : before + 1;
-    while (known < count && row_is(t, likely, keys[known])) rows[known++] = likely++;
-    for (Py_ssize_t i = known; i < count; i++) index_prefetch(t, keys[i]);
-    for (Py_ssize_t i = known; i < count; i++) {
-        rows[i] = index_guess(t, keys[i]);
-        if (rows[i] != NO_ROW) __builtin_prefetch(row_at(t, rows[i]));
-    }
-    for (Py_ssize_t i = known; i < count; i++)
-        if (rows[i] != NO_ROW && *row_at(t, rows[i]) != keys[i]) rows[i] = index_find(t, keys[i]);
+static int expected_numbers(u32 groups) {
+    PyErr_Format(PyExc_ValueError, "expected a tuple of %u numbers, one for each group", groups);
+    return -1;
 }
 
-/* Take `count` blocks from `from` on into the walk; whether any rank is left at the last. */
-static inline __attribute__((always_inline)) int walk_rows(vswa_walk *k, const u32 *rows, Py_ssize_t from,
-                                                           Py_ssize_t count, u64 *left, const u32 words) {
-    const vswa_table *t = k->table;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        Py_ssize_t block = from + i;
-        u64 any = 0;
-        for (u32 w = 0; w < words; w++) {
-            for (u32 c = 0; c < k->class_count; c++) k->classes[c].masks[w * k->blocks + block] = ~(u64)0;
-            for (u32 g = 0; g < t->groups; g++) {
-                u64 mask = rows[i] == NO_ROW ? 0 : row_mask(t, rows[i], g)[w];
-                if (k->class_of[g] == RUNNING)
-                    left[w] &= mask;
-                else
-                    k->classes[k->class_of[g]].masks[w * k->blocks + block] &= mask;
-            }
-            k->running[w * k->blocks + block] = left[w];
-            any |= left[w];
+/* One number a group into a field of `needs`; None stands for `none`. */
+static int read_numbers(PyObject *source, u32 groups, Py_ssize_t none, Py_ssize_t least, Py_ssize_t *out) {
+    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != (Py_ssize_t)groups) return expected_numbers(groups);
+    for (u32 g = 0; g < groups; g++, out += sizeof(group_need) / sizeof(Py_ssize_t)) {
+        PyObject *number = PyTuple_GET_ITEM(source, g);
+        *out = number == Py_None ? none : PyLong_AsSsize_t(number);
+        if (*out == -1 && PyErr_Occurred()) return -1;
+        if (*out < least && number != Py_None) {
+            PyErr_Format(PyExc_ValueError, "expected numbers of at least %zd, got %zd", least, *out);
+            return -1;
         }
-        if (!any) {
-            k->walked = block;
-            return 0;
-        }
-    }
-    return 1;
-}
-
-/* The first chunks are short: many prompts are known to nobody. */
-static int walk_blocks(vswa_walk *k, const vswa_hashes *hashes, u64 *left) {
-    u64 keys[CHUNK];
-    u32 rows[CHUNK], before = NO_ROW, words = k->table->words;
-    Py_ssize_t count = FIRST_CHUNK;
-    memcpy(left, k->wanted, words * sizeof(u64));
-    k->walked = k->blocks;
-    for (Py_ssize_t from = 0; from < k->blocks; from += count, count = CHUNK) {
-        if (count > k->blocks - from) count = k->blocks - from;
-        if (vswa_hashes_read(hashes, from, count, keys) < 0) return -1;
-        find_rows(k->table, keys, count, before, rows);
-        before = rows[count - 1];
-        int more = words == 1 ? walk_rows(k, rows, from, count, left, 1)
-                              : walk_rows(k, rows, from, count, left, words);
-        if (!more) return 0;
     }
     return 0;
 }
 
-static void fill_piece(need_class *c, const u64 *masks, Py_ssize_t walked) {
-    Py_ssize_t end = c->piece + c->need < walked ? c->piece + c->need : walked;
-    u64 held = ~(u64)0;
-    for (Py_ssize_t i = c->piece; i < end; i++) c->prefix[i] = held &= masks[i];
-    held = ~(u64)0;
-    for (Py_ssize_t i = c->piece; i > c->piece - c->need && i > 0; i--) c->suffix[i - 1] = held &= masks[i - 1];
-}
+/* Fields of a ScorePlan, in their order. */
+enum { BOUNDARIES, TRAILING, AT_END, UNIT, LIMIT, ASKS_TOKENS, STEP, STRIDES, CHUNKS, AFTER, PLAN_FIELDS };
 
-/* Ranks that hold the `need` blocks before `boundary`, or all of them; boundaries come in descending order. */
-static inline u64 window_held(need_class *c, const u64 *masks, Py_ssize_t boundary, Py_ssize_t walked) {
-    if (c->need == 0) return ~(u64)0;
-    if (c->piece > boundary - 1 || c->piece < 0) {
-        c->piece = (boundary - 1) / c->need * c->need;
-        fill_piece(c, masks, walked);
-    }
-    u64 held = c->prefix[boundary - 1];
-    Py_ssize_t first = boundary - c->need;
-    return first >= 0 && first < c->piece ? held & c->suffix[first] : held;
-}
+static int is_given(PyObject *numbers) { return !PyTuple_Check(numbers) || PyTuple_GET_SIZE(numbers) > 0; }
 
-/* The same by looking at every block: for the one boundary whose need differs. */
-static u64 last_held(const u64 *masks, Py_ssize_t boundary, Py_ssize_t need) {
-    u64 held = ~(u64)0;
-    Py_ssize_t first = need > boundary ? 0 : boundary - need;
-    for (Py_ssize_t i = first; i < boundary; i++) held &= masks[i];
-    return held;
-}
-
-static u64 resumable_at(vswa_walk *k, Py_ssize_t boundary, u32 word) {
-    u64 held = k->running[word * k->blocks + boundary - 1];
-    int at_end = k->ends_on_edge && boundary == k->blocks;
-    for (u32 c = 0; c < k->class_count && held; c++) {
-        need_class *need = &k->classes[c];
-        const u64 *masks = need->masks + word * k->blocks;
-        if (at_end && need->at_end != need->need)
-            held &= last_held(masks, boundary, need->at_end);
-        else
-            held &= window_held(need, masks, boundary, k->walked);
-    }
-    return held;
-}
-
-/* One class for each pair of needs; those that are all blocks whatever the boundary go to the running AND.
- * Needs of more blocks than there are count as all. */
-static void make_classes(vswa_walk *k, const Py_ssize_t *need, const Py_ssize_t *at_end) {
-    k->class_count = 0;
-    for (u32 g = 0; g < k->table->groups; g++) {
-        Py_ssize_t usual = need[g] < k->blocks ? need[g] : k->blocks;
-        Py_ssize_t last = !k->ends_on_edge ? usual : at_end[g] < k->blocks ? at_end[g] : k->blocks;
-        u32 c = 0;
-        if (usual == k->blocks && last == k->blocks) {
-            k->class_of[g] = RUNNING;
-            continue;
+/* What each group needs, checked. */
+static int read_needs(PyObject *plan, u32 groups, Py_ssize_t step, group_need *needs) {
+    PyObject **fields = ((PyTupleObject *)plan)->ob_item;
+    int plain = step == 1;
+    for (u32 g = 0; g < groups; g++) needs[g] = (group_need){.stride = 1};
+    if (read_numbers(fields[TRAILING], groups, ALL_BLOCKS, 0, &needs->need) < 0 ||
+        (is_given(fields[STRIDES]) && read_numbers(fields[STRIDES], groups, 1, 1, &needs->stride) < 0) ||
+        (is_given(fields[CHUNKS]) && read_numbers(fields[CHUNKS], groups, 0, 1, &needs->chunk) < 0) ||
+        (is_given(fields[AFTER]) && read_numbers(fields[AFTER], groups, 0, 0, &needs->after) < 0))
+        return -1;
+    for (u32 g = 0; g < groups; g++) {
+        if ((step > 1 && step % needs[g].stride) || needs[g].stride > step || needs[g].after > 1) {
+            PyErr_SetString(PyExc_ValueError, "expected strides that divide the step, and one block after at most");
+            return -1;
         }
-        while (c < k->class_count && (k->classes[c].need != usual || k->classes[c].at_end != last)) c++;
-        if (c == k->class_count) {
-            k->classes[c].need = usual;
-            k->classes[c].at_end = last;
-            k->class_count++;
-        }
-        k->class_of[g] = c;
+        plain &= !needs[g].chunk && !needs[g].after;
     }
+    if (fields[AT_END] == Py_None) return 0;
+    if (plain) return read_numbers(fields[AT_END], groups, ALL_BLOCKS, 0, &needs->at_end);
+    PyErr_SetString(PyExc_ValueError, "expected at_end only with blocks of one unit, no chunks and none after");
+    return -1;
 }
 
-/* Where the arrays of the walk lie in `scratch`; how many u64 they need. */
-static size_t place_arrays(vswa_walk *k, u64 *scratch) {
-    size_t blocks = (size_t)k->blocks, words = k->table->words, at = 0;
-    k->running = scratch;
-    at += words * blocks;
-    for (u32 c = 0; c < k->class_count; c++) {
-        k->classes[c].masks = scratch + at;
-        k->classes[c].prefix = scratch + at + words * blocks;
-        k->classes[c].suffix = scratch + at + (words + 1) * blocks;
-        at += (words + 2) * blocks;
+/* Give the ranks of `found` (one word of them) min(boundary * unit, limit), unless that is 0. */
+static int report(PyObject *result, PyObject *ranks, u64 found, u32 word, Py_ssize_t tokens) {
+    PyObject *value = PyLong_FromSsize_t(tokens);
+    int failed = value == NULL;
+    for (; found && !failed; found &= found - 1) {
+        Py_ssize_t bit = 64 * (Py_ssize_t)word + __builtin_ctzll(found);
+        if (bit < PyList_GET_SIZE(ranks)) {
+            failed = PyDict_SetItem(result, PyList_GET_ITEM(ranks, bit), value) < 0;
+        } else {
+            PyErr_Format(PyExc_ValueError, "a wanted rank, bit %zd, is not among the ranks", bit);
+            failed = 1;
+        }
     }
-    return at;
+    Py_XDECREF(value);
+    return failed ? -1 : 0;
+}
+
+/* From the deepest boundary on, each rank of a word at its first. */
+static int settle(vswa_walk *k, u32 word, PyObject *ranks, Py_ssize_t unit, Py_ssize_t limit, PyObject *result) {
+    const score_level *levels = k->levels + (size_t)word * LEVELS;
+    u64 remaining = 0;
+    for (u32 level = k->level_count[word]; level-- > 0;) {
+        Py_ssize_t next = level ? levels[level - 1].boundary : 0;
+        remaining |= levels[level].ranks;
+        for (Py_ssize_t b = levels[level].boundary; b > next && remaining; b--) {
+            b = skip_lost(k, b, next + 1, word, remaining);
+            u64 found = resumable_at(k, b, word, remaining);
+            if (k->unreadable) return -1;
+            if (!found) continue;
+            remaining &= ~found;
+            Py_ssize_t tokens = b > limit / unit ? limit : b * unit;
+            if (tokens > 0 && report(result, ranks, found, word, tokens) < 0) return -1;
+        }
+    }
+    return 0;
+}
+
+/* The numbers of a plan but for its needs. */
+typedef struct {
+    Py_ssize_t boundaries, step, unit, limit;
+} plan_numbers;
+
+static int read_plan(PyObject *plan, u32 groups, plan_numbers *numbers, group_need *needs) {
+    if (!PyTuple_Check(plan) || PyTuple_GET_SIZE(plan) != PLAN_FIELDS) {
+        PyErr_SetString(PyExc_TypeError, "expected a ScorePlan");
+        return -1;
+    }
+    numbers->boundaries = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, BOUNDARIES));
+    numbers->step = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, STEP));
+    numbers->unit = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, UNIT));
+    numbers->limit = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, LIMIT));
+    if (PyErr_Occurred()) return -1;
+    if (numbers->step < 1 || numbers->unit < 1) {
+        PyErr_SetString(PyExc_ValueError, "expected a step and a unit of at least 1");
+        return -1;
+    }
+    return read_needs(plan, groups, numbers->step, needs);
+}
+
+static int walk_and_settle(KernelTable *self, vswa_walk *k, const plan_numbers *plan, PyObject *wanted,
+                           PyObject *ranks, PyObject *result) {
+    make_classes(k, self->needs, self->class_of, self->masks);
+    void *space = scratch(self, place_arrays(k, 0) * sizeof(u64));
+    if (space == NULL) return -1;
+    place_arrays(k, (uintptr_t)space);
+    if (mask_words(self, wanted, k->wanted) == NULL) return -1;
+    walk_whole(k);
+    for (u32 word = 0; word < k->table->words && !k->unreadable; word++) {
+        begin_windows(k, word);
+        if (settle(k, word, ranks, plan->unit, plan->limit, result) < 0) return -1;
+    }
+    return k->unreadable ? -1 : 0;
+}
+
+PyDoc_STRVAR(score_doc, "score(hashes, plan, wanted, ranks) -> {rank: tokens}\n\n"
+                        "For each rank of the mask `wanted` (bytes) the deepest boundary at which all groups hold\n"
+                        "what they need, as min(boundary * plan.unit, plan.limit); ranks with 0 are left out.\n"
+                        "hashes: ints, an array('Q'), or the bytes of sequence_hashes(packed=True). plan: a\n"
+                        "vswa_plugin.index.plans.ScorePlan. ranks: list, by bit.");
+static PyObject *table_score(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
+    enum { HASHES, PLAN, WANTED, RANKS, ARGUMENTS };
+    vswa_hashes hashes;
+    plan_numbers plan;
+    if (expect_count("score", ARGUMENTS, nargs) < 0) return NULL;
+    if (read_plan(args[PLAN], self->table.groups, &plan, self->needs) < 0) return NULL;
+    if (!PyList_Check(args[RANKS])) return PyErr_Format(PyExc_TypeError, "expected a list of ranks");
+    if (vswa_hashes_open(&hashes, args[HASHES]) < 0) return NULL;
+    PyObject *result = PyDict_New();
+    vswa_walk walk = {.table = &self->table, .hashes = &hashes, .step = plan.step, .classes = self->classes};
+    walk.boundaries = boundaries_within(self->needs, self->table.groups, plan.step, hashes.count);
+    if (plan.boundaries < walk.boundaries) walk.boundaries = plan.boundaries;
+    walk.ends_on_edge =
+        PyTuple_GET_ITEM(args[PLAN], AT_END) != Py_None && walk.boundaries == plan.boundaries;
+    if (result != NULL && walk.boundaries > 0 &&
+        walk_and_settle(self, &walk, &plan, args[WANTED], args[RANKS], result) < 0)
+        Py_CLEAR(result);
+    vswa_hashes_close(&hashes);
+    scratch_done(self);
+    return result;
 }
 
 #endif

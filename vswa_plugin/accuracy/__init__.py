@@ -1,6 +1,7 @@
 """How often a router's promise is kept: recorded engine traces, replayed through the real event path.
 
 trace.py          what an engine did, as JSON Lines: open_trace, TraceWriter
+headers.py        its first line: cache groups of any kind; header_of
 scorers.py        ways to predict a request from the events before it; ours and others'
 pipeline.py       the way of an event at one rank: adapter, ledger, wire bytes, scorers
 replay.py         replay: trace in, report out; predicted and actual of every request

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.dynamo.runtime import namespaced_block_hash
-from vswa_plugin.engine.contract import BlocksStored, EventAdapter, Node, RawEvent
+from vswa_plugin.engine.contract import (
+    BlocksStored,
+    EngineEvent,
+    EventAdapter,
+    Node,
+    RawEvent,
+    with_prompts,
+)
 from vswa_plugin.engine.predicted import Scorer
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.publishing.history import HistoryOptions
@@ -30,7 +37,7 @@ class EventPipeline:
         self.restarts = 0
         self._scorers = scorers
         self._new_adapter = new_adapter
-        self._adapter = new_adapter()
+        self._adapter = with_prompts(new_adapter())
         ticks = itertools.count(1)
         self._ledger = Ledger(
             "trace",
@@ -60,8 +67,22 @@ class EventPipeline:
         :raises ConfigError: an event of another data-parallel rank, or one that does not fit the layout.
         :raises ProtocolError: not an event of the format.
         """
+        return self._take(self._adapter.feed(raw))
+
+    def settle(self) -> list[Event]:
+        """No more events are there before a request: what is still unclear goes to all scorers too.
+
+        :raises ConfigError: as :meth:`feed`.
+        """
+        return self._take(self._adapter.settle())
+
+    def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
+        """A request that goes to the engine, as a worker hands it to its adapter."""
+        self._adapter.prompt(token_ids, cache_salt, lora_name)
+
+    def _take(self, events: Sequence[EngineEvent]) -> list[Event]:
         received: list[Event] = []
-        for event in self._adapter.feed(raw):
+        for event in events:
             if event.dp_rank != 0:
                 raise ConfigError(f"expected events of one rank, 0, got one of dp_rank {event.dp_rank}")
             self._ledger.add(event)
@@ -70,7 +91,7 @@ class EventPipeline:
 
     def lose(self) -> None:
         """Events are missing here: nothing is known of the cache until it is stored again."""
-        self._adapter = self._new_adapter()
+        self._adapter = with_prompts(self._new_adapter())
         self._changed = True  # what is missing may have been stored
         self._ledger.lose("events are missing in the trace")
         self._deliver()
@@ -94,7 +115,7 @@ class EventPipeline:
             self.restarts += self._changed  # a layout that is corrected before any block costs nothing
             self._changed = False
             for scorer in self._scorers:
-                scorer.begin(CacheLayout(event.groups, event.rule, event.model, event.hash_scheme))
+                scorer.begin(event.cache_layout)
             return
         self._changed = True
         for scorer in self._scorers:

@@ -13,12 +13,14 @@ from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_o
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, built_in_scorers
 from vswa_plugin.accuracy.trace import Trace, TraceEvent, TraceHole, TraceRequest, TraceResult
 from vswa_plugin.accuracy.waiting import Arrivals, Waiting
+from vswa_plugin.blocks.hashing import with_lookahead
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.engine.contract import EventAdapter
 from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.errors import ConfigError, ProtocolError, VswaError
+from vswa_plugin.wire.events import Event
 
 if TYPE_CHECKING:
     from vswa_plugin.host.host import PluginHost
@@ -130,7 +132,9 @@ class _Replay:
     def feed(self, record: TraceEvent) -> None:
         """One engine event, to all scorers."""
         self._events += 1
-        wire_events = self._pipeline.feed(record.event)
+        self._follow(self._pipeline.feed(record.event))
+
+    def _follow(self, wire_events: Sequence[Event]) -> None:
         self._arrivals.follow(self._events, wire_events)
         for waiting in (*self._waiting.values(), *(late.waiting for late in self._late)):
             waiting.follow(self._events, wire_events, self._exact)
@@ -143,16 +147,15 @@ class _Replay:
             self._pipeline.lose()
 
     def arrive(self, line: int, request: TraceRequest) -> None:
-        """One request, predicted by all scorers."""
-        prompt = Prompt(
-            request.token_ids,
-            namespaced_sequence_hashes(request.token_ids, self._size, request.cache_salt, request.lora_name),
-        )
+        """One request, predicted by all scorers, before its worker sees it."""
+        self._follow(self._pipeline.settle())
+        prompt = Prompt(request.token_ids, self._names(request))
         predicted = {scorer.name: scorer.predict(prompt) for scorer in self._scorers}
         if not request.reads_cache:
             predicted = dict.fromkeys(predicted, 0)
         waiting = Waiting(line, prompt, predicted, self._exact.explain(prompt))
         self._arrivals.arrive(self._events, prompt)
+        self._pipeline.prompt(request.token_ids, request.cache_salt, request.lora_name)
         if request.cached_tokens is not None:
             self._judge(self._result(waiting, request.cached_tokens, self._events))
             return
@@ -163,6 +166,7 @@ class _Replay:
 
     def end(self, result: TraceResult) -> None:
         """What came of a request."""
+        self._follow(self._pipeline.settle())
         waiting = self._waiting.pop(result.id, None)
         if waiting is None:
             raise ConfigError(f"expected the result of a request before it, got id {result.id}")
@@ -174,6 +178,13 @@ class _Replay:
             self._judge(late)
         else:
             self._late.append(late)
+
+    def _names(self, request: TraceRequest) -> Sequence[int]:
+        layout, token_ids = self._pipeline.layout, request.token_ids
+        hashes = namespaced_sequence_hashes(
+            token_ids, layout.hash_block_size, request.cache_salt, request.lora_name
+        )
+        return with_lookahead(hashes, token_ids, layout.hash_block_size, layout.lookahead)
 
     @property
     def _size(self) -> int:
@@ -205,6 +216,7 @@ class _Replay:
         self._outcomes[place] = Outcome(waiting.line, length, actual, waiting.predicted, exception)
 
     def report(self, trace: Trace) -> Report:
+        self._follow(self._pipeline.settle())
         self._settle(self._late)
         layout, outcomes = self._pipeline.layout, [each for each in self._outcomes if each is not None]
         failed = tuple(each.name for each in self._scorers if getattr(each, "failed", False))

@@ -7,11 +7,13 @@ engine's last-token rule, so that what separates them is what they know of windo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.hybrid import resumption_of
+from vswa_plugin.blocks.layout import FULL, CacheGroup, CacheLayout, Resumption
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
 from vswa_plugin.engine.contract import BlocksStored, Node
 from vswa_plugin.engine.predicted import Prompt, Scorer
@@ -67,11 +69,9 @@ class GlobalOnly(_OfTheWire):
         self._kept: frozenset[int] = frozenset()
 
     def begin(self, layout: CacheLayout) -> None:
-        windows = [group.window_size for group in layout.groups]
-        widest = None if None in windows else max(window for window in windows if window is not None)
-        groups = [group for group in layout.groups if group.window_size == widest]
+        groups = _widest(layout)
         self._kept = frozenset(group.group_id for group in groups)
-        self._index.apply(_RANK, _announced(layout, [_as_global(group) for group in groups]))
+        self._index.apply(_RANK, _announced(layout, groups))
 
     def apply(self, event: Event) -> None:
         group_id = _group_id(event)
@@ -91,7 +91,12 @@ class MixedGroups(_OfTheWire):
         self._index = WindowIndex(rules=rules)
 
     def begin(self, layout: CacheLayout) -> None:
-        self._index.apply(_RANK, _announced(layout, [CacheGroup(0, None, layout.block_size)]))
+        size = math.lcm(*(group.block_size for group in layout.groups))
+        mixed = _announced(layout, [CacheGroup(0, None, size)])
+        if not layout.plain:
+            where = Resumption(size, layout.hash_block_size, lookahead=layout.lookahead)
+            mixed = msgspec.structs.replace(mixed, resumption=where)
+        self._index.apply(_RANK, mixed)
 
     def apply(self, event: Event) -> None:
         self._index.apply(_RANK, msgspec.structs.replace(event, group_id=0))
@@ -152,7 +157,8 @@ class Approximate(_OfTheWire):
         self._requests += 1
         self._expire()
         hashes = prompt.sequence_hashes
-        known_blocks = next((i for i, each in enumerate(hashes) if each not in self._last), len(hashes))
+        known = next((i for i, each in enumerate(hashes) if each not in self._last), len(hashes))
+        known_blocks = known * self._layout.hash_block_size // self._layout.block_size
         for each in hashes:
             self._last.pop(each, None)
             self._last[each] = self._requests
@@ -184,11 +190,21 @@ def _score(index: WindowIndex, prompt: Prompt) -> int:
 
 
 def _announced(layout: CacheLayout, groups: Sequence[CacheGroup]) -> Layout:
-    return Layout(tuple(groups), layout.rule, layout.hash_scheme, layout.model)
+    where = layout.resumption if layout.plain else resumption_of(layout)
+    return Layout(tuple(groups), layout.rule, layout.hash_scheme, layout.model, None, where)
 
 
-def _as_global(group: CacheGroup) -> CacheGroup:
-    return CacheGroup(group.group_id, None, group.block_size)
+def _widest(layout: CacheLayout) -> list[CacheGroup]:
+    """Groups of full attention; else those of the largest window, as if they were; else all."""
+    kept = [group for group in layout.groups if group.kind == FULL]
+    widest = max((group.window_size for group in layout.groups if group.window_size is not None), default=0)
+    if not kept and widest:
+        kept = [
+            CacheGroup(group.group_id, None, group.block_size)
+            for group in layout.groups
+            if group.window_size == widest
+        ]
+    return kept or list(layout.groups)
 
 
 def _group_id(event: Event) -> int | None:

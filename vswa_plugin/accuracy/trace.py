@@ -11,12 +11,20 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Annotated, Any, Literal, TypeAlias
+from typing import IO, Annotated, Any, TypeAlias
 
 import msgspec
 
 from vswa_plugin.accuracy import jsonl
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.accuracy.headers import (
+    Natural,
+    TraceGroup,
+    TraceHeader,
+    TraceLookahead,
+    header_of,
+    layout_of,
+)
+from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.errors import ConfigError
 
 __all__ = [
@@ -25,51 +33,16 @@ __all__ = [
     "TraceGroup",
     "TraceHeader",
     "TraceHole",
+    "TraceLookahead",
     "TraceRecord",
     "TraceRequest",
     "TraceResult",
     "TraceWriter",
+    "header_of",
     "open_trace",
 ]
 
-#: Event format -> the reuse rule of its engine, unless the trace or the user names another.
-DEFAULT_RULES = {"trtllm": "trtllm_v2", "vllm": "vllm"}
-
-#: Numbers of tokens, of requests and of ids: far more than any trace has, and no fault anywhere.
-Natural = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
-Positive = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
-#: No model has so many, and they are listed one by one.
-MAX_GROUPS = 4_096
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-
-
-class TraceGroup(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``count`` cache groups after one another: ``full`` attention, or ``swa`` with a window in tokens."""
-
-    kind: Literal["full", "swa"]
-    window: Positive | None = None
-    count: Annotated[int, msgspec.Meta(gt=0, le=MAX_GROUPS)] = 1
-
-
-class TraceHeader(msgspec.Struct, frozen=True, tag="header", omit_defaults=True):
-    """First line of a trace. One of ``block_size`` and ``tokens_per_block``; ``groups``, or TensorRT-LLM's
-    ``layers`` and ``max_attention_window``. Other fields are ignored.
-
-    :param format: of the events, e.g. ``trtllm`` or ``vllm``, as ``vswa_event_adapter`` gets it.
-    :param groups: in the order of their ids.
-    :param rule: reuse rule of the engine, where it is not the format's usual one.
-    :param layers: ``swa`` or ``global``, layer by layer.
-    """
-
-    format: str
-    block_size: Positive | None = None
-    tokens_per_block: Positive | None = None
-    groups: tuple[TraceGroup, ...] = ()
-    rule: str | None = None
-    engine: str = ""
-    config: str = ""
-    layers: tuple[Literal["swa", "global"], ...] = ()
-    max_attention_window: Positive | None = None
 
 
 class TraceEvent(msgspec.Struct, frozen=True, tag="event"):
@@ -155,25 +128,11 @@ class Trace:
 
         :raises ConfigError: the header does not say them, or no rule is known for the format.
         """
-        header = self.header
-        chosen = rule or header.rule or DEFAULT_RULES.get(header.format)
-        if chosen is None:
-            raise ConfigError(
-                f"{self.path}: no reuse rule is known for events of the format {header.format!r}; name one "
-                "with --rule, or with `rule` in the header"
-            )
-        block_size = header.block_size or header.tokens_per_block
-        windows = _windows(self.path, header)
-        if block_size is None or not windows:
-            raise ConfigError(
-                f"{self.path}, line 1: expected block_size (or tokens_per_block) and groups, a list of "
-                '{"kind": "full"} and {"kind": "swa", "window": tokens} in the order of their ids'
-            )
-        groups = tuple(CacheGroup(i, window, block_size) for i, window in enumerate(windows))
         try:
-            return CacheLayout(groups, chosen, header.config or self.name).check()
+            return layout_of(self.header, rule, self.name)
         except ConfigError as error:
-            raise ConfigError(f"{self.path}, line 1: {error}") from error
+            said = str(error)
+            raise ConfigError(f"{self.path}{', ' if said.startswith('line') else ': '}{said}") from error
 
     def records(self, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, TraceRecord]]:
         """Line number and record of each line after the header.
@@ -292,20 +251,3 @@ _EXPECTED = "a JSON object of the type header, event or request, or result or ho
 
 def _records(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, TraceHeader | TraceRecord]]:
     return jsonl.read(path, raw, _decoder, _EXPECTED)
-
-
-def _windows(path: Path, header: TraceHeader) -> list[int | None]:
-    """Windows in tokens by group id; None is global attention. Empty: the header does not say."""
-    windows: list[int | None] = []
-    for group in header.groups:
-        if (group.kind == "swa") != (group.window is not None):
-            shown = msgspec.json.encode(group).decode()
-            raise ConfigError(
-                f"{path}, line 1, groups: expected a window for swa and none for full, got {shown}"
-            )
-        windows += [group.window] * group.count
-        if len(windows) > MAX_GROUPS:
-            raise ConfigError(f"{path}, line 1, groups: expected at most {MAX_GROUPS} groups, got more")
-    if not windows and (header.max_attention_window or "swa" not in header.layers):
-        windows = [header.max_attention_window if k == "swa" else None for k in dict.fromkeys(header.layers)]
-    return windows

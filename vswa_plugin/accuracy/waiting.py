@@ -82,20 +82,22 @@ class Waiting:
         at_arrival = exception_of(rule, layout, self._arrival, length, actual)
         if at_arrival is not None:
             return at_arrival
-        before = self._own_store(actual // size, end)
+        unit = layout.hash_block_size
+        before = self._own_store(self.prompt.sequence_hashes[actual // unit : (actual + size) // unit], end)
         moments = [each.explanation for each in self._moments if each.events <= seen or each.events < before]
         if any(each.cached_tokens // size == actual // size for each in moments):
             return LAG
         kinds = (exception_of(rule, layout, each, length, actual) for each in moments)
         return next((kind for kind in kinds if kind is not None), None)
 
-    def _own_store(self, boundary: int, end: float) -> float:
-        """The last event before ``end`` that announced the first block it computed; ``end``: none did."""
-        hashes = self.prompt.sequence_hashes
-        if boundary < len(hashes):
-            for moment in reversed(self._moments):
-                if moment.events < end and hashes[boundary] in moment.stored:
-                    return moment.events
+    def _own_store(self, computed: Sequence[int], end: float) -> float:
+        """The last event before ``end`` that announced what it computed first; ``end``: none did.
+
+        :param computed: names in its first block, or common multiple of blocks, that was not reused.
+        """
+        for moment in reversed(self._moments):
+            if moment.events < end and not moment.stored.isdisjoint(computed):
+                return moment.events
         return end
 
 

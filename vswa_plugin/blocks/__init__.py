@@ -1,24 +1,51 @@
 """What a block of KV cache is, how it is named, and what can be resumed from blocks. Pure.
 
-layout.py    CacheGroup and CacheLayout: the windows of a model, and the size of their blocks
-hashing.py   block and sequence hashes, equal to Dynamo's
+layout.py    CacheGroup and CacheLayout: the cache groups of a model, and the size of their blocks
+hashing.py   block and sequence hashes, equal to Dynamo's, and the names of prefixes
 kernel.py    the compiled kernel, where one was built
 reuse.py     the rules by which engines resume a prompt
+hybrid.py    the rule for groups of any kind and block size
 """
 
-from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes, sequence_hashes_of_tokens
-from vswa_plugin.blocks.layout import HASH_SCHEME, CacheGroup, CacheLayout
-from vswa_plugin.blocks.reuse import RULES, Held, Needs, ReuseRule, resumable, rule_named
+from vswa_plugin.blocks.hashing import (
+    block_hashes,
+    prefix_names,
+    sequence_hashes,
+    sequence_hashes_of_tokens,
+)
+from vswa_plugin.blocks.hybrid import Need
+from vswa_plugin.blocks.layout import (
+    CHUNKED,
+    FULL,
+    HASH_SCHEME,
+    RECURRENT,
+    SLIDING,
+    CacheGroup,
+    CacheLayout,
+    Naming,
+    Resumption,
+)
+from vswa_plugin.blocks.reuse import RULES, Held, HybridRule, Needs, ReuseRule, checked, resumable, rule_named
 
 __all__ = [
+    "CHUNKED",
+    "FULL",
     "HASH_SCHEME",
+    "RECURRENT",
     "RULES",
+    "SLIDING",
     "CacheGroup",
     "CacheLayout",
     "Held",
+    "HybridRule",
+    "Naming",
+    "Need",
     "Needs",
+    "Resumption",
     "ReuseRule",
     "block_hashes",
+    "checked",
+    "prefix_names",
     "resumable",
     "rule_named",
     "sequence_hashes",

@@ -70,3 +70,32 @@ def sequence_hashes_of_tokens(token_ids: Sequence[int], block_size: int) -> list
         return hashes
     whole = len(token_ids) - len(token_ids) % block_size
     return sequence_hashes(block_hashes(token_ids[:whole], block_size))
+
+
+def lookahead_name(sequence_hash: int, next_tokens: Sequence[int]) -> int:
+    """Name of a prefix where the tokens after it are a part of its name.
+
+    :param sequence_hash: of the prefix.
+    """
+    packed = _PAIR.pack(sequence_hash, len(next_tokens)) + _packed(next_tokens)
+    return xxh3_64_intdigest(packed, SEED)
+
+
+def prefix_names(token_ids: Sequence[int], unit: int, lookahead: int = 0) -> list[int]:
+    """Names of the prefixes that end at multiples of ``unit`` tokens, as far as the prompt has them.
+
+    :param lookahead: so many tokens after a prefix are a part of its name; 0: names are sequence hashes.
+    :raises OverflowError: a token id of a full block is not 0 <= id < 2**32.
+    """
+    return with_lookahead(sequence_hashes_of_tokens(token_ids, unit), token_ids, unit, lookahead)
+
+
+def with_lookahead(hashes: Sequence[int], token_ids: Sequence[int], unit: int, lookahead: int) -> list[int]:
+    """Names out of the sequence hashes of ``token_ids``, in blocks of ``unit`` tokens."""
+    if not lookahead:
+        return list(hashes)
+    ends = range(unit, len(token_ids) - lookahead + 1, unit)
+    return [
+        lookahead_name(each, token_ids[end : end + lookahead])
+        for each, end in zip(hashes, ends, strict=False)
+    ]

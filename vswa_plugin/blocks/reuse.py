@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeGuard
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks import hybrid
+from vswa_plugin.blocks.hybrid import Need
+from vswa_plugin.blocks.layout import CHUNKED, CacheGroup, CacheLayout
 from vswa_plugin.errors import ConfigError, unknown_choice
 
 #: Which blocks of one prompt a group holds: by index, or a function of it. Beyond the end: not held.
@@ -30,22 +32,28 @@ Held: TypeAlias = Callable[[int], bool] | Sequence[bool]
 class Needs(msgspec.Struct, frozen=True):
     """How many blocks before a boundary must be resident, per group in the layout's order.
 
-    Fewer blocks before the boundary: all of them. None: all from block 0.
+    Blocks are those of the group. Fewer blocks before the boundary: all of them. None: all from block 0.
 
     :param trailing: at any boundary but the one below.
     :param at_prompt_end: at the boundary at the very end of a prompt that is a whole number of blocks, for
         rules that have such a boundary.
+    :param chunks: blocks of a chunk: of the blocks before a boundary only those since the last multiple of it
+        are needed, and none at a multiple; None: the group has no chunks. Empty: no group has.
+    :param after: blocks behind a boundary that are needed too. Empty: none.
     """
 
     trailing: tuple[int | None, ...]
     at_prompt_end: tuple[int | None, ...]
+    chunks: tuple[int | None, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 class ReuseRule(Protocol):
     """How one family of engines resumes a prompt. Stateless; called from any thread.
 
-    Boundaries are counted in blocks: at boundary b the blocks [0, b) are behind. A boundary at which no group
-    needs any block is never resumable: nothing shows that the engine knows this prefix.
+    Boundaries are counted in blocks of ``layout.block_size``: at boundary b the blocks [0, b) are behind. A
+    boundary at which no group needs any block is never resumable: nothing shows that the engine knows this
+    prefix.
     """
 
     @property
@@ -79,6 +87,36 @@ class ReuseRule(Protocol):
         """
 
 
+class HybridRule(ReuseRule, Protocol):
+    """A rule for groups whose block sizes differ, or that need other blocks than those before a boundary."""
+
+    def need(self, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
+        """What ``group`` must hold at ``boundary``, in place of :meth:`first_needed`."""
+
+
+def is_hybrid(rule: ReuseRule) -> TypeGuard[HybridRule]:
+    """Whether the rule takes layouts that are not plain."""
+    return hasattr(rule, "need")
+
+
+def check_applicable(rule: ReuseRule, layout: CacheLayout) -> None:
+    """Check ``layout``, and that the rule knows what is in it; whether it takes it, ``needs`` says.
+
+    :raises ConfigError: it does not.
+    """
+    layout.check()
+    if not is_hybrid(rule):
+        _one_block_size(layout, rule.name)
+
+
+def need_of(rule: ReuseRule, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
+    """What ``group`` must hold at ``boundary``, by either kind of rule."""
+    if is_hybrid(rule):
+        return rule.need(layout, group, boundary, prompt_len)
+    first, size = rule.first_needed(group, boundary, prompt_len), group.block_size
+    return Need(range((first + 1) * size, boundary * size + 1, size))
+
+
 class _Trtllm:
     """What TensorRT-LLM's rules share: it looks up all tokens but the last, and reuses parts of blocks.
 
@@ -89,7 +127,7 @@ class _Trtllm:
     provenance: str
 
     def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
-        block_size = layout.block_size
+        block_size = _one_block_size(layout, self.name)
         # A block of one token has no part.
         whole = prompt_len if block_size > 1 else prompt_len - 1
         return max(0, whole // block_size)
@@ -106,9 +144,10 @@ class _Trtllm:
         return max(0, min(first, boundary - 1))
 
     def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
-        layout.check()
-        size = layout.block_size
+        size = _one_block_size(layout.check(), self.name)
         windows = [group.window_size for group in layout.groups]
+        for group in layout.groups:
+            _check_window(group)
         return Needs(
             tuple(None if w is None else self._trailing(w, size) for w in windows),
             tuple(None if w is None else self._at_prompt_end(w, size) for w in windows),
@@ -178,34 +217,87 @@ class TrtllmV1Contiguous(_Trtllm):
 
 
 class Vllm:
-    """vLLM's hybrid KV cache: whole blocks only, at least one token is left to compute.
+    """vLLM's KV cache with full and sliding groups of one block size: whole blocks only.
 
-    Cache groups with different block sizes, which vLLM resumes at common multiples, are refused.
+    At least one token is left to compute. Other groups need the rule ``vllm_hybrid``.
     """
 
     name = "vllm"
     provenance = "run"
 
     def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
-        return max(0, prompt_len - 1) // layout.block_size
+        return max(0, prompt_len - 1) // _one_block_size(layout, self.name)
 
     def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
         return boundary * layout.block_size
 
     def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
-        if group.window_size is None:
-            return 0
-        return max(0, boundary - self._trailing(group.window_size, group.block_size))
+        blocks = self._trailing(group)
+        return 0 if blocks is None else max(0, boundary - blocks)
 
     def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
-        size = layout.check().block_size
-        windows = [group.window_size for group in layout.groups]
-        trailing = tuple(None if w is None else self._trailing(w, size) for w in windows)
+        _one_block_size(layout.check(), self.name)
+        trailing = tuple(map(self._trailing, layout.groups))
         return Needs(trailing, trailing)
 
     @staticmethod
-    def _trailing(window: int, block_size: int) -> int:
-        return max(1, _blocks_of(window - 1, block_size))
+    def _trailing(group: CacheGroup) -> int | None:
+        return hybrid.trailing_blocks(group)
+
+
+class VllmHybrid:
+    """vLLM's hybrid KV cache with groups of any kind and block size; see hybrid.py."""
+
+    name = "vllm_hybrid"
+    provenance = "run"
+
+    def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+        return hybrid.deepest(layout, prompt_len)
+
+    def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+        return hybrid.reused(layout, boundary)
+
+    def need(self, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
+        return hybrid.need(layout, group, boundary, prompt_len)
+
+    def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+        """For a layout of this group alone."""
+        needed = hybrid.need(CacheLayout((group,), self.name, ""), group, boundary, prompt_len).all_of
+        return needed[0] // group.block_size - 1 if needed else boundary
+
+    def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
+        hybrid.check_kinds(layout.check())
+        if layout.resumption is not None and layout.resumption.partial:
+            return None
+        trailing = tuple(map(hybrid.trailing_blocks, layout.groups))
+        chunks = tuple(
+            None
+            if group.chunk_size is None or group.kind != CHUNKED
+            else group.chunk_size // group.block_size
+            for group in layout.groups
+        )
+        return Needs(trailing, trailing, chunks, tuple(hybrid.blocks_after(group) for group in layout.groups))
+
+
+def _one_block_size(layout: CacheLayout, rule: str) -> int:
+    """The block size of all groups; raises ConfigError where the layout has what such rules do not know."""
+    if not layout.plain:
+        shown = ", ".join(f"{g.group_id}: {g.kind} of {g.block_size} tokens" for g in layout.groups)
+        raise ConfigError(
+            f"rule {rule}: expected full and sliding groups of one block size, got {shown}; "
+            "the rule vllm_hybrid takes others"
+        )
+    return layout.block_size
+
+
+def _check_window(group: CacheGroup) -> None:
+    """TensorRT-LLM refuses such windows itself."""
+    if group.window_size is not None and group.window_size % group.block_size:
+        raise ConfigError(
+            f"cache group {group.group_id}: expected a window that is a multiple of the block size "
+            f"({group.block_size} tokens), got {group.window_size}; choose a tokens_per_block that "
+            "divides the window"
+        )
 
 
 def _resumed_at(block_size: int, boundary: int, prompt_len: int) -> int:
@@ -219,7 +311,7 @@ def _blocks_of(tokens: int, block_size: int) -> int:
 
 #: The rules that come with the package, by name; plugins add theirs through ``vswa_reuse_rules``.
 RULES: Mapping[str, ReuseRule] = MappingProxyType(
-    {rule.name: rule for rule in (TrtllmV2(), TrtllmV1(), TrtllmV1Contiguous(), Vllm())}
+    {rule.name: rule for rule in (TrtllmV2(), TrtllmV1(), TrtllmV1Contiguous(), Vllm(), VllmHybrid())}
 )
 
 
@@ -234,22 +326,40 @@ def rule_named(name: str, rules: Mapping[str, ReuseRule] = RULES) -> ReuseRule:
     return rule
 
 
+def checked(layout: CacheLayout, rules: Mapping[str, ReuseRule] = RULES) -> CacheLayout:
+    """``layout``, which its rule takes: for engines, before they start.
+
+    :param rules: a rule that is not among them is that of a plugin, and checked where it is known.
+    :raises ConfigError: it does not fit, or its rule refuses it.
+    """
+    layout.check()
+    if (rule := rules.get(layout.rule)) is not None:
+        check_applicable(rule, layout)
+        rule.needs(layout, layout.block_size)
+    return layout
+
+
 def resumable(rule: ReuseRule, layout: CacheLayout, held: Mapping[int, Held], prompt_len: int) -> int:
     """Cached tokens of a prompt, by looking at every boundary from the deepest: slow, and the reference.
 
-    :param held: group id -> which blocks of the prompt that group holds; a group left out holds none.
+    :param held: group id -> which blocks of the prompt that group holds; a group left out holds none. Blocks
+        are counted in units of ``layout.hash_block_size``: one of several units is named by its last.
     :param prompt_len: tokens of the prompt.
     :raises ConfigError: the rule cannot be applied to ``layout``.
     """
-    layout.check()
+    check_applicable(rule, layout)
+    rule.needs(layout, prompt_len)
+    unit = layout.hash_block_size
     holds = {group.group_id: _as_function(held.get(group.group_id, ())) for group in layout.groups}
     for boundary in range(rule.boundaries(layout, prompt_len), 0, -1):
-        needed = [
-            (holds[group.group_id], range(rule.first_needed(group, boundary, prompt_len), boundary))
+        needs = [
+            (holds[group.group_id], need_of(rule, layout, group, boundary, prompt_len))
             for group in layout.groups
         ]
-        if any(blocks for _, blocks in needed) and all(
-            is_held(block) for is_held, blocks in needed for block in blocks
+        if any(need.all_of or need.any_of is not None for _, need in needs) and all(
+            all(is_held(end // unit - 1) for end in need.all_of)
+            and (need.any_of is None or any(is_held(end // unit - 1) for end in need.any_of))
+            for is_held, need in needs
         ):
             return rule.tokens(layout, boundary, prompt_len)
     return 0

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 #: Built-in command -> its one-line help. The module is ``vswa_plugin.cli.<name>``, or what ``_MODULES`` says.
 BUILT_IN: Mapping[str, str] = {
-    "accuracy": "how often a router's promise is kept, on recorded engine traces",
-    "brokers": "an embedded nats-server and etcd on loopback, for a laptop; never for production",
-    "completion": "a script that completes commands, options and values in bash or zsh",
-    "demo": "see it work: brokers, frontend, two workers, a few requests, and every window's events",
+    "accuracy": "measure how often a router's promise is kept, on recorded engine traces",
+    "brokers": "run an embedded nats-server and etcd on loopback, for a laptop; never for production",
+    "completion": "print a script that completes commands, options and values in bash or zsh",
+    "demo": "run the whole system once, with a few requests, and show the events of every window",
     "events": "follow the KV block events of every worker and window",
-    "explain": "what every rank could reuse of a prompt, and what spoilt the rest",
-    "index": "what every rank holds, per window and tier, live",
-    "plugins": "list plugins: version, hooks, where from, and why one is not loaded",
-    "serve": "the demo's servers, left running for your own requests",
+    "explain": "show what every rank could reuse of a prompt, and which missing block prevents more",
+    "index": "show live what every rank holds, per window and tier",
+    "plugins": "list the plugins: version, hooks, origin, and why one is not loaded",
+    "serve": "run the demo's servers until a signal, for your own requests",
 }
 
 #: Built-in commands that load no plugins; what they start has options of its own for them.
@@ -73,19 +73,24 @@ class ProgramEntry:
 
 
 PROGRAMS: Mapping[str, ProgramEntry] = {
-    "frontend": ProgramEntry("Dynamo's OpenAI-compatible HTTP frontend", "vswa_plugin.frontend"),
-    "launch": ProgramEntry("a whole deployment in the foreground", "vswa_plugin.launch.__main__"),
+    "frontend": ProgramEntry("run Dynamo's OpenAI-compatible HTTP frontend", "vswa_plugin.frontend"),
+    "launch": ProgramEntry("run a whole deployment in the foreground", "vswa_plugin.launch.__main__"),
+    "relay": ProgramEntry(
+        "publish and register workers that are not ours, such as Dynamo's own vLLM workers",
+        "vswa_plugin.relay.__main__",
+    ),
     "router": ProgramEntry(
-        "the exact router: fronts the workers and scores every window", "vswa_plugin.router.__main__"
+        "run the exact router, which stands before the workers and scores every window",
+        "vswa_plugin.router.__main__",
     ),
     "selector": ProgramEntry(
-        "a router that only answers /select, for gateways: router --selector-only",
+        "run a router that only answers /select, for gateways: router --selector-only",
         "vswa_plugin.router.__main__",
         "main_selector",
         "selector_parser",
     ),
     "worker": ProgramEntry(
-        "one engine behind Dynamo, which publishes the events of every window", "vswa_plugin.worker.__main__"
+        "run one engine behind Dynamo, and publish the events of every window", "vswa_plugin.worker.__main__"
     ),
 }
 

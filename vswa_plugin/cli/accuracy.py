@@ -17,7 +17,7 @@ from vswa_plugin.cli.accuracy_route import configure_route, run_route
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
-from vswa_plugin.program.options import at_least_one
+from vswa_plugin.program.options import at_least_one, real
 
 _EXAMPLES = """\
 examples:
@@ -67,12 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _configure_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", nargs="+", metavar="TRACE", help="an engine trace, .jsonl or .jsonl.gz")
     parser.add_argument("--rule", help="reuse rule of the engine (trtllm: trtllm_v2, vllm: vllm)")
-    parser.add_argument("--json", action="store_true", help="one JSON object, with every request")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every request")
     parser.add_argument(
         "--min-exact",
-        type=float,
+        type=real,
         metavar="SHARE",
-        help="exit code 1 where, in any trace, fewer requests than this are exact in whole blocks (0 to 1)",
+        help="end with exit code 1 where, in any trace, a smaller share of requests (0 to 1) is exact in "
+        "whole blocks",
     )
     parser.add_argument(
         "--ttl",
@@ -81,8 +82,10 @@ def _configure_replay(parser: argparse.ArgumentParser) -> None:
         metavar="REQUESTS",
         help=f"how long the approximate scorer remembers a prompt ({DEFAULT_TTL})",
     )
-    parser.add_argument("--plot", metavar="FILE", help="also draw it: .png, .svg or .pdf; needs matplotlib")
-    parser.add_argument("--html", metavar="FILE", help="also write a page")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw the result to a .png, .svg or .pdf file; needs matplotlib"
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write the result as an HTML page")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,23 +12,35 @@ from pathlib import Path
 import msgspec
 
 from vswa_plugin.accuracy.showing import check_plot, console, progress
+from vswa_plugin.engine.presets import DEFAULT_BLOCK_SIZE, listed_models
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
-from vswa_plugin.program.options import at_least_one, excludes, positive, requires, whole_number
+from vswa_plugin.program.options import (
+    at_least_one,
+    excludes,
+    integer,
+    positive,
+    real,
+    requires,
+    whole_number,
+)
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import ORACLE
-from vswa_plugin.simulation.presets import PRESETS
 from vswa_plugin.simulation.report import Report, as_data, conclusions, plot, summary, tables
 from vswa_plugin.simulation.sweep import DEFAULT_POLICIES, Bench, Case, Plan, Run, cases
 from vswa_plugin.simulation.workloads import WORKLOADS
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   vswa accuracy route forks                                  1,000 requests, 4 ranks, three sizes of memory
   vswa accuracy route chat forks --model gpt-oss --blocks 512,4096
   vswa accuracy route mooncake.jsonl --requests 500          a file in Mooncake's format
   vswa accuracy route forks --seeds 10 --json > route.json
+  vswa accuracy route forks --model gemma-4-31b,qwen3.5-9b   hybrid models, as vLLM caches them
+
+models (cache groups: window, chunk or kind / tokens per block where the engine chooses them):
+{listed_models()}
 
 Nothing is computed: caches and their events are simulated, times come from a cost model whose numbers are
 options. What matters are differences between policies, not seconds. A difference of some percent is worth
@@ -40,15 +52,15 @@ before it; then a time per output token. The defaults are calibrated on NVIDIA's
 """
 
 _DESCRIPTION = """\
-Simulates ranks behind routers that differ in one thing, what they believe each rank would reuse: nothing
+Simulate ranks behind routers that differ in one thing, what they believe each rank would reuse: nothing
 (random, round robin), the global groups (as Dynamo does), one tree for all groups (boundary projection),
 every group by the engine's rule (exact), or what the caches really hold (oracle)."""
 
 _COST_OPTIONS = (
-    ("fixed_s", "SECONDS", "of every prompt"),
-    ("per_token_s", "SECONDS", "of each computed prompt token"),
-    ("per_pair_s", "SECONDS", "of each computed prompt token and token before it"),
-    ("per_output_token_s", "SECONDS", "of each generated token"),
+    ("fixed_s", "SECONDS", "time that every prompt takes"),
+    ("per_token_s", "SECONDS", "time that each computed prompt token takes"),
+    ("per_pair_s", "SECONDS", "time for each pair of a computed prompt token and a token before it"),
+    ("per_output_token_s", "SECONDS", "time that each generated token takes"),
 )
 
 
@@ -58,51 +70,66 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
     add, plan = parser.add_argument, Plan("")
     known = ", ".join(WORKLOADS)
     add("workloads", nargs="+", metavar="WORKLOAD", help=f"{known}, or a file in Mooncake's format")
-    add("--requests", type=at_least_one, metavar="N", help="(default: 1000, or all of the file)")
-    add("--workers", type=at_least_one, default=plan.ranks, metavar="N", help="ranks (default: %(default)s)")
+    add(
+        "--requests",
+        type=at_least_one,
+        metavar="N",
+        help="how many requests are simulated (default: 1000, or all of the file)",
+    )
+    add(
+        "--workers",
+        type=at_least_one,
+        default=plan.ranks,
+        metavar="N",
+        help="how many ranks serve (default: %(default)s)",
+    )
     add(
         "--model",
         default="gemma-3-1b",
         metavar="M,...",
-        help=f"of {', '.join(PRESETS)} (default: %(default)s)",
+        help="a model of the list below (default: %(default)s)",
     )
     add(
         "--blocks",
         default="1024,2048,4096",
         metavar="N,...",
-        help="of each rank, for global attention (default: %(default)s)",
+        help="blocks of each rank for global attention, of 32 tokens where the engine chooses the block "
+        "sizes; one run for each number (default: %(default)s)",
     )
     add(
         "--sliding-share",
-        type=float,
+        type=real,
         default=plan.sliding_share,
         metavar="SHARE",
-        help="blocks of a sliding window, as a share of those (default: %(default)s)",
+        help="room for every other cache group, as a share of --blocks; vLLM has one pool for all of it "
+        "(default: %(default)s)",
     )
     add(
         "--block-size",
         type=at_least_one,
-        default=plan.block_size,
         metavar="TOKENS",
-        help="(default: %(default)s)",
+        help="tokens of a block; not for models of vLLM, which chooses itself "
+        f"(default: {DEFAULT_BLOCK_SIZE})",
     )
     add(
         "--policies",
         metavar="P,...",
-        help=f"(default: {', '.join(DEFAULT_POLICIES)}); also every other scorer",
+        help="policies of routers, of which every scorer is one "
+        f"(default: {', '.join(DEFAULT_POLICIES)}; the projection only where all groups are windows "
+        "or global, in blocks of one size)",
     )
     add(
         "--rate",
         type=positive,
         metavar="R",
-        help="requests a second (default: by --load; of a file, its own)",
+        help="requests per second (default: what --load makes of it; for a file, its own times)",
     )
     add(
         "--load",
         type=positive,
         metavar="L",
-        help="instead of --rate, of a made-up workload: seconds of prefill that arrive per second and rank, "
-        f"were nothing cached (default: {plan.load})",
+        help="the rate of a made-up workload, instead of --rate: seconds of prefill that arrive per second "
+        f"and rank if nothing were cached (default: {plan.load})",
     )
     for name, unit, help_ in _COST_OPTIONS:
         option = f"--cost-{name.removesuffix('_s').replace('_', '-')}"
@@ -110,30 +137,35 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
         add(
             option,
             dest=name,
-            type=float,
+            type=real,
             default=default,
             metavar=unit,
             help=f"{help_} (default: {default:g})",
         )
     add(
-        "--seed", type=int, default=0, help="of requests and times (not of a file's) and of ties (default: 0)"
+        "--seed",
+        type=integer,
+        default=0,
+        help="seed of made-up requests and times, and of the choice between equal ranks (default: 0)",
     )
     add(
         "--seeds",
         type=at_least_one,
         default=1,
         metavar="N",
-        help="run each with N seeds from --seed on (default: 1)",
+        help="repeat each run with N seeds, from --seed on (default: 1)",
     )
     add(
         "--jobs",
         type=at_least_one,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (default: one per CPU)",
+        help="how many processes work side by side (default: one per CPU)",
     )
-    add("--json", action="store_true", help="one JSON object: averages, and comparisons by seed")
-    add("--plot", metavar="FILE", help="also draw it: .png, .svg or .pdf; needs matplotlib")
+    add(
+        "--json", action="store_true", help="print one JSON object with averages and with comparisons by seed"
+    )
+    add("--plot", metavar="FILE", help="also draw the result to a .png, .svg or .pdf file; needs matplotlib")
 
 
 def run_route(args: argparse.Namespace) -> int:
@@ -176,8 +208,8 @@ def _plan(args: argparse.Namespace, workload: str) -> Plan:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    names = list(DEFAULT_POLICIES) if args.policies is None else _words("--policies", args.policies)
-    if ORACLE not in names:
+    names = None if args.policies is None else _words("--policies", args.policies)
+    if names is not None and ORACLE not in names:
         names.append(ORACLE)
     blocks = []
     for word in _words("--blocks", args.blocks):

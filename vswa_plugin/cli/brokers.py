@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             type=port,
             default=default,
             metavar="PORT",
-            help="port on 127.0.0.1; 0: a free one (%(default)s)",
+            help="port on 127.0.0.1, where 0 stands for a free one (%(default)s)",
         )
     parser.add_argument(
         "--data-dir",
@@ -49,7 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="keep the data of etcd and the logs of both there (default: a directory that is removed at the "
         "end); nats-server keeps no data",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the two exports")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the two exports"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ _MODELS = ("model_path",)
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("shell", choices=_SHELLS, help="for which shell")
+    parser.add_argument("shell", choices=_SHELLS, help="the shell that the script is for")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -51,15 +51,15 @@ The windows of a worker are known from its first batch or, for one that ran befo
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
-    parser.add_argument("--namespace", help="only workers of this Dynamo namespace")
-    parser.add_argument("--component", help="only workers of this Dynamo component")
+    parser.add_argument("--namespace", help="follow only workers of this Dynamo namespace")
+    parser.add_argument("--component", help="follow only workers of this Dynamo component")
     parser.add_argument(
         "--window",
         metavar="TOKENS|global",
-        help="only events of this window, and those that are about all windows",
+        help="show only events of this window, and those that are about all windows",
     )
     parser.add_argument("--heartbeats", action="store_true", help="show heartbeats too")
-    parser.add_argument("--json", action="store_true", help="one JSON object per batch")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per batch")
     parser.add_argument("--count", type=at_least_one, metavar="N", help="stop after N batches")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.hashing import prefix_names
 from vswa_plugin.cli.index import check_namespace, fleet_for
 from vswa_plugin.errors import ConfigError, shown
 from vswa_plugin.files import read_bounded
@@ -35,11 +35,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("prompt", nargs="?", help="the prompt")
-    prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; - for standard input")
+    prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; - is standard input")
     prompt.add_argument("--token-ids", metavar="N,N,...", help="the prompt's token ids")
-    parser.add_argument("--model", help="served model name (default: the only one)")
-    parser.add_argument("--namespace", help="only workers of this Dynamo namespace")
-    parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument(
+        "--model", help="the name by which clients ask for the model (default: the only one that is served)"
+    )
+    parser.add_argument("--namespace", help="ask only about workers of this Dynamo namespace")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--timeout", type=seconds, default=10.0, help="seconds to wait for the workers (10)")
 
 
@@ -59,14 +61,15 @@ async def _run(args: argparse.Namespace) -> int:
             sys.stderr.write("not every rank is known exactly yet: scores may be too low\n")
         entry = _entry_of(fleet, args.model)
         tokens = _tokens(args, entry)
-        hashes = sequence_hashes_of_tokens(tokens, entry.block_size)
+        unit = entry.naming.hash_block_size
+        hashes = prefix_names(tokens, unit, entry.naming.lookahead)
         found = fleet.index.explain(hashes, len(tokens), entry.served_model_name)
     finally:
         await fleet.stop()
     if args.json:
         print(msgspec.json.encode([ExplanationAnswer.of(each) for each in found]).decode())
     else:
-        print(f"{len(tokens)} tokens, {len(hashes)} whole blocks of {entry.block_size}")
+        print(f"{len(tokens)} tokens, {len(hashes)} whole blocks of {unit}")
         for explanation in sorted(found, key=lambda each: -each.cached_tokens):
             _show(explanation)
     return 0

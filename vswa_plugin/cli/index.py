@@ -43,9 +43,9 @@ _FILE_WIDTH = 200
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
-    parser.add_argument("--namespace", help="only workers of this Dynamo namespace")
+    parser.add_argument("--namespace", help="show only workers of this Dynamo namespace")
     parser.add_argument("--once", action="store_true", help="print once and end")
-    parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
+    parser.add_argument("--json", action="store_true", help="with --once: print one JSON object")
     parser.add_argument(
         "--check", action="store_true", help="with --once: verify every invariant of the index"
     )

@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, keeps: bool = False) -> No
     if keeps:
         add_log_arguments(parser)
     else:
-        parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+        parser.add_argument(
+            "--log-dir", metavar="DIR", help="a directory in which the logs of all processes are kept"
+        )
 
 
 def worker_groups(

@@ -17,7 +17,7 @@ _HEADINGS = ("plugin", "version", "state", "from", "hooks, or why not")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON list, for scripts")
+    parser.add_argument("--json", action="store_true", help="print one JSON list, for scripts")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,4 +36,4 @@ def run(args: argparse.Namespace) -> int:
             more = {"keep": True, "log_bytes": most_bytes}
             return local.cluster_of(args, model, groups, routing, scratch, progress, **more)
 
-        return asyncio.run(keep_serving(make, progress))
+        return asyncio.run(keep_serving("vswa serve", make, progress))

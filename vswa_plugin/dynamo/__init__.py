@@ -2,6 +2,7 @@
 
 names.py          what both sides call things: environment, endpoints, options; imports nothing of Dynamo
 runtime.py        a worker behind Dynamo, and what our programs need of its runtime
+kubernetes.py     Dynamo's discovery on Kubernetes: whether its API answers
 chat.py           what a model's directory must hold for chat
 client.py         a front door: found by the frontend, calls workers
 frontend.py       Dynamo's own OpenAI frontend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from vswa_plugin.dynamo.names import RELEASE, EndpointName
 from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery, serve_endpoint, text_surfaces
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
+
+_HOST = re.compile(r"(?:tcp://)?(?:\[([^\]]+)\]|([^\s:/\[\]]+)):\d+(?:/|$)")
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -163,6 +166,12 @@ class WorkerClient:
         ids: list[int] = self._client.instance_ids()
         return ids
 
+    def hosts(self) -> dict[int, str]:
+        """The same workers, each with the host by which it is called; empty where that cannot be read."""
+        return {
+            int(each.instance_id): _host_of(str(each.transport.address)) for each in self._client.instances()
+        }
+
     def busy(self, worker_id: int) -> bool:
         """Whether a stream of this worker is under way."""
         return bool(self._streams.get(worker_id))
@@ -217,6 +226,12 @@ class WorkerClient:
             return any([bool(chunk.get("released")) async for chunk in chunks])
         except Exception as error:  # Dynamo raises plain Exception
             raise _from_dynamo(error, Unavailable) from error
+
+
+def _host_of(address: str) -> str:
+    """Of an address of Dynamo's request plane, such as ``10.0.0.5:34567/1a2b/ns/component/endpoint``."""
+    match = _HOST.match(address)
+    return "" if match is None else match[1] or match[2]
 
 
 def namespaced_sequence_hashes(

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,6 +44,10 @@ _SETTING = re.compile(
     r"|failed to infer config|already in use|Cannot assign requested address|Permission denied"
     r"|Failed to resolve configured"
 )
+#: Where an API server of Kubernetes has not taken what was written there.
+_NOT_WRITTEN = re.compile("Failed to apply DynamoWorkerMetadata")
+#: Between tries to show a model: one that took minutes to load is not given up for a hiccup.
+SHOW_WAITS_S = (1.0, 2.0, 4.0, 8.0)
 _OTHER_MODEL = re.compile(r"a different model '(.*)' is already registered there")
 
 #: (request, request id, future that is done when the client has gone) -> chunks
@@ -216,19 +221,21 @@ class WorkerEndpoint:
         config.taints = set(model.taints)
         config.tool_call_parser = model.tool_call_parser
         config.reasoning_parser = model.reasoning_parser
+        show = partial(
+            register_model,
+            ModelInput.Tokens,
+            role.model_type,
+            self._endpoint,
+            model.model_path,
+            model.name,
+            worker_type=role.worker_type,
+            needs=role.needs,
+            kv_cache_block_size=info.layout.block_size,
+            runtime_config=config,
+            ignore_weights=True,
+        )
         try:
-            await register_model(
-                ModelInput.Tokens,
-                role.model_type,
-                self._endpoint,
-                model.model_path,
-                model.name,
-                worker_type=role.worker_type,
-                needs=role.needs,
-                kv_cache_block_size=info.layout.block_size,
-                runtime_config=config,
-                ignore_weights=True,
-            )
+            await _until_written(show)
         except Exception as error:  # Dynamo raises plain Exception
             if found := _OTHER_MODEL.search(str(error)):
                 raise other_model(model.name, found[1], self._name) from error
@@ -253,6 +260,22 @@ async def serve_endpoint(endpoint: Any, generate: Callable[..., AsyncIterator[Ch
         await endpoint.serve_endpoint(generate, graceful_shutdown=True)
     except Exception as error:  # Dynamo raises plain Exception
         raise runtime_error("Dynamo's runtime", error) from error
+
+
+async def _until_written(show: Callable[[], Awaitable[None]]) -> None:
+    """Await ``show()``, again where Dynamo's discovery has not taken what it writes there.
+
+    Raises what the last of the tries raises.
+    """
+    for wait in SHOW_WAITS_S:
+        try:
+            return await show()
+        except Exception as error:  # Dynamo raises plain Exception
+            if not _NOT_WRITTEN.search(str(error)):
+                raise
+            logger.warning("trying on in %g s: %s", wait, one_line(str(error)))
+        await asyncio.sleep(wait)
+    await show()
 
 
 async def leave_discovery(endpoint: Any, name: EndpointName) -> None:

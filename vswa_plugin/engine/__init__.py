@@ -1,12 +1,14 @@
 """The contract of an engine: all that an engine author imports.
 
 contract.py   settings, requests and chunks, KV events, and the shape of an engine and of an event adapter
+sources.py    the shape of what reads the events of a worker of another project
 chains.py     chains of blocks as events give them, in which no ring is taken
 options.py    an engine's options file, section by section
 option_files.py  option files of users, YAML or JSON, read within bounds
 requests.py   the fields of a request, checked
 uses.py       what becomes of each field of a request: used, refused, or ignored for a reason
 predicted.py  what is compared with an engine: scorers, and its cache without a model
+presets.py    the cache groups of known models, for simulations
 records.py    what is noted of a finished request
 outcomes.py   how a request has ended, in one word
 gpus.py       the GPUs that a process may use
@@ -35,9 +37,11 @@ from vswa_plugin.engine.contract import (
     EventsLost,
     GroupCreated,
     Node,
+    PromptAdapter,
     PromptHolder,
     RawEvent,
     RequestDict,
+    with_prompts,
 )
 from vswa_plugin.engine.gpus import visible_gpus
 from vswa_plugin.engine.options import Section, is_number
@@ -54,6 +58,7 @@ from vswa_plugin.engine.requests import (
     token_ids,
     unchecked_token_ids,
 )
+from vswa_plugin.engine.sources import EventSource, SourceSettings, SourceState
 from vswa_plugin.engine.uses import SHARED, FieldUse, FieldUses, ignored, refused, used
 
 __all__ = [
@@ -76,6 +81,7 @@ __all__ = [
     "EngineSettings",
     "EventAdapter",
     "EventSink",
+    "EventSource",
     "EventsLost",
     "FieldUse",
     "FieldUses",
@@ -84,6 +90,7 @@ __all__ = [
     "Node",
     "ParentLinks",
     "Prompt",
+    "PromptAdapter",
     "PromptHolder",
     "RankSequence",
     "RankSetup",
@@ -93,6 +100,8 @@ __all__ = [
     "Scorer",
     "Section",
     "SimulatedRank",
+    "SourceSettings",
+    "SourceState",
     "check_chain",
     "client_name",
     "dp_rank",
@@ -108,4 +117,5 @@ __all__ = [
     "unchecked_token_ids",
     "used",
     "visible_gpus",
+    "with_prompts",
 ]

@@ -10,7 +10,7 @@ an :class:`EventAdapter`, found through the hook ``vswa_event_adapter``, turns e
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import msgspec
 
@@ -152,14 +152,23 @@ class PromptHolder(Protocol):
 
 
 class EngineBlock(msgspec.Struct, frozen=True, gc=False):
-    """One block of a ``stored`` event. Fewer tokens than the block size: a partial block."""
+    """One block of a ``stored`` event. Fewer tokens than the block size: a partial block.
+
+    :param token_ids: all tokens between the end of its parent, or the root, and its own end: those of one
+        hash unit, or of several.
+    :param next_token_ids: in layouts with a lookahead: the tokens after it, as many as the layout states.
+    """
 
     hash: EngineHash
     token_ids: tuple[int, ...]
+    next_token_ids: tuple[int, ...] = ()
 
 
 class BlocksStored(msgspec.Struct, frozen=True):
-    """Consecutive blocks now resident in one group; the first one's parent is ``parent_hash``."""
+    """Consecutive blocks now resident in one group; the first one's parent is ``parent_hash``.
+
+    The parent may be any block before it that was announced, of whichever group.
+    """
 
     group_id: int
     parent_hash: EngineHash | None
@@ -194,12 +203,14 @@ NO_SUCH_GROUP = 0
 class GroupCreated(msgspec.Struct, frozen=True):
     """The engine's own statement about one group, to be compared with the layout that it declared.
 
-    :param window_size: in tokens; None: global; or NO_SUCH_GROUP.
+    :param window_size: in tokens; None: the group has none; or NO_SUCH_GROUP.
+    :param kind: as in :class:`~vswa_plugin.blocks.layout.CacheGroup`, where the window does not say it.
     """
 
     group_id: int
     window_size: int | None
     dp_rank: int = 0
+    kind: str | None = None
 
 
 class EventsLost(msgspec.Struct, frozen=True):
@@ -229,12 +240,55 @@ class EventAdapter(Protocol):
         """
 
 
+class PromptAdapter(EventAdapter, Protocol):
+    """An adapter that computes what its engine's events leave out; optional, see :func:`with_prompts`."""
+
+    @property
+    def wants_prompts(self) -> bool:
+        """Whether :meth:`prompt` is of any use now."""
+
+    def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
+        """A request with this prompt goes to the engine. Cheap: it is only noted."""
+
+    def prepare(self) -> bool:
+        """Do a piece of the work that :meth:`settle` would do at once; True where nothing is left."""
+
+    def settle(self) -> list[EngineEvent]:
+        """What the events fed so far mean beyond what :meth:`feed` returned: no more are there for now."""
+
+
+class _WithoutPrompts:
+    """Any other adapter, in that shape."""
+
+    wants_prompts = False
+
+    def __init__(self, adapter: EventAdapter) -> None:
+        self.feed = adapter.feed
+
+    def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
+        """Do nothing: its engine's events leave nothing out."""
+
+    def prepare(self) -> bool:
+        return True
+
+    def settle(self) -> list[EngineEvent]:
+        return []
+
+
+def with_prompts(adapter: EventAdapter) -> PromptAdapter:
+    """``adapter`` where it has the parts of :class:`PromptAdapter`, else one with it that has them."""
+    if all(hasattr(adapter, part) for part in ("wants_prompts", "prompt", "prepare", "settle")):
+        return cast("PromptAdapter", adapter)
+    return _WithoutPrompts(adapter)
+
+
 class Node(NamedTuple):
     """What names one block of one prefix.
 
-    :param sequence_hash: Dynamo's chained hash of all blocks up to this one.
-    :param position: index of the block in its sequence.
-    :param parent_hash: sequence hash of the block before it; None at the root.
+    :param sequence_hash: name of all tokens up to its end: Dynamo's chained hash, and in layouts with a
+        lookahead one that covers the tokens after it too.
+    :param position: index in its sequence of the hash unit in which it ends; in plain layouts, of the block.
+    :param parent_hash: name of the prefix one hash unit before its end; None at the root.
     """
 
     sequence_hash: int

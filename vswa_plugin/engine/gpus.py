@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 VISIBLE_ENV = "CUDA_VISIBLE_DEVICES"
 _DEVICE = re.compile(r"nvidia\d+")
+_ENTRY = re.compile(r"[0-9]+|(?:GPU|MIG)-[0-9A-Za-z/-]+")
 
 
 def visible_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[str, ...]:
@@ -17,9 +19,14 @@ def visible_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[st
     """
     named = environ.get(VISIBLE_ENV)
     if named is not None:
-        # CUDA looks at no device behind one that it does not know, such as -1.
-        return listed_gpus(named.partition("-1")[0])
+        # CUDA looks at no device behind what names none, such as -1.
+        return tuple(itertools.takewhile(names_gpu, map(str.strip, named.split(","))))
     return tuple(str(number) for number in range(_machine(root)))
+
+
+def names_gpu(entry: str) -> bool:
+    """Whether CUDA takes ``entry`` for a device: a number, or the beginning of a UUID."""
+    return _ENTRY.fullmatch(entry) is not None
 
 
 def listed_gpus(text: str) -> tuple[str, ...]:

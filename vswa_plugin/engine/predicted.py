@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Prompt(NamedTuple):
-    """A request as a scorer sees it; ``sequence_hashes`` are those of its whole blocks."""
+    """A request as a scorer sees it.
+
+    :ivar sequence_hashes: the names of its prefixes in units of the layout's ``hash_block_size``: in plain
+        layouts those of its whole blocks.
+    """
 
     token_ids: Sequence[int]
     sequence_hashes: Sequence[int]

@@ -135,7 +135,7 @@ class Fleet:
                     source=view.source,
                     model=view.layout.model if view.layout else "",
                     state=view.state,
-                    reason=view.stale_reason if view.stale_since is not None else view.broken or "",
+                    reason=view.stale_reason if view.stale_since is not None else view.broken or view.remark,
                     registered=view.registered,
                     epoch=reader.epoch,
                     next_event_id=reader.next_event_id,

@@ -306,9 +306,11 @@ class Subscriber:
             view.heartbeat_s = heartbeat_s
             self._due.add(view)
             self._tick_s = max(LEAST_TICK_S, min(self._tick_s, heartbeat_s / 4))
-        layout = CacheLayout(event.groups, event.rule, event.model, event.hash_scheme).check()
+        layout = event.cache_layout.check()
         self._index.join(view.source.rank, layout)
         view.layout = layout
+        if view.remark:
+            logger.warning("%s: %s", view.source, view.remark)
 
     def _give_up(self, view: View, reason: str) -> None:
         """Drop the rank's blocks and do not score it until its next epoch."""

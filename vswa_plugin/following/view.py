@@ -128,6 +128,14 @@ class View:
         return self.stale_since is None or now - self.stale_since < self._options.stale_grace_s
 
     @property
+    def remark(self) -> str:
+        """What an operator should know of a rank that is scored; empty: nothing."""
+        if self.layout is None or not (unknown := self.layout.unknown_kinds):
+            return ""
+        kinds = ", ".join(f"{group_id} ({kind[:40]})" for group_id, kind in unknown.items())
+        return f"scores may be too low: cache groups of kinds that this version does not know: {kinds}"
+
+    @property
     def state(self) -> str:
         """For people: ``live``, ``stale``, ``silent``, ``unreadable`` or ``waiting``."""
         if self.broken is not None or self.reader.unreadable:

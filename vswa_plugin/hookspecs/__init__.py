@@ -11,18 +11,18 @@ A plugin is a module or an object with functions that carry the names of hooks a
 What holds for all hooks:
 
 * Implementations are plain functions: no ``async def``, no generators, no wrappers.
-* Arguments are passed by name; an implementation takes those that it needs and leaves out the rest.
-* Arguments are shared by all plugins: read them, never change them.
-* Each implementation is called on its own. One that fails costs its own answer and nothing else: the
-  failure is counted, and logged once per plugin, hook and minute.
-* ``tryfirst=True`` and ``trylast=True`` move an implementation to the front or the back; otherwise plugins
-  are called by their name, in alphabetical order, so the order in which they were loaded never shows.
+* Arguments are passed by name. An implementation takes those that it needs and leaves out the rest.
+* All plugins share the arguments: read them, and never change them.
+* Each implementation is called on its own. After a failure only that plugin's answer is missing. The failure
+  is counted, and logged once per plugin, hook and minute.
+* ``tryfirst=True`` and ``trylast=True`` move an implementation to the front or the back. Otherwise plugins
+  are called in alphabetical order of their names. The order in which they were loaded has no effect.
 
     worker.py      engines, their events, and a worker's start
-    routing.py     what a router asks
-    observers.py   what plugins are shown of events and requests, and their metrics
+    routing.py     reuse rules, and the choice of a rank
+    observers.py   events and requests that plugins observe, and the plugins' metrics
     lifetime.py    a plugin's options, and its end
-    tools.py       what commands ask
+    tools.py       what commands measure and simulate, and further commands
     commands.py    a subcommand of ``vswa``
     marks.py       how a contract and an implementation of it are marked
 """
@@ -55,6 +55,7 @@ from vswa_plugin.hookspecs.worker import (
     vswa_engine,
     vswa_engine_names,
     vswa_event_adapter,
+    vswa_event_source,
     vswa_worker_connected,
 )
 
@@ -64,6 +65,7 @@ HOOKS = (
     vswa_engine,
     vswa_engine_names,
     vswa_event_adapter,
+    vswa_event_source,
     vswa_worker_connected,
     vswa_reuse_rules,
     vswa_score,

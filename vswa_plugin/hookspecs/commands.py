@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from vswa_plugin.engine.predicted import RankSetup, SimulatedRank
 from vswa_plugin.errors import PluginError
 
 Configure: TypeAlias = Callable[[argparse.ArgumentParser], None]
@@ -17,7 +18,7 @@ _NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand; ``owner`` says in messages who provides it."""
+    """One subcommand. Messages name its ``owner``, which provides it."""
 
     name: str
     help: str
@@ -27,15 +28,22 @@ class Command:
 
 
 class Commands:
-    """Where one plugin adds its subcommands; given to ``vswa_register_commands``.
+    """Takes the subcommands of one plugin; ``vswa_register_commands`` gets one of these.
 
     :param owner: the plugin's name.
     :param taken: command name -> owner, for the commands that exist already.
+    :param simulated_rank: see the attribute.
+    :ivar simulated_rank: the cache of one rank without its model, by whichever plugin has it
+        (``vswa_simulated_rank``); for commands, while they run. It raises ConfigError for sizes that cannot
+        work, PluginError where no plugin simulates the reuse rule.
     """
 
-    def __init__(self, owner: str, taken: Mapping[str, str]) -> None:
+    def __init__(
+        self, owner: str, taken: Mapping[str, str], simulated_rank: Callable[[RankSetup], SimulatedRank]
+    ) -> None:
         self._owner = f"plugin {owner!r}"
         self._taken = dict(taken)
+        self.simulated_rank = simulated_rank
         self.added: list[Command] = []
 
     def add(self, name: str, help: str, configure: Configure, run: Run) -> None:
@@ -45,7 +53,7 @@ class Commands:
         :param help: one line for the list of commands.
         :param configure: called with the command's ``argparse.ArgumentParser``.
         :param run: called with the parsed arguments; returns the exit code.
-        :raises PluginError: a name that is taken or not well-formed, or something that cannot be called.
+        :raises PluginError: the name is taken or not well-formed, or one of the two cannot be called.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise PluginError(f"{self._owner}: expected a command name like 'make-model', got {name!r}")

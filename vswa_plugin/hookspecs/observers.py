@@ -1,4 +1,4 @@
-"""What plugins are shown while a worker serves, and what they tell of it."""
+"""Hooks that show plugins the events and the requests of a worker, and one that reads their metrics."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 def vswa_kv_batch(source: Source, batch: Batch) -> None:
     """Observe one numbered batch of KV events, of all windows.
 
-    Called: on the publisher's side, once per batch that has events, after its events got their ids and
-        before or after it is handed to the wire; batches of one source come in order, from one thread at
-        a time. Not for heartbeats. Hot path: no I/O, no waiting; hand long work to a thread of your own.
-    Order: of no effect; observers do not see one another.
-    Combine: nothing is returned.
-    Errors: that plugin misses this batch, which is published all the same; counted, logged once per
-        plugin and minute.
+    Called: The publisher calls it once for each batch that has events, after the events have their ids. The
+        batch may or may not be on its way to NATS by then. Batches of one source come in order, from one
+        thread at a time. Heartbeats are not shown. This is a hot path: do no I/O, do not wait, and hand long
+        work to a thread of your own.
+    Order: The order has no effect, because observers do not see one another.
+    Combine: The hook returns nothing.
+    Errors: A plugin that fails misses this batch, which is published all the same. The failure is counted,
+        and logged once per plugin and minute.
 
-    :param source: frozen; namespace, component, worker_id and dp_rank that publish.
-    :param batch: the batch as it goes out: sequence hashes, never token ids. ``Layout`` is event 0 of
-        each epoch and says which group id has which window.
+    :param source: the namespace, component, worker_id and dp_rank that publish; it is frozen.
+    :param batch: the batch as it is sent. It has sequence hashes and never token ids. ``Layout`` is event 0
+        of each epoch and gives the window of each group id.
 
     .. versionadded:: 0.1
     """
@@ -36,21 +37,23 @@ def vswa_kv_batch(source: Source, batch: Batch) -> None:
 
 @hookspec
 def vswa_kv_stored(source: Source, stored: BlocksStored, nodes: Sequence[Node]) -> None:
-    """Observe the token ids of blocks that the engine has announced. Sensitive: they are people's prompts.
+    """Observe the token ids of blocks that the engine has announced.
 
-    Tokens and engine hashes must not leave the worker process by any way of our own, nor reach a log.
+    The token ids are sensitive, because they are the prompts of people. Token ids and engine hashes must not
+    leave the worker process on any way of this project, and must not appear in a log.
 
-    Called: on the publisher's side, once per event of the engine that stored blocks, new or announced again,
-        before ``vswa_kv_batch`` shows the batch that it falls into; on the same thread. Hot path: no I/O, no
-        waiting.
-    Order: of no effect; observers do not see one another.
-    Combine: nothing is returned.
-    Errors: that plugin misses these blocks; counted, logged once per plugin and minute.
+    Called: The publisher calls it once for each event of the engine that stored blocks, new ones or ones that
+        are announced again. The call comes before ``vswa_kv_batch`` shows the batch with this event, on the
+        same thread. This is a hot path: do no I/O, and do not wait.
+    Order: The order has no effect, because observers do not see one another.
+    Combine: The hook returns nothing.
+    Errors: A plugin that fails misses these blocks. The failure is counted, and logged once per plugin and
+        minute.
 
-    :param source: frozen; namespace, component, worker_id and dp_rank that publish.
-    :param stored: frozen; the engine's event in neutral form, with token ids, cache salt and LoRA.
-    :param nodes: sequence hash, position and parent of the leading blocks of ``stored``, in order; fewer than
-        its blocks where the others could not be named.
+    :param source: the namespace, component, worker_id and dp_rank that publish; it is frozen.
+    :param stored: the engine's event in neutral form, with token ids, cache salt and LoRA; it is frozen.
+    :param nodes: sequence hash, position and parent of the leading blocks of ``stored``, in order. They are
+        fewer than its blocks where the others could not be named.
 
     .. versionadded:: 0.1
     """
@@ -58,18 +61,21 @@ def vswa_kv_stored(source: Source, stored: BlocksStored, nodes: Sequence[Node]) 
 
 @hookspec
 def vswa_engine_events(dp_rank: int, events: Sequence[RawEvent]) -> None:
-    """Observe an engine's KV events as it gave them. Sensitive: they hold the tokens of people's prompts.
+    """Observe the KV events of an engine in the engine's own format.
 
-    Tokens and hashes must not leave the worker process unless its user asked for that, nor reach a log.
+    The events are sensitive, because they contain the token ids of people's prompts. Token ids and hashes
+    must not leave the worker process unless its user asked for that, and must not appear in a log.
 
-    Called: on the engine's thread, with each list of events that it hands over, before anything else is done
-        with them; per dp_rank in the engine's order. Very hot path: append to something bounded, no more.
-    Order: of no effect; observers do not see one another.
-    Combine: nothing is returned.
-    Errors: that plugin misses these events; counted, logged once per plugin and minute.
+    Called: The engine's thread calls it with each list of events that the engine hands over, before anything
+        else is done with them. The lists of one dp_rank come in the engine's order. This is a very hot path:
+        append to something bounded, and do no more.
+    Order: The order has no effect, because observers do not see one another.
+    Combine: The hook returns nothing.
+    Errors: A plugin that fails misses these events. The failure is counted, and logged once per plugin and
+        minute.
 
-    :param dp_rank: of the engine's rank.
-    :param events: in the format that ``WorkerContext.event_format`` names.
+    :param dp_rank: the engine's rank that the events are of.
+    :param events: events in the format that ``WorkerContext.event_format`` names.
 
     .. versionadded:: 0.1
     """
@@ -77,18 +83,21 @@ def vswa_engine_events(dp_rank: int, events: Sequence[RawEvent]) -> None:
 
 @hookspec
 def vswa_request_arrived(request_id: str, request: RequestDict) -> None:
-    """Observe one request before the engine gets it. Sensitive: it holds the tokens of somebody's prompt.
+    """Observe one request before the engine gets it.
 
-    Tokens must not leave the worker process unless its user asked for that, nor reach a log.
+    The request is sensitive, because it contains the token ids of somebody's prompt. Token ids must not leave
+    the worker process unless its user asked for that, and must not appear in a log.
 
-    Called: on the worker's event loop, once per request, before any event that it causes;
-        ``vswa_request_finished`` tells its end. Hot path: no I/O, no waiting.
-    Order: of no effect; observers do not see one another.
-    Combine: nothing is returned.
-    Errors: that plugin misses this request; counted, logged once per plugin and minute.
+    Called: The worker's event loop calls it once per request, before any event that the request causes. At
+        the end of the request, ``vswa_request_finished`` is called. This is a hot path: do no I/O, and do not
+        wait.
+    Order: The order has no effect, because observers do not see one another.
+    Combine: The hook returns nothing.
+    Errors: A plugin that fails misses this request. The failure is counted, and logged once per plugin and
+        minute.
 
-    :param request_id: the frontend's id, as in the record at its end.
-    :param request: Dynamo's ``PreprocessedRequest``; read it, never change it.
+    :param request_id: the frontend's id of the request; the record at its end has the same one.
+    :param request: Dynamo's ``PreprocessedRequest``. Read it, and never change it.
 
     .. versionadded:: 0.1
     """
@@ -96,15 +105,16 @@ def vswa_request_arrived(request_id: str, request: RequestDict) -> None:
 
 @hookspec
 def vswa_request_finished(record: RequestRecord) -> None:
-    """Observe one request that ended: finished, cancelled or failed.
+    """Observe one request that has ended, whether it was finished, cancelled or failed.
 
-    Called: on the worker's event loop, once per request, when the engine has given its last chunk. Hot path:
-        no I/O, no waiting.
-    Order: of no effect; observers do not see one another.
-    Combine: nothing is returned.
-    Errors: that plugin misses this request; counted, logged once per plugin and minute.
+    Called: The worker's event loop calls it once per request, when the engine has given its last chunk. This
+        is a hot path: do no I/O, and do not wait.
+    Order: The order has no effect, because observers do not see one another.
+    Combine: The hook returns nothing.
+    Errors: A plugin that fails misses this request. The failure is counted, and logged once per plugin and
+        minute.
 
-    :param record: frozen; counts of tokens and durations in seconds, never token ids.
+    :param record: counts of tokens, and durations in seconds. It is frozen, and never has token ids.
 
     .. versionadded:: 0.1
     """
@@ -112,18 +122,19 @@ def vswa_request_finished(record: RequestRecord) -> None:
 
 @hookspec
 def vswa_metrics() -> str | None:
-    """Give this plugin's metrics as Prometheus text, or None where it has none.
+    """Return this plugin's metrics as Prometheus text, or None where it has none.
 
-    Called: for each GET of ``/metrics`` of a worker, a router or a selector, on its event loop; a few
-        milliseconds at most.
-    Order: of no effect.
-    Combine: the texts are appended, by plugin name. Names start with ``vswa_`` or the plugin's own prefix;
-        a text that does not parse, that is longer than 1 MiB, that has a series twice, or that repeats a
-        name of the program's own page or of an earlier plugin, is left out whole, because Prometheus would
-        refuse the page.
-    Errors: that plugin's text is left out; counted, logged once per plugin and minute.
+    Called: The event loop of a worker, a router or a selector calls it for each GET of ``/metrics``. It may
+        take a few milliseconds.
+    Order: The order has no effect.
+    Combine: The texts are appended in the order of the plugins' names. The names of metrics start with
+        ``vswa_`` or with a prefix of the plugin's own. A text is left out whole, because Prometheus would
+        refuse the page, where it cannot be parsed, is longer than 1 MiB, has a series twice, or repeats a
+        name of the program's own page or of an earlier plugin.
+    Errors: The text of a plugin that fails is left out. The failure is counted, and logged once per plugin
+        and minute.
 
-    :returns: Prometheus text format 0.0.4, or None.
+    :returns: text in Prometheus' text format 0.0.4, or None.
 
     .. versionadded:: 0.1
     """

@@ -1,4 +1,4 @@
-"""What a router asks: how far a prompt can be resumed, and which rank serves it."""
+"""Hooks of a router: how far an engine can resume a prompt, and which rank serves it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 @hookspec
 def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
-    """Add reuse rules: how far an engine can resume a prompt, from the blocks that each group holds.
+    """Add reuse rules, which say from the blocks of each group how far an engine can resume a prompt.
 
-    Called: once at the start of a router, of a command that makes or explains predictions, and of a worker,
-        for ``vswa_worker_connected``. The rules themselves are then on the hot path: no I/O, no state, from
-        any thread.
-    Order: by plugin name; a rule that is there already cannot be replaced.
-    Combine: all rules, the built-in ones included. A name that is taken costs that plugin its rules; the
-        message names both owners.
-    Errors: all rules of that plugin are left out; counted, logged once per plugin and minute. A rule that
-        raises later, or answers out of its bounds, is counted too, and its ranks score 0 for that prompt.
+    Called: A router, a worker (for ``vswa_worker_connected``) and a command that makes or explains
+        predictions call it once, at their start. The rules themselves are then on the hot path: they do no
+        I/O, keep no state, and are called from any thread.
+    Order: Plugins are called in the order of their names. A rule that exists already cannot be replaced.
+    Combine: The result is all rules, with the built-in ones. A plugin that adds a name that is taken loses
+        its rules, and the message names both owners.
+    Errors: All rules of a plugin that fails are left out. The failure is counted, and logged once per plugin
+        and minute. A rule that raises later, or that returns a value out of its bounds, is counted too, and
+        its ranks score 0 for that prompt.
 
-    :returns: by name, objects with the shape of ``vswa_plugin.blocks.reuse.ReuseRule``; a layout names its
+    :returns: by name, objects with the shape of ``vswa_plugin.blocks.reuse.ReuseRule``. A layout names its
         rule.
 
     .. versionadded:: 0.1
@@ -36,19 +37,20 @@ def vswa_reuse_rules() -> Mapping[str, ReuseRule] | None:
 
 @hookspec
 def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float] | None:
-    """Adjust what some candidates cost: blocks to add, below 0 to take off.
+    """Adjust the cost of some candidates by blocks that are added, or taken off where the number is below 0.
 
-    Called: on a router's event loop, once per request and phase, after all were scored and before one is
-        chosen. Hot path: no I/O, no waiting.
-    Order: of no effect; all see the costs of the router itself.
-    Combine: the sum of all answers, added to the router's own costs.
-    Errors: that plugin adjusts nothing for this request; counted, logged once per plugin and minute. A rank
-        that is no candidate and a number that is not finite are errors.
+    Called: A router's event loop calls it once per request and phase, after all candidates are scored and
+        before one is chosen. This is a hot path: do no I/O, and do not wait.
+    Order: The order has no effect, because all plugins see the costs of the router itself.
+    Combine: The sum of all answers is added to the router's own costs.
+    Errors: A plugin that fails adjusts nothing for this request. The failure is counted, and logged once per
+        plugin and minute. A rank that is no candidate, and a number that is not finite, are errors.
 
-    :param request: frozen; lengths, sequence hashes, the client's session id and what it sent in
-        ``x-dynamo-meta-*`` headers, never token ids.
-    :param candidates: frozen; rank, cached tokens, load and cost in blocks of each that may serve it.
-    :returns: by rank, blocks to add; ranks left out keep their cost. None adjusts nothing.
+    :param request: lengths, sequence hashes, the client's session id and the ``x-dynamo-meta-*`` headers that
+        it sent. It is frozen, and never has token ids.
+    :param candidates: rank, cached tokens, load, and cost in blocks, of each rank that may serve the request;
+        they are frozen.
+    :returns: the blocks to add, by rank. A rank that is left out keeps its cost. None adjusts nothing.
 
     .. versionadded:: 0.1
     """
@@ -56,17 +58,18 @@ def vswa_score(request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[
 
 @hookspec(firstresult=True)
 def vswa_select_worker(request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
-    """Choose the rank that serves a request, or None to leave that to others.
+    """Choose the rank that serves a request, or return None to leave the choice to others.
 
-    Called: on a router's event loop, once per request and phase, after ``vswa_score``. Hot path: no I/O, no
-    waiting.
-    Order: stops at the first answer; the router's own choice comes last.
-    Combine: first non-None. None from all: the cheapest, or one drawn by ``--router-temperature``.
-    Errors: that plugin has no answer; counted, logged once per plugin and minute. A rank that is no
-        candidate is an error.
+    Called: A router's event loop calls it once per request and phase, after ``vswa_score``. This is a hot
+        path: do no I/O, and do not wait.
+    Order: The calls stop at the first answer. The router's own choice comes last.
+    Combine: The first answer that is not None is used. Where all are None, the router takes the cheapest
+        candidate, or draws one by ``--router-temperature``.
+    Errors: A plugin that fails has no answer. The failure is counted, and logged once per plugin and minute.
+        A rank that is no candidate is an error.
 
-    :param request: frozen; as ``vswa_score`` gets it.
-    :param candidates: frozen; with all adjustments in their costs.
+    :param request: the request as ``vswa_score`` gets it; it is frozen.
+    :param candidates: the candidates with all adjustments in their costs; they are frozen.
     :returns: the rank of one of the candidates, or None.
 
     .. versionadded:: 0.1

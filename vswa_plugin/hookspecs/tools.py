@@ -1,4 +1,4 @@
-"""What commands ask: subcommands of ``vswa``, and what its measurements compare and simulate."""
+"""Hooks of commands: subcommands of ``vswa``, and what its measurements compare and simulate."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 def vswa_accuracy_scorers(layout: CacheLayout, rules: Mapping[str, ReuseRule]) -> Sequence[Scorer] | None:
     """Add ways to predict how much of a prompt an engine reuses, to be compared on recorded engine traces.
 
-    Called: by ``vswa accuracy replay`` and the pytest plugin, once per trace, before its first event. Give
-        new scorers each time: they keep state, and are used from one thread.
-    Order: by plugin name, behind the built-in ones.
-    Combine: all scorers. A name that is taken costs that plugin its scorers.
-    Errors: all scorers of that plugin are left out; counted, logged once per plugin and minute. A scorer that
-        fails later is counted once, asked no more, and left out of the report.
+    Called: ``vswa accuracy replay`` and the pytest plugin call it once per trace, before its first event.
+        Return new scorers each time, because they keep state. They are used from one thread.
+    Order: Plugins are called in the order of their names, after the built-in scorers.
+    Combine: The result is all scorers. A plugin that adds a name that is taken loses its scorers.
+    Errors: All scorers of a plugin that fails are left out. The failure is counted, and logged once per
+        plugin and minute. A scorer that fails later is counted once, is not called any more, and is left out
+        of the report.
 
-    :param layout: frozen; the cache groups and the reuse rule of the trace's header.
-    :param rules: all reuse rules by name.
+    :param layout: the cache groups and the reuse rule of the trace's header; it is frozen.
+    :param rules: all reuse rules, by name.
     :returns: objects with the shape of ``vswa_plugin.engine.predicted.Scorer``, or None.
 
     .. versionadded:: 0.1
@@ -38,13 +39,14 @@ def vswa_accuracy_scorers(layout: CacheLayout, rules: Mapping[str, ReuseRule]) -
 def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
     """Build the cache of one engine rank without its model, for simulations of routing.
 
-    Called: by ``vswa accuracy route``, once per simulated rank, before its first request.
-    Order: stops at the first answer; look at ``setup.layout.rule`` before anything else.
-    Combine: first non-None. None from all is an error of the configuration.
-    Errors: ConfigError, sizes that cannot work, goes through unchanged. Any other exception costs this
-        plugin's answer; counted, logged once per plugin and minute.
+    Called: ``vswa accuracy route`` calls it once per simulated rank, before its first request, and so do
+        commands of plugins through ``Commands.simulated_rank``.
+    Order: The calls stop at the first answer. Look at ``setup.layout.rule`` before anything else.
+    Combine: The first answer that is not None is used. Where all are None, the configuration is wrong.
+    Errors: ConfigError says that sizes cannot work, and is shown to the user unchanged. After any other
+        exception, this plugin has no answer. The failure is counted, and logged once per plugin and minute.
 
-    :param setup: frozen; cache groups, reuse rule, blocks of each group.
+    :param setup: the cache groups, the reuse rule and the blocks of each group; it is frozen.
     :returns: an object with the shape of ``vswa_plugin.engine.predicted.SimulatedRank``, or None.
 
     .. versionadded:: 0.1
@@ -55,18 +57,21 @@ def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
 def vswa_register_commands(commands: Commands) -> None:
     """Add subcommands to ``vswa``.
 
-    Called: by ``vswa`` when it prints its help or runs a command that is not built in. Be cheap: import
-        what a command needs in its ``run``.
-    Order: by plugin name; built-in commands cannot be replaced.
-    Combine: all commands that were added. A name that is taken raises PluginError from ``commands.add``,
-        which names both owners.
-    Errors: all commands of that plugin are left out; counted, logged with the plugin's name.
-    Two names have a meaning to ``vswa demo`` and ``vswa serve``, which run them for the default engine: the
-        plugin of that engine (see ``vswa_engine``) adds ``make-model DIR``, which writes a small model there,
-        and ``get-model NAME``, which installs a model and prints its directory alone on standard output.
+    ``vswa demo`` and ``vswa serve`` run two commands of the default engine's plugin (see ``vswa_engine``).
+    That plugin adds ``make-model DIR``, which writes a small model there, and ``get-model NAME``, which
+    installs a model and prints its directory alone on standard output.
 
-    :param commands: call ``commands.add(name, help, configure, run)`` per command;
-        ``configure(parser)`` adds arguments, ``run(args)`` returns the exit code.
+    Called: ``vswa`` calls it before it prints its help or runs a command that is not built in. Be cheap:
+        import in ``run`` what a command needs.
+    Order: Plugins are called in the order of their names. Built-in commands cannot be replaced.
+    Combine: The result is all commands that were added. ``commands.add`` raises PluginError for a name that
+        is taken; the message names both owners.
+    Errors: All commands of a plugin that fails are left out. The failure is counted, and logged with the
+        plugin's name.
+
+    :param commands: call ``commands.add(name, help, configure, run)`` for each command. ``configure(parser)``
+        adds its arguments, and ``run(args)`` returns the exit code.
+        Commands that simulate use its ``simulated_rank``.
 
     .. versionadded:: 0.1
     """

@@ -18,6 +18,7 @@ from vswa_plugin import hookspecs
 from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.engine.contract import Engine, EventAdapter
 from vswa_plugin.engine.predicted import Scorer, SimulatedRank
+from vswa_plugin.engine.sources import EventSource
 from vswa_plugin.errors import PluginError
 from vswa_plugin.wire.events import Rank
 
@@ -143,6 +144,11 @@ def check_engine(answer: object) -> None:
 def check_adapter(answer: object) -> None:
     """Refuse what lacks a part of ``vswa_plugin.engine.EventAdapter``."""
     _check_parts(answer, EventAdapter)
+
+
+def check_source(answer: object) -> None:
+    """Refuse what lacks a part of ``vswa_plugin.engine.EventSource``."""
+    _check_parts(answer, EventSource)
 
 
 def check_simulated_rank(answer: object) -> None:

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar, cast
 
+from vswa_plugin.blocks.hybrid import Need
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
-from vswa_plugin.blocks.reuse import Needs, ReuseRule
+from vswa_plugin.blocks.reuse import HybridRule, Needs, ReuseRule, is_hybrid
 from vswa_plugin.engine.contract import (
     BlocksMoved,
     BlocksRemoved,
@@ -29,8 +30,10 @@ from vswa_plugin.engine.contract import (
     Node,
     RawEvent,
     RequestDict,
+    with_prompts,
 )
 from vswa_plugin.engine.predicted import Prompt, Scorer
+from vswa_plugin.engine.sources import EventSource, SourceState
 from vswa_plugin.errors import ConfigError, PluginFailed, RequestError, VswaError
 from vswa_plugin.host.calls import Implementation, Isolation
 from vswa_plugin.wire.events import Event
@@ -79,15 +82,31 @@ class GuardedAdapter:
     """An event adapter of a plugin."""
 
     def __init__(self, adapter: EventAdapter, guard: Guard) -> None:
-        self._feed = adapter.feed
+        self._adapter = with_prompts(adapter)
         self._guard = guard
 
     def feed(self, raw: RawEvent) -> list[EngineEvent]:
         """As :meth:`EventAdapter.feed`; PluginFailed where the adapter does what it must not."""
-        events = self._guard.call(VswaError, self._feed, raw)
+        return self._checked("feed", self._guard.call(VswaError, self._adapter.feed, raw))
+
+    @property
+    def wants_prompts(self) -> bool:
+        """As :attr:`PromptAdapter.wants_prompts`, and so are the others."""
+        return bool(self._guard.call(VswaError, lambda: self._adapter.wants_prompts))
+
+    def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
+        self._guard.call(VswaError, self._adapter.prompt, token_ids, cache_salt, lora_name)
+
+    def prepare(self) -> bool:
+        return bool(self._guard.call(VswaError, self._adapter.prepare))
+
+    def settle(self) -> list[EngineEvent]:
+        return self._checked("settle", self._guard.call(VswaError, self._adapter.settle))
+
+    def _checked(self, part: str, events: list[EngineEvent]) -> list[EngineEvent]:
         if not isinstance(events, list | tuple) or not all(isinstance(e, _ENGINE_EVENTS) for e in events):
             wrong = TypeError(f"expected a list of engine events, got {type(events).__name__}")
-            raise self._guard.failed("feed", wrong) from None
+            raise self._guard.failed(part, wrong) from None
         return events
 
 
@@ -126,13 +145,48 @@ class GuardedRule:
         raise self._guard.failed(part, wrong) from None
 
 
+class GuardedHybridRule(GuardedRule):
+    """The same for a :class:`~vswa_plugin.blocks.reuse.HybridRule`."""
+
+    def __init__(self, rule: HybridRule, guard: Guard) -> None:
+        super().__init__(rule, guard)
+        self._hybrid = rule
+
+    def need(self, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
+        need = self._guard.call(ConfigError, self._hybrid.need, layout, group, boundary, prompt_len)
+        if isinstance(need, Need) and all(_inside(each, prompt_len) for each in need if each is not None):
+            return need
+        wrong = ValueError(f"expected a Need of positions from 1 to {prompt_len}, got {need!r}")
+        raise self._guard.failed("need", wrong) from None
+
+
+def guarded_rule(rule: ReuseRule, guard: Guard) -> ReuseRule:
+    """``rule`` of a plugin, guarded."""
+    return GuardedHybridRule(rule, guard) if is_hybrid(rule) else GuardedRule(rule, guard)
+
+
+def _inside(positions: object, prompt_len: int) -> bool:
+    return isinstance(positions, range) and (
+        not positions or (positions.step > 0 and positions[0] > 0 and positions[-1] <= prompt_len)
+    )
+
+
 def _fits(needs: object, groups: int) -> bool:
     """Whether ``needs`` has a number of blocks, or None, for each group."""
-    return isinstance(needs, Needs) and all(
+    return (
+        isinstance(needs, Needs)
+        and all(_numbers(blocks, groups) for blocks in (needs.trailing, needs.at_prompt_end))
+        and all(_numbers(blocks, groups) for blocks in (needs.chunks, needs.after) if blocks != ())
+        and 0 not in needs.chunks
+        and None not in needs.after
+    )
+
+
+def _numbers(blocks: object, groups: int) -> bool:
+    return (
         isinstance(blocks, tuple)
         and len(blocks) == groups
         and all(each is None or (type(each) is int and each >= 0) for each in blocks)
-        for blocks in (needs.trailing, needs.at_prompt_end)
     )
 
 
@@ -206,6 +260,57 @@ class GuardedEngine:
         except VswaError:
             return {}
         return stats
+
+
+class GuardedSource:
+    """The events of a relayed worker, read by a plugin. One that fails to say how far it is has ended."""
+
+    def __init__(self, source: EventSource, guard: Guard) -> None:
+        self._source = source
+        self._guard = guard
+        self.event_format = source.event_format
+        self.caveats = source.caveats
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the source states. PluginFailed where it fails to, or states something else."""
+
+        def info() -> object:
+            return self._source.info
+
+        stated = self._guard.call(VswaError, info)
+        if not isinstance(stated, EngineInfo):
+            wrong = TypeError(f"expected an EngineInfo, got {type(stated).__name__}")
+            raise self._guard.failed("info", wrong) from None
+        return stated
+
+    def start(self, on_events: EventSink, on_change: Callable[[], None]) -> None:
+        self._guard.call(VswaError, self._source.start, on_events, on_change)
+
+    def state(self) -> SourceState:
+        try:
+            state: object = self._guard.call(VswaError, self._source.state)
+        except VswaError as error:
+            return SourceState(ended=str(error))
+        if not isinstance(state, SourceState):
+            wrong = TypeError(f"expected a SourceState, got {type(state).__name__}")
+            return SourceState(ended=str(self._guard.failed("state", wrong)))
+        return state
+
+    def stats(self) -> dict[str, int]:
+        """Empty where the source fails to say."""
+        try:
+            stats = self._guard.call(VswaError, self._source.stats)
+            if not isinstance(stats, dict) or not all(type(value) is int for value in stats.values()):
+                raise self._guard.failed("stats", TypeError(f"expected whole numbers by name, got {stats!r}"))
+        except VswaError:
+            return {}
+        return stats
+
+    def stop(self) -> None:
+        """Never raises: what comes after it must happen all the same."""
+        with suppress(PluginFailed):  # counted and logged already
+            self._guard.call(PluginFailed, self._source.stop)
 
 
 class GuardedScorer:

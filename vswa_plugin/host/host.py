@@ -20,7 +20,14 @@ from vswa_plugin.hookspecs.commands import Command, Commands
 from vswa_plugin.host import checks as plugin_checks
 from vswa_plugin.host import sources as plugin_sources
 from vswa_plugin.host.calls import FAILURES_METRIC, Implementation, Lost
-from vswa_plugin.host.guards import Guard, GuardedAdapter, GuardedEngine, GuardedRule, GuardedScorer
+from vswa_plugin.host.guards import (
+    Guard,
+    GuardedAdapter,
+    GuardedEngine,
+    GuardedScorer,
+    GuardedSource,
+    guarded_rule,
+)
 from vswa_plugin.host.registered import PluginSet
 from vswa_plugin.host.registered import PluginStatus as PluginStatus
 
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     )
     from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
     from vswa_plugin.engine.records import RequestRecord
+    from vswa_plugin.engine.sources import EventSource, SourceSettings
     from vswa_plugin.hookspecs import WorkerContext
     from vswa_plugin.selection import RoutedRequest, Scored
     from vswa_plugin.wire.events import Batch, Rank, Source
@@ -112,6 +120,21 @@ class PluginHost(PluginSet):
             f"see `vswa plugins`"
         )
 
+    def event_source(self, settings: SourceSettings) -> EventSource:
+        """What reads the events of one relayed worker: ``vswa_event_source``.
+
+        :raises ConfigError: from a plugin, unchanged; PluginError: no plugin reads those of this engine.
+        """
+        source, owner, lost = self._ask_first(
+            "vswa_event_source", {"settings": settings}, plugin_checks.check_source, through=(ConfigError,)
+        )
+        if owner is not None:
+            return GuardedSource(cast("EventSource", source), Guard(self._isolation, owner))
+        raise PluginError(
+            f"--engine: expected an engine whose workers can be relayed, got {settings.engine!r}: no plugin "
+            f"reads the events of its workers{self._why_not(lost)}; see `vswa plugins`"
+        )
+
     def worker_connected(self, worker: WorkerContext) -> None:
         """Tell all plugins of a worker that has connected: ``vswa_worker_connected``.
 
@@ -129,7 +152,7 @@ class PluginHost(PluginSet):
         check = partial(plugin_checks.check_rules, owners=owners)
         for implementation, added in self._answers("vswa_reuse_rules", {}, check):
             guard = Guard(self._isolation, implementation)
-            rules.update({name: GuardedRule(rule, guard) for name, rule in added.items()})
+            rules.update({name: guarded_rule(rule, guard) for name, rule in added.items()})
             owners.update(dict.fromkeys(added, implementation.plugin))
         return rules
 
@@ -270,7 +293,7 @@ class PluginHost(PluginSet):
         owners = dict(taken)
         added: list[Command] = []
         for implementation in self._calls["vswa_register_commands"]:
-            commands = Commands(implementation.plugin, owners)
+            commands = Commands(implementation.plugin, owners, self.simulated_rank)
             arguments = {"commands": commands}
             if isinstance(self._isolation.call(implementation, arguments, plugin_checks.check_answer), Lost):
                 continue

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import VswaError
+from vswa_plugin.index.boundaries import Boundaries, boundaries_for
 from vswa_plugin.index.part import Part
-from vswa_plugin.index.plans import Boundaries, boundaries_for, run_starts
 from vswa_plugin.wire.events import Rank
 
 
 class GroupExplanation(msgspec.Struct, frozen=True):
-    """One cache group. Blocks are positions in the prompt, ranges of them half open.
+    """One cache group. Blocks are those of the group, counted in the prompt, ranges of them half open.
 
     :param held: runs of blocks that the group holds.
     :param needed: what it had to hold at the boundary that won; None: no boundary won.
@@ -32,7 +32,7 @@ class Explanation(msgspec.Struct, frozen=True):
     """One rank and one prompt.
 
     :param scored: False: the rank scores 0 whatever it holds, because its view is stale or silent.
-    :param boundaries: the deepest boundary of the prompt, in blocks.
+    :param boundaries: the deepest boundary of the prompt, in blocks of the layout's ``block_size``.
     :param boundary: the deepest that the rank could resume at; 0: none.
     :param cached_tokens: what it would reuse.
     :param failed: the message of a reuse rule that failed: the rank scores 0, and of the groups only what
@@ -54,15 +54,13 @@ def explain_part(part: Part, hashes: Sequence[int], prompt_len: int) -> list[Exp
     """All ranks of a part, in order."""
     ranks = sorted(part.members)
     try:
-        part.rule.needs(part.layout, prompt_len)  # of no use here, but where it fails there is no score
         boundaries = boundaries_for(part.rule, part.layout, prompt_len, len(hashes))
-        return [_explain_rank(part, rank, hashes, prompt_len, boundaries) for rank in ranks]
+        return [_explain_rank(part, rank, part.masks_of(rank, hashes), boundaries) for rank in ranks]
     except VswaError as error:
         return [_without_rule(part, rank, hashes, str(error)) for rank in ranks]
 
 
 def _without_rule(part: Part, rank: Rank, hashes: Sequence[int], failed: str) -> Explanation:
-    held = zip(part.layout.groups, part.held(rank, hashes), strict=True)
     return Explanation(
         rank=rank,
         model=part.layout.model,
@@ -71,16 +69,16 @@ def _without_rule(part: Part, rank: Rank, hashes: Sequence[int], failed: str) ->
         boundaries=0,
         boundary=0,
         cached_tokens=0,
-        groups=tuple(GroupExplanation(group, _runs(blocks), None, None) for group, blocks in held),
+        groups=tuple(
+            GroupExplanation(group, _runs(_blocks(group, masks, part.layout)), None, None)
+            for group, masks in zip(part.layout.groups, part.masks_of(rank, hashes), strict=True)
+        ),
         failed=failed,
     )
 
 
-def _explain_rank(
-    part: Part, rank: Rank, hashes: Sequence[int], prompt_len: int, boundaries: Boundaries
-) -> Explanation:
-    held = part.held(rank, hashes)
-    boundary = boundaries.deepest([run_starts(blocks) for blocks in held])
+def _explain_rank(part: Part, rank: Rank, masks: list[list[int]], boundaries: Boundaries) -> Explanation:
+    boundary = boundaries.deepest(masks, 1).get(0, 0)
     return Explanation(
         rank=rank,
         model=part.layout.model,
@@ -88,23 +86,38 @@ def _explain_rank(
         scored=part.members[rank].scored,
         boundaries=boundaries.count,
         boundary=boundary,
-        cached_tokens=part.rule.tokens(part.layout, boundary, prompt_len) if boundary else 0,
+        cached_tokens=part.rule.tokens(part.layout, boundary, boundaries.prompt_len) if boundary else 0,
         groups=tuple(
-            GroupExplanation(
-                group,
-                _runs(held[index]),
-                (boundaries.first_needed[index][boundary], boundary) if boundary else None,
-                _spoilt(held[index], boundaries.first_needed[index], boundary + 1),
-            )
-            for index, group in enumerate(part.layout.groups)
+            _explain_group(group, _blocks(group, held, part.layout), boundaries, boundary)
+            for group, held in zip(part.layout.groups, masks, strict=True)
         ),
     )
 
 
-def _spoilt(held: Sequence[bool], first_needed: Sequence[int], boundary: int) -> int | None:
-    if boundary >= len(first_needed):
-        return None
-    return next((block for block in range(first_needed[boundary], boundary) if not held[block]), None)
+def _explain_group(
+    group: CacheGroup, held: Sequence[bool], boundaries: Boundaries, boundary: int
+) -> GroupExplanation:
+    needed = _needed(group, boundaries, boundary) if boundary else None
+    spoilt = None
+    if boundary < boundaries.count:
+        first, end = _needed(group, boundaries, boundary + 1)
+        spoilt = next((block for block in range(first, end) if block >= len(held) or not held[block]), None)
+    return GroupExplanation(group, _runs(held), needed, spoilt)
+
+
+def _needed(group: CacheGroup, boundaries: Boundaries, boundary: int) -> tuple[int, int]:
+    """The group's blocks that must be held at ``boundary``; an empty run at the boundary where none must."""
+    positions = boundaries.need(group, boundary).all_of
+    if not positions:
+        at = boundary * boundaries.layout.block_size // group.block_size
+        return at, at
+    return (positions[0] - 1) // group.block_size, -(-positions[-1] // group.block_size)
+
+
+def _blocks(group: CacheGroup, masks: Sequence[int], layout: CacheLayout) -> list[bool]:
+    """Which whole blocks of the group are held, out of what is held at each name."""
+    stride = group.block_size // layout.hash_block_size
+    return [bool(mask) for mask in masks[stride - 1 :: stride]]
 
 
 def _runs(held: Sequence[bool]) -> tuple[tuple[int, int], ...]:

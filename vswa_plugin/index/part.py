@@ -8,9 +8,10 @@ from types import ModuleType
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.blocks.reuse import ReuseRule
 from vswa_plugin.errors import InvariantError, StreamError, VswaError
-from vswa_plugin.index.plans import ScorePlan, boundaries_for, plan_for, run_starts
+from vswa_plugin.index.boundaries import boundaries_for
+from vswa_plugin.index.plans import ScorePlan, plan_for
 from vswa_plugin.index.python_table import PythonTable
-from vswa_plugin.index.tables import Hashes, KernelTable, Table, ranks_of
+from vswa_plugin.index.tables import Hashes, KernelTable, Table
 from vswa_plugin.wire.events import TIERS, Rank
 
 DEVICE = TIERS[0]
@@ -41,6 +42,7 @@ class Part:
         groups = len(layout.groups)
         self.layout = layout
         self.block_size = layout.block_size
+        self.hash_block_size = layout.hash_block_size
         self.rule = rule
         self.group_index: dict[int | None, int] = {
             group.group_id: index for index, group in enumerate(layout.groups)
@@ -154,10 +156,14 @@ class Part:
             return {}
 
     def held(self, rank: Rank, hashes: Hashes) -> list[list[bool]]:
-        """Per group, which of ``hashes`` the rank holds."""
+        """Per group, which of the names ``hashes`` the rank holds."""
+        return [[bool(mask) for mask in masks] for masks in self.masks_of(rank, hashes)]
+
+    def masks_of(self, rank: Rank, hashes: Hashes) -> list[list[int]]:
+        """Per group and name 1 where the rank holds it, else 0."""
         bit = self.members[rank].bit
         return [
-            [bool(mask >> bit & 1) for mask in self.table.masks(group, hashes)]
+            [mask >> bit & 1 for mask in self.table.masks(group, hashes)]
             for group in range(len(self.layout.groups))
         ]
 
@@ -233,16 +239,9 @@ class Part:
         """Call the rule at every boundary: for rules whose needs are no plain numbers."""
         boundaries = boundaries_for(self.rule, self.layout, prompt_len, len(hashes))
         masks = [self.table.masks(group, hashes) for group in range(len(self.layout.groups))]
-        anywhere = 0
-        for mask in set().union(*masks):
-            anywhere |= mask
-        deepest = {
-            rank: boundaries.deepest(
-                [run_starts([bool(mask >> bit & 1) for mask in group]) for group in masks]
-            )
-            for rank, bit in ranks_of(anywhere & self._wanted, self._ranks).items()
-        }
-        return self._tokens({rank: boundary for rank, boundary in deepest.items() if boundary}, prompt_len)
+        deepest = boundaries.deepest(masks, self._wanted)
+        by_rank = {self._ranks[bit]: boundary for bit, boundary in deepest.items()}
+        return self._tokens({rank: at for rank, at in by_rank.items() if rank is not None}, prompt_len)
 
     def _set_tier(self, member: Member, group: int, hashes: Hashes, tier: str) -> None:
         slow = member.slow[group]

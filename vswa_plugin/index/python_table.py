@@ -1,8 +1,8 @@
 """The table in pure Python: the reference for the compiled one, and what serves without a compiler.
 
-A dict per group of sequence hash -> int whose bits are ranks. Scoring looks up the groups that need every
-block first, and ends where no rank is left; what sliding groups need is looked up from the deepest boundary
-backwards, and no further than until every rank has found its own.
+A dict per group of sequence hash -> int whose bits are ranks. Scoring first finds the ranks that hold every
+block in the groups that need all, and ends where no rank is left. The other groups are then looked at from
+the deepest boundary backwards, block by block, and no further than until every rank has found its own.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate, repeat
 from operator import and_
 
-from vswa_plugin.index.plans import ScorePlan
+from vswa_plugin.index.plans import ScorePlan, check_plan
 from vswa_plugin.index.tables import ALL_GROUPS, Hashes, ranks_of
 from vswa_plugin.wire.events import Rank
 
@@ -34,6 +36,7 @@ class PythonTable:
         self._ranks: list[Rank | None] = []
         self._rank_sets: dict[int, Iterable[Rank]] = {}
         self._to_sweep: list[tuple[_Ranks, list[int]]] | None = None
+        self._checked: ScorePlan | None = None
 
     def add(self, group: int, bit: int, hashes: Hashes, room: int) -> tuple[int, int]:
         _check(hashes)
@@ -82,8 +85,11 @@ class PythonTable:
     def score(
         self, hashes: Hashes, plan: ScorePlan, wanted: int, ranks: list[Rank | None]
     ) -> dict[Rank, int]:
+        if plan is not self._checked:  # one that is kept is used for many prompts
+            check_plan(plan, len(self._groups))
+            self._checked = plan
         scores: dict[Rank, int] = {}
-        for boundary, mask in self._settle(hashes[: plan.boundaries], plan, wanted):
+        for boundary, mask in self._settle(hashes, plan, wanted):
             tokens = min(boundary * plan.unit, plan.limit)
             if tokens > 0:
                 scores.update(dict.fromkeys(self._ranks_of(mask, ranks), tokens))
@@ -158,68 +164,104 @@ class PythonTable:
 
     def _settle(self, hashes: Hashes, plan: ScorePlan, wanted: int) -> Iterator[tuple[int, int]]:
         """Boundaries from the deepest on, each with the ranks of which it is the deepest."""
-        blocks = len(hashes)
-        at_end = plan.at_end if blocks == plan.boundaries else None
-        needs = [_need(need, blocks) for need in plan.trailing]
-        last_needs = needs if at_end is None else [_need(need, blocks) for need in at_end]
-        whole = [g for g, need in enumerate(needs) if need == blocks == last_needs[g]]
-        sliding = [g for g, need in enumerate(needs) if need and g not in whole]
-        running = self._running(whole, hashes, wanted)
-        windows = [
-            _Window(need, [self._groups[g] for g in sliding if needs[g] == need], hashes)
-            for need in sorted({needs[g] for g in sliding})
-        ]
+        needs = [_Need.of(plan, group, hashes) for group in range(len(self._groups))]
+        reached = min(plan.boundaries, (len(hashes) - max(n.after * n.stride for n in needs)) // plan.step)
+        at_end = plan.at_end if reached == plan.boundaries else None
+        whole = [g for g, n in enumerate(needs) if n.is_whole and (at_end is None or at_end[g] is None)]
+        sliding = {g: need for g, need in enumerate(needs) if g not in whole}
+        running = self._running({g: needs[g] for g in whole}, reached, wanted)
         remaining = running[0] if running else 0
+        if at_end is not None and len(running) == reached > 0:
+            last = {g: replace(need, trailing=at_end[g]) for g, need in sliding.items()}
+            held = self._held_at(reached, last, running.pop())
+            if held and (whole or any(need.blocks(reached) for need in last.values())):
+                yield reached, held
+                remaining &= ~held
+        first_needed = {g: n for g, n in sliding.items() if not n.chunk and (n.trailing or 0) >= n.per_step}
+        jump = min((n.trailing // n.per_step for n in first_needed.values() if n.trailing), default=1)
         boundary = len(running)
-        if boundary == blocks and last_needs != needs and remaining:
-            mask = running[-1] & self._last_held(last_needs, hashes)
-            remaining ^= mask
-            yield boundary, mask
-            boundary -= 1
-        step = windows[0].need if windows else boundary
-        while remaining and boundary > 0:
-            above = (boundary - 1) // step * step
-            # Block `above` is in every window of every boundary up to here.
-            candidates = remaining & running[above]
-            for group in sliding:
-                candidates &= self._groups[group].get(hashes[above], 0)
-            if not candidates:
-                boundary = above
-                continue
-            held: Iterable[int] = running[above:boundary]
-            for window in windows:
-                held = map(and_, held, window.held(above, boundary))
-            for masks in reversed(list(held)):
-                if masks & remaining:
-                    yield boundary, masks & remaining
-                    remaining &= ~masks
-                boundary -= 1
+        while boundary and remaining:
+            # The block behind boundary `above` is needed at every boundary from the next one up to this one.
+            above = max(0, boundary - jump)
+            held = remaining & running[above]
+            for group, need in first_needed.items():
+                held &= self._groups[group].get(need.names[above * need.per_step], 0)
+            for deeper in range(boundary, above, -1) if held else ():
+                found = self._held_at(deeper, sliding, running[deeper - 1] & remaining)
+                if found and (whole or any(need.blocks(deeper) for need in sliding.values())):
+                    yield deeper, found
+                    remaining ^= found
+            boundary = above
 
-    def _running(self, groups: Sequence[int], hashes: Hashes, wanted: int) -> list[int]:
-        """After each block, the wanted ranks that hold all so far in all ``groups``; ends where none does."""
-        if not groups:
-            return [wanted] * len(hashes) if wanted else []
-        running = [wanted]
+    def _running(self, needs: dict[int, _Need], reached: int, wanted: int) -> list[int]:
+        """For each boundary the wanted ranks that hold all blocks in these groups; ends where none does."""
+        running = None if needs else [wanted] * reached
+        for group, need in needs.items():
+            boundaries = reached if running is None else len(running)
+            names = need.names[: boundaries * need.per_step + need.after]
+            held = self._prefixes(group, names, wanted)[need.per_step + need.after :: need.per_step]
+            running = held if running is None else list(map(and_, running, held))
+        if running and not running[-1]:
+            del running[running.index(0) :]
+        return running or []
+
+    def _prefixes(self, group: int, names: Hashes, wanted: int) -> list[int]:
+        """For each number of blocks, from 0 on, the wanted ranks that hold so many; ends where none does."""
+        held = [wanted]
         at, size = 0, _FIRST_CHUNK
-        while at < len(hashes) and running[-1]:
-            masks = list(_masks([self._groups[group] for group in groups], hashes[at : at + size]))
+        while at < len(names) and held[-1]:
+            masks = list(map(self._groups[group].get, names[at : at + size], repeat(0)))
             # Mostly the same ranks hold all of a chunk, and masks are shared.
             if masks.count(masks[0]) == len(masks):
-                running += [running[-1] & masks[0]] * len(masks)
+                held += [held[-1] & masks[0]] * len(masks)
             else:
-                running += accumulate(masks, and_, initial=running.pop())
+                held += accumulate(masks, and_, initial=held.pop())
             at, size = at + size, min(4 * size, _LAST_CHUNK)
-        if not running[-1]:
-            del running[running.index(0) :]
-        return running[1:]
-
-    def _last_held(self, needs: Sequence[int], hashes: Hashes) -> int:
-        """Ranks that hold in each group the last blocks that it needs."""
-        held = -1
-        for holders, need in zip(self._groups, needs, strict=True):
-            for ranks in map(holders.get, hashes[len(hashes) - need :], repeat(0)):
-                held &= ranks
         return held
+
+    def _held_at(self, boundary: int, needs: dict[int, _Need], held: int) -> int:
+        """Of the ranks ``held``, those that hold what these groups need at the boundary."""
+        for group, need in needs.items():
+            if held:
+                held = reduce(and_, map(self._groups[group].get, need.blocks(boundary), repeat(0)), held)
+        return held
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What one group needs: a row of a plan. ``names`` are those of its blocks, in order."""
+
+    names: Hashes
+    stride: int
+    per_step: int
+    trailing: int | None
+    chunk: int | None
+    after: int
+
+    @classmethod
+    def of(cls, plan: ScorePlan, group: int, hashes: Hashes) -> _Need:
+        stride = plan.strides[group] if plan.strides else 1
+        return cls(
+            hashes[stride - 1 :: stride] if stride > 1 else hashes,
+            stride,
+            plan.step // stride,
+            plan.trailing[group],
+            plan.chunks[group] if plan.chunks else None,
+            plan.after[group] if plan.after else 0,
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        return self.trailing is None and not self.chunk
+
+    def blocks(self, boundary: int) -> Hashes:
+        """Those that must be held at the boundary, by name."""
+        end = boundary * self.per_step
+        if self.chunk:
+            first = end // self.chunk * self.chunk
+        else:
+            first = 0 if self.trailing is None else max(0, end - self.trailing)
+        return self.names[first : end + self.after]
 
 
 def _of_rank(hashes: list[int], masks: list[int], bit: int, piece: int) -> Iterator[Hashes]:
@@ -228,54 +270,6 @@ def _of_rank(hashes: list[int], masks: list[int], bit: int, piece: int) -> Itera
         last = zip(hashes[-piece:], masks[-piece:], strict=True)
         yield [sequence_hash for sequence_hash, mask in last if mask >> bit & 1]
         del hashes[-piece:], masks[-piece:]
-
-
-class _Window:
-    """Ranks that hold the last ``need`` blocks before a boundary in all of some groups.
-
-    Cut at multiples of ``need``, a window is a suffix of one piece and a prefix of the next, and so two
-    ANDs whatever its length (van Herk).
-    """
-
-    def __init__(self, need: int, groups: list[_Ranks], hashes: Hashes) -> None:
-        self.need = need
-        self._groups = groups
-        self._hashes = hashes
-        self._piece = -1
-        self._held: list[int] = []
-
-    def held(self, above: int, boundary: int) -> list[int]:
-        """For each boundary in (``above``, ``boundary``]; calls come from the deepest boundary backwards."""
-        held: list[int] = []
-        while boundary > above:
-            piece = (boundary - 1) // self.need * self.need
-            if piece != self._piece:
-                self._piece, self._held = piece, self._of_piece(piece)
-            start = max(above, piece)
-            held = self._held[start - piece : boundary - piece] + held
-            boundary = start
-        return held
-
-    def _of_piece(self, piece: int) -> list[int]:
-        prefixes = accumulate(_masks(self._groups, self._hashes[piece : piece + self.need]), and_)
-        if piece == 0:
-            return list(prefixes)
-        before = _masks(self._groups, self._hashes[piece - self.need : piece])
-        suffixes = list(accumulate(reversed(list(before)), and_))
-        suffixes.reverse()
-        return list(map(and_, prefixes, [*suffixes[1:], -1]))
-
-
-def _masks(groups: Sequence[_Ranks], hashes: Hashes) -> Iterable[int]:
-    """For each hash the ranks that hold it in all ``groups``."""
-    masks: Iterable[int] = map(groups[0].get, hashes, repeat(0))
-    for holders in groups[1:]:
-        masks = map(and_, masks, map(holders.get, hashes, repeat(0)))
-    return masks
-
-
-def _need(need: int | None, blocks: int) -> int:
-    return blocks if need is None else min(need, blocks)
 
 
 def _check(hashes: Hashes) -> None:

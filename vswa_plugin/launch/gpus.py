@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 
-from vswa_plugin.engine.gpus import VISIBLE_ENV, listed_gpus, visible_gpus
-from vswa_plugin.errors import ConfigError
+from vswa_plugin.engine.gpus import VISIBLE_ENV, listed_gpus, names_gpu, visible_gpus
+from vswa_plugin.errors import ConfigError, shown
 from vswa_plugin.launch.topologies import WorkerGroup
 
 #: Mode -> the guide's variable. That of aggregated workers is CUDA's own.
 GPU_ENV = {"prefill": f"PREFILL_{VISIBLE_ENV}", "decode": f"DECODE_{VISIBLE_ENV}", "agg": VISIBLE_ENV}
-_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size", "data_parallel_size")
 
 
 def gpus_needed(options: Mapping[str, Any]) -> int:
@@ -37,11 +37,11 @@ def with_gpus(
 
     :param needs: of each group, how many one worker needs.
     :param say: where the machine's GPUs do not suffice, and no variable asks for them.
-    :raises ConfigError: a variable names fewer than its workers need, or one of the guide's names one twice.
+    :raises ConfigError: a variable names fewer than its workers need, one twice, or, of the guide's, none.
     """
     named = {group.mode: _named(group.mode, environ) for group in groups}
     taken = {gpu for gpus in named.values() for gpu in gpus or ()}
-    free = [gpu for gpu in visible_gpus(environ) if gpu not in taken]
+    free = [gpu for gpu in _different(VISIBLE_ENV, visible_gpus(environ)) if gpu not in taken]
     made = []
     for group, need in zip(groups, needs, strict=True):
         gpus, wanted = named[group.mode], group.count * need
@@ -75,6 +75,16 @@ def _named(mode: str, environ: Mapping[str, str]) -> tuple[str, ...] | None:
     if not environ.get(variable) or variable == VISIBLE_ENV:
         return None
     gpus = listed_gpus(environ[variable])
-    if len(set(gpus)) < len(gpus) or not gpus:
-        raise ConfigError(f"{variable}: expected different GPUs, got {environ[variable]}")
-    return gpus
+    if not gpus or not all(map(names_gpu, gpus)):
+        raise ConfigError(
+            f"{variable}: expected numbers or UUIDs of GPUs with commas between them, got "
+            f"{shown(environ[variable])}; unset it for an engine on the CPU"
+        )
+    return _different(variable, gpus)
+
+
+def _different(variable: str, gpus: Sequence[str]) -> tuple[str, ...]:
+    """``gpus``; raises ConfigError where one is there twice: CUDA would show none at all."""
+    if len(set(gpus)) < len(gpus):
+        raise ConfigError(f"{variable}: expected different GPUs, got {', '.join(gpus)}")
+    return tuple(gpus)

@@ -18,6 +18,7 @@ from vswa_plugin.errors import ConfigError, ConnectError, VswaError
 from vswa_plugin.launch.logs import TAIL_BYTES, ChildLog
 from vswa_plugin.launch.scratch import end_group
 from vswa_plugin.program.addresses import check_address
+from vswa_plugin.program.disk import why_full
 from vswa_plugin.program.run import MESSAGE_BYTES, TERMINATION_ENV, USER_ERROR
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ class Child:
         except FileNotFoundError:  # no program of ours, or it was killed
             message = ""
         lines = [line for line in self.log_tail().splitlines() if line.strip()]
+        if full := why_full(self.log_path.parent):  # and what it has written last may be missing
+            return "; ".join((message or (lines[-1].strip() if lines else "it could write nothing"), full))
         return message or (lines[-1].strip() if lines else "it wrote nothing")
 
     def bound_log(self, most_bytes: int) -> bool:
@@ -201,10 +204,10 @@ class Child:
                 return
             self._keeper.result()
         if self._process.returncode is not None:
-            raise ChildDied(
-                f"{self.name} {_ended(self._process.returncode)}; the end of its log, "
-                f"{self.log_path}:\n{self.log_tail()}"
-            )
+            ended = f"{self.name} {_ended(self._process.returncode)}"
+            if full := why_full(self.log_path.parent):
+                ended += f"; {full}"
+            raise ChildDied(f"{ended}; the end of its log, {self.log_path}:\n{self.log_tail()}")
 
     async def until(self, ready: Callable[[], Awaitable[bool]], what: str, timeout_s: float) -> None:
         """Return once ``ready`` says so; raises ChildDied or, after ``timeout_s``, ConnectError."""

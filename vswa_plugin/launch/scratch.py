@@ -33,6 +33,7 @@ from pathlib import Path
 
 import psutil
 
+from vswa_plugin.program.disk import temporary_folder
 from vswa_plugin.program.run import is_to_correct
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,11 @@ def open_scratch(name: str) -> Iterator[Scratch]:
 
     An exception that is a failure keeps the logs in it, and gets a note that says where they are.
 
-    :raises OSError: there is no folder for temporary files, or no space in it.
+    :raises ConfigError: no temporary files can be written where they should go.
     """
-    sweep()
-    scratch = Scratch(Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-")).resolve())
+    parent = temporary_folder()
+    sweep(parent)
+    scratch = Scratch(Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=parent)).resolve())
     before = os.environ.get(SCRATCH_ENV)
     with _owned(scratch.path), _reaper(scratch.path) as has_cleaned:
         os.environ[SCRATCH_ENV] = str(scratch.path)
@@ -178,9 +180,9 @@ def clean(folder: Path, *, keep_logs: bool = False) -> None:
             each.unlink(missing_ok=True)
 
 
-def sweep() -> None:
-    """Clean the temporary folders whose owners were killed together with their reapers."""
-    for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{OWNER_FILE}"):
+def sweep(parent: Path) -> None:
+    """Clean the temporary folders in ``parent`` whose owners were killed together with their reapers."""
+    for owner in parent.glob(f"{_PREFIX}*/{OWNER_FILE}"):
         # OSError: another user's, gone meanwhile, or a file system without locks.
         with contextlib.suppress(OSError):
             if owner.stat().st_uid != os.geteuid():

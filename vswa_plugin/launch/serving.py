@@ -66,12 +66,13 @@ async def stop(cluster: Cluster | None, progress: Progress) -> dict[str, int]:
     return {} if cluster is None else await cluster.stop()
 
 
-async def keep_serving(make: Callable[[], Awaitable[Cluster]], progress: Progress) -> int:
+async def keep_serving(program: str, make: Callable[[], Awaitable[Cluster]], progress: Progress) -> int:
     """Start the cluster that ``make`` returns and keep it until a signal; the exit code.
 
+    :param program: the command that does so, for messages.
     :raises ConfigError, ChildDied, ConnectError: what the cluster cannot start or go on with.
     """
-    life = Life("vswa launch")
+    life = Life(program)
     return await life.run(Serving(make, progress, life))
 
 

@@ -71,14 +71,16 @@ class Routing(msgspec.Struct, frozen=True):
 
 def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--log-dir`` and ``--log-size``; :func:`log_bytes` reads the latter."""
-    parser.add_argument("--log-dir", metavar="DIR", help="keep the logs of all processes there")
+    parser.add_argument(
+        "--log-dir", metavar="DIR", help="a directory in which the logs of all processes are kept"
+    )
     parser.add_argument(
         "--log-size",
         type=at_least_one,
         default=LOG_BYTES >> 20,
         metavar="MIB",
-        help="about how large NAME.log of a process may grow; then what it holds becomes NAME.log.1, and "
-        f"what that held is deleted ({LOG_BYTES >> 20})",
+        help="about how large NAME.log of a process may grow; its content then becomes NAME.log.1, and "
+        f"the former content of that is deleted ({LOG_BYTES >> 20})",
     )
 
 

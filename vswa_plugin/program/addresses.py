@@ -1,4 +1,4 @@
-"""Addresses to listen on: checked before a program has started anything else."""
+"""Addresses to listen on, which are checked before a program has started anything else, and their URLs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ import socket
 
 from vswa_plugin.errors import ConfigError, shown
 
+#: Hosts that stand for all addresses of the machine, and those at which the machine itself reaches them.
+_LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 #: The system's reasons that are about the host rather than the port.
 _OF_HOST = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def http_url(host: str, port: int) -> str:
+    """The URL of a server at ``host``; an IPv6 address is put into brackets, as RFC 3986 wants it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def local_url(host: str, port: int) -> str:
+    """The URL at which this machine reaches a server that listens on ``host``."""
+    return http_url(_LOCAL.get(host, host), port)
 
 
 def check_address(

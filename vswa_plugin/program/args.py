@@ -11,6 +11,7 @@ import msgspec
 from vswa_plugin import __version__
 from vswa_plugin.dynamo.names import NATS_ENV
 from vswa_plugin.errors import ConfigError, unknown_choice
+from vswa_plugin.program.options import real
 from vswa_plugin.program.run import LEVELS, Parser
 from vswa_plugin.registry.opening import ENVIRONMENT, REGISTRY_ENV
 from vswa_plugin.wire.transport import DEFAULT_SERVER
@@ -85,16 +86,16 @@ def add_run_arguments(group: argparse._ArgumentGroup, *, drains: bool = True) ->
     )
     group.add_argument(
         "--heartbeat",
-        type=float,
+        type=real,
         default=1.0,
         metavar="SECONDS",
-        help="between a worker's heartbeats (1); a router reads them from each worker, and takes its own "
-        "value for workers of versions that do not say",
+        help="time between two heartbeats of a worker (1); workers state it, and a router uses its own value "
+        "for workers of older versions, which do not",
     )
     if drains:
         group.add_argument(
             "--drain-timeout",
-            type=float,
+            type=real,
             metavar="SECONDS",
             help=f"how long SIGTERM waits for requests under way ({DRAIN_TIMEOUT_S:g})",
         )

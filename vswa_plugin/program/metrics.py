@@ -28,7 +28,7 @@ def no_plugins(_: str) -> str:
 class About(msgspec.Struct, frozen=True):
     """What a program is, for ``vswa_build_info``.
 
-    :param program: ``worker``, ``router``, ``selector`` or ``index``.
+    :param program: ``worker``, ``relay``, ``router``, ``selector`` or ``index``.
     :param engine: of a worker, with its version.
     """
 

@@ -39,6 +39,28 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
+def integer(text: str) -> int:
+    """Any whole number as an argparse type."""
+    return _number(text, int, lambda _: True, "a whole number")
+
+
+def real(text: str) -> float:
+    """Any number as an argparse type."""
+    return _number(text, float, lambda _: True, "a number")
+
+
+def read_number(text: str, kind: Callable[[str], Number]) -> Number:
+    """``text`` as a number of ``kind``, int or float, in ASCII digits.
+
+    Python alone also takes the digits of other scripts, an underscore between digits, and blanks around them.
+
+    :raises ValueError: it is none.
+    """
+    if not text.isascii() or "_" in text or text != text.strip():
+        raise ValueError(text)
+    return kind(text)
+
+
 def seconds(text: str) -> float:
     """A time-out as an argparse type."""
     return _number(text, float, lambda value: 0 < value < math.inf, "more than 0 seconds")
@@ -72,9 +94,9 @@ def _is_given(value: object) -> bool:
 def _number(
     text: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], expected: str
 ) -> Number:
-    refused = argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    refused = argparse.ArgumentTypeError(f"expected {expected}, got {shown(text)}")
     try:
-        value = kind(text)
+        value = read_number(text, kind)
     except ValueError:
         raise refused from None
     if not fits(value):

@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import logging
 import os
+import re
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vswa_plugin.errors import ConfigError, InvariantError, VswaError, one_line
 
@@ -40,6 +42,7 @@ _USER_ERRNOS = frozenset(
         errno.EACCES,
         errno.EADDRINUSE,
         errno.EADDRNOTAVAIL,
+        errno.EDQUOT,
         errno.EEXIST,
         errno.EISDIR,
         errno.ENAMETOOLONG,
@@ -51,6 +54,8 @@ _USER_ERRNOS = frozenset(
         errno.EROFS,
     }
 )
+#: Those of them that mean that a disk, or a user's share of it, is full.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: Set to 1, it adds the traceback to the line of each error; the log level debug does the same.
 TRACEBACK_ENV = "VSWA_TRACEBACK"
 #: Names a file for the reason why a program ends, as terminationMessagePath does in Kubernetes, where this
@@ -58,6 +63,8 @@ TRACEBACK_ENV = "VSWA_TRACEBACK"
 TERMINATION_ENV = "VSWA_TERMINATION_LOG"
 #: No more is written there; Kubernetes reads no more.
 MESSAGE_BYTES = 4096
+#: Up to Python 3.12, argparse takes the value out of it and leaves an empty list.
+_DASHES_AS_VALUE = re.compile(r"-[^=]*=--")
 
 
 class CommandLineRefused(SystemExit):
@@ -73,6 +80,13 @@ class CommandLineRefused(SystemExit):
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose refusals are one line, which :func:`run_program` can record."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            if _DASHES_AS_VALUE.fullmatch(word):
+                self.error(f"argument {word.partition('=')[0]}: expected a value, got '--'")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         line = one_line(message)
@@ -188,7 +202,8 @@ def _say(name: str, error: Exception) -> int:
     message = str(error) or type(error).__name__
     user = is_to_correct(error)
     if user and isinstance(error, OSError) and error.filename is not None:
-        message = f"cannot use {error.filename}: {error.strerror}; check the path and its permissions"
+        step = "free some space there" if error.errno in FULL else "check the path and its permissions"
+        message = f"cannot use {error.filename}: {error.strerror}; {step}"
     if user:
         message = one_line(message)
     if _traceback_wanted():

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from vswa_plugin.program.addresses import check_address
+from vswa_plugin.program.addresses import check_address, http_url
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def reachable_url(host: str, port: int) -> str:
     """The URL under which others reach what listens on ``host``; for all addresses, this machine's name."""
     if host in ("", "0.0.0.0", "::"):
         host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return http_url(host, port)
 
 
 class StatusServer:
@@ -61,7 +61,7 @@ class StatusServer:
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
         bound: int = self._runner.addresses[0][1]
-        logger.info("status on http://%s:%d: /health /ready /metrics", host, bound)
+        logger.info("status on %s: /health /ready /metrics", http_url(host, bound))
         return bound
 
     async def stop(self) -> None:

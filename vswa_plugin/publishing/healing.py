@@ -15,7 +15,6 @@ from vswa_plugin.blocks.hashing import sequence_hashes
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.engine.contract import EngineHash
-from vswa_plugin.errors import ConfigError
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire.events import Event, Stored
 
@@ -58,7 +57,9 @@ class Healing:
 
     def restarted(self) -> None:
         """Nothing is resident as far as we know, and the engine holds more."""
-        self.active = True
+        self.active = self._residency.layout.plain
+        if not self.active:
+            return
         # A request that came before has an earlier mark, even if no event of the engine was read between.
         self.events += 1
         self._restarted_at = self.events
@@ -85,10 +86,7 @@ class Healing:
         """Stored events for the blocks that ``claim`` proves and that are not known to be resident."""
         layout = self._residency.layout
         rule = RULES.get(layout.rule)
-        try:
-            size = layout.block_size
-        except ConfigError:
-            return []
+        size = layout.block_size
         blocks = claim.cached_tokens // size
         if not self.active or claim.mark < self._restarted_at or rule is None or not blocks:
             return []
@@ -118,8 +116,8 @@ class Healing:
 
 def _provable(layout: CacheLayout) -> Sequence[CacheGroup]:
     """The groups of which a request proves blocks under names by which the engine will remove them."""
-    if layout.rule in _DROP_IN_SILENCE:
-        return ()
+    if layout.rule in _DROP_IN_SILENCE or not layout.plain:
+        return ()  # elsewhere groups name blocks by positions, and take in some that no request shows
     if layout.rule in _NAME_OTHERWISE:
         return [group for group in layout.groups if group.window_size is None]
     return layout.groups

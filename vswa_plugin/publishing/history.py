@@ -17,7 +17,6 @@ import msgspec
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.engine.contract import EngineHash
 from vswa_plugin.errors import ProtocolError
-from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.residency import Residency
 from vswa_plugin.wire import control
 from vswa_plugin.wire.control import (
@@ -207,25 +206,26 @@ class History:
         end = begin + self._blocks_per_part
         events: list[Event] = [self._announce(snapshot.layout)] if request.part == 0 else []
         for group_id, frozen in snapshot.groups:
-            events += runs(group_id, frozen[max(0, begin) : max(0, end)], self._residency.nodes)
+            events += runs(group_id, frozen[max(0, begin) : max(0, end)], self._residency)
             begin -= len(frozen)
             end -= len(frozen)
         return control.SnapshotPart(self._epoch, request.snapshot_id, request.part, tuple(events))
 
 
-def runs(group_id: int, blocks: Frozen, nodes: NodeTable) -> Iterator[Stored]:
+def runs(group_id: int, blocks: Frozen, residency: Residency) -> Iterator[Stored]:
     """Stored events for ``blocks``; those that follow one another in a sequence fall into one."""
     run: list[int] = []
     position, parent, run_tier = 0, None, ""
     for engine_hash, tier in blocks:
-        node = nodes.get(engine_hash)
+        node = residency.nodes.get(engine_hash)
         if node is None:
             continue  # evicted since it was frozen, and forgotten: its removal comes with the live events
-        if run and node.parent_hash == run[-1] and tier == run_tier:
+        index = residency.block_index(group_id, node)
+        if run and node.parent_hash == run[-1] and index == position + len(run) and tier == run_tier:
             run.append(node.sequence_hash)
             continue
         if run:
             yield Stored(group_id, position, parent, tuple(run), run_tier)
-        run, position, parent, run_tier = [node.sequence_hash], node.position, node.parent_hash, tier
+        run, position, parent, run_tier = [node.sequence_hash], index, node.parent_hash, tier
     if run:
         yield Stored(group_id, position, parent, tuple(run), run_tier)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vswa_plugin.blocks.hashing import block_hash, chain
+from vswa_plugin.blocks.hashing import block_hash, chain, lookahead_name
 from vswa_plugin.engine.contract import EngineBlock, EngineHash, Node
 
 #: (token_ids, cache_salt, lora_name) -> block hash in that namespace.
@@ -31,6 +31,9 @@ def plain_hasher(token_ids: Sequence[int], cache_salt: str | None, lora_name: st
 class NodeTable:
     """Nodes of every block that the engine has announced.
 
+    A block may be several hash units long, and the tokens after it may be a part of its name; what hangs on
+    it is chained to the hash of its prefix without them.
+
     :param limit: how many nodes are kept; above it the oldest that are not resident are forgotten, so
         that memory follows what the engine can hold and not what it has ever seen.
     """
@@ -42,6 +45,8 @@ class NodeTable:
         #: all is resident, that this stays rare then too.
         self._trim_above = limit
         self._nodes: dict[EngineHash, Node] = {}
+        #: Chained hashes of prefixes, where they are not their names: in layouts with a lookahead.
+        self._chained: dict[EngineHash, int] = {}
         #: The reverse table, once it is needed; it stays valid from then on, because it too depends on
         #: content only.
         self._reverse: dict[int, EngineHash] | None = None
@@ -79,23 +84,39 @@ class NodeTable:
         return None if self._reverse is None else self._reverse.get(sequence_hash)
 
     def add(
-        self, parent: EngineHash | None, block: EngineBlock, cache_salt: str | None, lora_name: str | None
+        self,
+        parent: EngineHash | None,
+        block: EngineBlock,
+        cache_salt: str | None,
+        lora_name: str | None,
+        unit: int | None = None,
+        lookahead: int = 0,
     ) -> Node | None:
-        """The node of ``block``, made where it is new; None where the parent is unknown.
+        """The node of ``block``, made where it is new; None where it cannot be named.
 
         A block whose parent we never saw cannot be named, so it is not published: an under-estimate.
+
+        :param unit: tokens of a hash unit; a block of no more is one. None: every block is one.
+        :param lookahead: tokens after a block that are a part of its name.
         """
         existing = self._nodes.get(block.hash)
         if existing is not None:
             return existing
-        if parent is None:
-            position, prefix = 0, None
-        else:
-            before = self._nodes.get(parent)
-            if before is None:
-                return None
-            position, prefix = before.position + 1, before.sequence_hash
-        node = Node(chain(prefix, self.hasher(block.token_ids, cache_salt, lora_name)), position, prefix)
+        before = None if parent is None else self._nodes.get(parent)
+        units = _units(block, unit, lookahead)
+        if units is None or (before is None and parent is not None):
+            return None
+        prefix: int | None = None
+        if parent is not None and before is not None:
+            prefix = self._chained.get(parent, before.sequence_hash)
+        for tokens in units:
+            above, prefix = prefix, chain(prefix, self.hasher(tokens, cache_salt, lora_name))
+        assert prefix is not None, "a block has one unit at least"
+        position = len(units) - 1 if before is None else before.position + len(units)
+        node = Node(prefix, position, above)
+        if lookahead:
+            self._chained[block.hash] = prefix
+            node = _with_lookahead(node, units[-1], block.next_token_ids)
         self._nodes[block.hash] = node
         if self._reverse is not None:
             self._reverse[node.sequence_hash] = block.hash
@@ -120,7 +141,26 @@ class NodeTable:
                 dropped.append(engine_hash)
         for engine_hash in dropped:
             sequence_hash = self._nodes.pop(engine_hash).sequence_hash
+            self._chained.pop(engine_hash, None)
             if self._reverse is not None and self._reverse.get(sequence_hash) == engine_hash:
                 del self._reverse[sequence_hash]
         self._trim_above = max(self._limit, len(self._nodes) + spare)
         return len(dropped)
+
+
+def _units(block: EngineBlock, unit: int | None, lookahead: int) -> Sequence[tuple[int, ...]] | None:
+    """The tokens of the block, unit by unit; None where it is no whole number of them, or cannot be named."""
+    tokens = block.token_ids
+    if unit is None:
+        return (tokens,)
+    if not tokens or len(tokens) % unit or len(block.next_token_ids) != lookahead:
+        return None
+    return [tokens[at : at + unit] for at in range(0, len(tokens), unit)]
+
+
+def _with_lookahead(node: Node, last: tuple[int, ...], ahead: tuple[int, ...]) -> Node:
+    """``node`` of chained hashes under its names; ``last``: the tokens of its last unit."""
+    name, parent = lookahead_name(node.sequence_hash, ahead), node.parent_hash
+    if parent is not None:
+        parent = lookahead_name(parent, (last + ahead)[: len(ahead)])
+    return Node(name, node.position, parent)

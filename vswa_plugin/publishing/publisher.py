@@ -20,7 +20,14 @@ from typing import Protocol
 
 import msgspec
 
-from vswa_plugin.engine.contract import BlocksStored, EventAdapter, Node, RawEvent
+from vswa_plugin.engine.contract import (
+    BlocksStored,
+    EngineEvent,
+    EventAdapter,
+    Node,
+    RawEvent,
+    with_prompts,
+)
 from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, StreamError, VswaError
 from vswa_plugin.publishing.healing import Claim
 from vswa_plugin.publishing.ledger import Ledger, LedgerOptions
@@ -109,7 +116,9 @@ class Publisher:
             observe_stored=None if observe_stored is None else self._show_stored,
         )
         self._superseded: Batch | None = None
-        self._adapter = adapter
+        self._adapter = with_prompts(adapter)
+        #: Whether events were fed to the adapter of which more may follow.
+        self._unsettled = False
         self._send = send
         self._ready = ready
         self._observe = observe
@@ -136,6 +145,15 @@ class Publisher:
             self._inbox.extend(events)
         self._wake_from_thread()
 
+    def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
+        """A request may go to this rank's engine: its adapter may name blocks by it. Event loop only."""
+        try:
+            if self._adapter.wants_prompts:
+                self._adapter.prompt(token_ids, cache_salt, lora_name)
+                self._wake()
+        except VswaError as error:
+            self.ledger.reject(error)
+
     def answer(self, payload: bytes) -> bytes:
         """The answer to a reader's replay or snapshot request. Event loop only."""
         return self.ledger.history.answer(payload)
@@ -150,6 +168,11 @@ class Publisher:
         if batch.epoch > self.ledger.epoch:
             self._superseded = batch
             self._wake()
+
+    @property
+    def waiting(self) -> int:
+        """Engine events that wait for the event loop. Any thread."""
+        return len(self._inbox)
 
     @property
     def engine_events(self) -> int:
@@ -191,7 +214,7 @@ class Publisher:
                     self.stats.heartbeats += 1
                     next_heartbeat = self._loop.time() + self.options.heartbeat_s
                 await self._hand_over()
-                if self._inbox or self._overflowed or not self.ledger.healing.prepare():
+                if self._inbox or self._overflowed or not self._prepare():
                     await asyncio.sleep(0)
                     continue
                 await self._pause(next_heartbeat)
@@ -202,6 +225,15 @@ class Publisher:
             self._queue_filled.set()
             await sender
             self._tell_observers()
+
+    def _prepare(self) -> bool:
+        """Do pieces of what is better done before it is needed; False where more of it is left."""
+        try:
+            prepared = self._adapter.prepare()
+        except VswaError as error:
+            self.ledger.reject(error)
+            prepared = True
+        return self.ledger.healing.prepare() and prepared
 
     async def _hand_over(self) -> None:
         """Send a lone batch here, without a turn of the loop, or let the sending task do it."""
@@ -260,17 +292,26 @@ class Publisher:
                 ledger.prove(item)
                 continue
             ledger.healing.events += 1
+            self._unsettled = True
+            self._enter(partial(self._adapter.feed, item))
+        if self._unsettled and not self._inbox:  # an engine offers all events of a step at once
+            self._unsettled = False
+            self._enter(self._adapter.settle)
+
+    def _enter(self, read: Callable[[], list[EngineEvent]]) -> None:
+        """Enter what the adapter makes of the engine's events."""
+        ledger = self.ledger
+        try:
+            events = read()
+        except VswaError as error:
+            ledger.reject(error)
+            ledger.lose(f"an engine event could not be read: {error}")
+            return
+        for event in events:
             try:
-                events = self._adapter.feed(item)
+                ledger.add(event)
             except VswaError as error:
                 ledger.reject(error)
-                ledger.lose(f"an engine event could not be read: {error}")
-                continue
-            for event in events:
-                try:
-                    ledger.add(event)
-                except VswaError as error:
-                    ledger.reject(error)
 
     def _show_stored(self, event: BlocksStored, nodes: Sequence[Node]) -> None:
         assert self._observe_stored is not None

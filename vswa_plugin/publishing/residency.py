@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.chains import check_chain
 from vswa_plugin.engine.contract import (
@@ -39,10 +41,22 @@ class Residency:
     """
 
     def __init__(self, layout: CacheLayout, nodes: NodeTable | None = None) -> None:
-        self.layout = layout
         self.nodes = nodes if nodes is not None else NodeTable()
         self.unattributed = 0
-        self._tiers: dict[int, dict[EngineHash, str]] = {group.group_id: {} for group in layout.groups}
+        self._tiers: dict[int, dict[EngineHash, str]] = {}
+        self._follow(layout)
+
+    def _follow(self, layout: CacheLayout) -> None:
+        """Nothing is resident, in the groups of ``layout``."""
+        self.layout = layout
+        self._tiers = {group.group_id: {} for group in layout.groups}
+        #: Hash units of a block, by group.
+        self._strides = {
+            group.group_id: group.block_size // layout.hash_block_size for group in layout.groups
+        }
+        # In plain layouts every block is one unit, whatever its tokens: that is the engine's to state.
+        self._unit = None if layout.plain else layout.hash_block_size
+        self._lookahead = layout.lookahead
 
     def apply(self, event: EngineEvent) -> list[Event]:
         """The wire events that ``event`` amounts to; empty where nothing changes.
@@ -100,9 +114,12 @@ class Residency:
             check_chain(event.parent_hash, [block.hash for block in blocks], "stored blocks")
         changes: list[Event] = []
         run: list[Node] = []
+        stride = self._strides[event.group_id]
         parent = event.parent_hash
         for index, block in enumerate(event.blocks):
-            node = self.nodes.add(parent, block, event.cache_salt, event.lora_name)
+            node = self.nodes.add(
+                parent, block, event.cache_salt, event.lora_name, self._unit, self._lookahead
+            )
             if node is None:  # and so none of its descendants in this event can be named
                 self.unattributed += len(event.blocks) - index
                 break
@@ -113,18 +130,24 @@ class Residency:
                 self._end_run(event, run, changes)
                 changes.append(Moved(event.group_id, (node.sequence_hash,), event.tier))
             else:
+                if run and node.position != run[-1].position + stride:
+                    self._end_run(event, run, changes)
                 run.append(node)
             tiers[block.hash] = event.tier
         self._end_run(event, run, changes)
         self.nodes.trim(lambda engine_hash: any(engine_hash in held for held in self._tiers.values()))
         return changes
 
-    @staticmethod
-    def _end_run(event: BlocksStored, run: list[Node], changes: list[Event]) -> None:
+    def _end_run(self, event: BlocksStored, run: list[Node], changes: list[Event]) -> None:
         if run:
             hashes = tuple(node.sequence_hash for node in run)
-            changes.append(Stored(event.group_id, run[0].position, run[0].parent_hash, hashes, event.tier))
+            position = self.block_index(event.group_id, run[0])
+            changes.append(Stored(event.group_id, position, run[0].parent_hash, hashes, event.tier))
             run.clear()
+
+    def block_index(self, group_id: int, node: Node) -> int:
+        """Index, among the blocks of that group, of the one in which the prefix ends."""
+        return node.position // self._strides.get(group_id, 1)
 
     def _removed(self, event: BlocksRemoved) -> list[Event]:
         tiers = self._group(event.group_id)
@@ -154,22 +177,37 @@ class Residency:
         declared = {group.group_id: group for group in self.layout.groups}
         former = declared.pop(event.group_id, None)
         absent = event.window_size == NO_SUCH_GROUP
-        if (absent and former is None) or (former is not None and former.window_size == event.window_size):
+        if absent and former is None:
             return
         if not absent:
-            block_size = self.layout.block_size
-            declared[event.group_id] = CacheGroup(event.group_id, event.window_size, block_size)
+            declared[event.group_id] = _as_created(event, former, self.layout)
+            if declared[event.group_id] == former:
+                return
         groups = tuple(declared[group_id] for group_id in sorted(declared))
-        self.layout = CacheLayout(
-            groups, self.layout.rule, self.layout.model, self.layout.hash_scheme
-        ).check()
-        self._tiers = {group.group_id: {} for group in groups}
-        expected = f"window {former.window_size}" if former else "no such group"
-        created = "has not created it" if absent else f"created it with window {event.window_size}"
+        layout = msgspec.structs.replace(self.layout, groups=groups)
+        if layout.rule == "vllm" and not layout.plain:
+            layout = msgspec.structs.replace(layout, rule="vllm_hybrid")
+        self._follow(layout.check())
+        expected = f"window {former.label}" if former else "no such group"
+        created = "has not created it"
+        if not absent:
+            created = f"created it with window {declared[event.group_id].label}"
         raise Restart(
             f"cache group {event.group_id}: expected {expected}, the engine {created}; the layout "
             "now follows the engine"
         )
+
+
+def _as_created(event: GroupCreated, former: CacheGroup | None, layout: CacheLayout) -> CacheGroup:
+    """The group as the engine states it; what its event does not state is as it was declared."""
+    if former is None:
+        return CacheGroup(event.group_id, event.window_size, layout.block_size, event.kind)
+    if (event.kind, event.window_size) in ((None, former.window_size), (former.kind, former.window_size)):
+        return former
+    chunk = former.chunk_size if event.kind == former.kind else None
+    return msgspec.structs.replace(
+        former, window_size=event.window_size, stated_kind=event.kind, chunk_size=chunk
+    )
 
 
 def _why_lost(event: EventsLost) -> str:

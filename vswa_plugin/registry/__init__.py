@@ -17,12 +17,13 @@ threads.py          one thread for calls that block
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.blocks.layout import CacheGroup, Naming, Resumption
 from vswa_plugin.errors import ConfigError, InvariantError, ProtocolError, one_line
 from vswa_plugin.wire.events import Rank
 from vswa_plugin.wire.subjects import check_name
@@ -94,6 +95,16 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     engine_version: str = ""
     engine_reason: str = ""
+    resumption: Resumption | None = None
+
+    @property
+    def naming(self) -> Naming:
+        """How its ranks name the prefixes of a prompt."""
+        where = self.resumption
+        if where is not None:
+            return Naming(self.block_size, where.hash_block_size, where.lookahead)
+        sizes = [group.block_size for group in self.groups]
+        return Naming(self.block_size, math.gcd(*sizes) or self.block_size)
 
     @property
     def key(self) -> str:
@@ -199,11 +210,14 @@ def _too_much(entry: Entry) -> str | None:
         value = getattr(entry, field)
         if isinstance(value, str) and len(value) > _MAX_TEXT:
             return f"{field}: expected at most {_MAX_TEXT} characters, got {len(value)}"
-    windows = (group.window_size or 0 for group in entry.groups)
-    sizes = (group.block_size for group in entry.groups)
-    for number in (entry.block_size, entry.context_length, entry.total_kv_blocks, *windows, *sizes):
+    groups = [(each.window_size or 0, each.block_size, each.chunk_size or 0) for each in entry.groups]
+    where = entry.resumption or Resumption(entry.block_size, 1)
+    tokens = (where.alignment, where.hash_block_size, where.lookahead, where.least_tokens)
+    for number in (entry.block_size, entry.context_length, entry.total_kv_blocks, *sum(groups, ()), *tokens):
         if not 0 <= number <= _MAX_COUNT:
             return f"expected numbers of tokens and blocks from 0 to {_MAX_COUNT}, got {number}"
+    if where.hash_block_size < 1 or entry.block_size % where.hash_block_size:
+        return f"hash_block_size: expected a part of {entry.block_size}, got {where.hash_block_size}"
     return None
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,4 +134,5 @@ def _directory(where: str) -> str:
 
 def _dynamo_directory(environ: Mapping[str, str]) -> Path:
     named = environ.get(FILE_ENV)
-    return Path(named) if named else Path(tempfile.gettempdir()) / "dynamo_store_kv"
+    # As Dynamo finds it. Python would go to another folder where TMPDIR names one that is not there.
+    return Path(named) if named else Path(environ.get("TMPDIR") or "/tmp") / "dynamo_store_kv"

@@ -21,7 +21,7 @@ from vswa_plugin.router.forward import Forwarder
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.models import Models
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.replicas.exchange import Replicas
 from vswa_plugin.wire.transport import Transport
 
@@ -50,14 +50,14 @@ class Router(Program):
             index=WindowIndex(rules=host.reuse_rules()),
             tasks=life.tasks,
         )
-        self.accuracy = Accuracy()
+        self.promises = Promises()
         self.decider = Decider(
             self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks()
         )
-        self.forwarder = Forwarder(self.decider, self.accuracy, self.fleet.subscriber.live)
+        self.forwarder = Forwarder(self.decider, self.promises, self.fleet.subscriber.live)
         counted = Counted(
             self.decider,
-            self.accuracy,
+            self.promises,
             lambda: (pool for model in self.forwarder.models.values() for pool in model.pools),
             self.forwarder.counts,
             replicas=self.replicas.load,

@@ -21,7 +21,7 @@ from vswa_plugin.errors import ConfigError
 from vswa_plugin.following.view import ViewOptions
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
-from vswa_plugin.program.options import encodable, excludes, requires
+from vswa_plugin.program.options import encodable, excludes, integer, read_number, real, requires
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.subjects import check_name
 
@@ -72,7 +72,7 @@ _NUMBERS = {
     "overlap_score_credit": ("router-kv-overlap-score-credit", "credit of a cached block on the device"),
     "overlap_score_credit_decay": (
         "router-kv-overlap-score-credit-decay",
-        "how fast it fades where more prompt tokens are in flight than on the least loaded rank",
+        "how fast that credit shrinks where more prompt tokens are in flight than on the least loaded rank",
     ),
     "prefill_load_scale": ("router-prefill-load-scale", "weight of blocks to compute against blocks held"),
     "host_cache_hit_weight": ("router-host-cache-hit-weight", "credit of a cached block in host memory"),
@@ -83,13 +83,16 @@ _NUMBERS = {
     ),
     "in_flight_credit": (
         "in-flight-credit",
-        "how far a prefix that the rank computes for another request counts as cached; ours, 0 as Dynamo",
+        "how far a prefix that the rank computes for another request counts as cached; no option of Dynamo",
     ),
     "transfer_credit": (
         "transfer-credit",
-        "disaggregated: credit of a block that the decode worker holds and that need not be moved; ours",
+        "credit of a block that the decode worker holds, so that it is not moved; no option of Dynamo",
     ),
-    "router_temperature": ("router-temperature", "0 takes the cheapest rank, more draws by cost"),
+    "router_temperature": (
+        "router-temperature",
+        "0 takes the cheapest rank; a larger number draws one at random by cost",
+    ),
 }
 _SWITCHES = {
     "assume_kv_reuse": ("router-assume-kv-reuse", "count prompt blocks that requests share once"),
@@ -202,16 +205,16 @@ def _add_shared_arguments(
     """What routers and selectors have besides their common options."""
     run.add_argument(
         "--stale-grace",
-        type=float,
+        type=real,
         default=10.0,
         metavar="SECONDS",
         help="how long a worker whose events are missing is scored as last seen (10)",
     )
     http.add_argument(
         "--http-port",
-        type=int,
+        type=integer,
         metavar="PORT",
-        help=f"serve the HTTP API, 0: on a free port ({default_port})",
+        help=f"serve the HTTP API on this port, where 0 stands for a free one ({default_port})",
     )
     http.add_argument(
         "--http-host",
@@ -229,7 +232,7 @@ def _add_knobs(group: argparse._ArgumentGroup) -> None:
         if option.startswith("router-kv-"):
             names.append(f"--{option.removeprefix('router-kv-')}")
         group.add_argument(
-            *names, dest=knob, type=float, metavar="X", help=f"{what} ({getattr(defaults, knob):g})"
+            *names, dest=knob, type=real, metavar="X", help=f"{what} ({getattr(defaults, knob):g})"
         )
     for knob, (option, what) in _SWITCHES.items():
         shown = "yes" if getattr(defaults, knob) else "no"
@@ -296,7 +299,7 @@ def _read(variable: str, text: str, switch: bool) -> float | bool:
             raise ConfigError(f"{variable}: expected true or false, got {text!r}")
         return word
     try:
-        return float(text)
+        return read_number(text, float)
     except ValueError as error:
         raise ConfigError(f"{variable}: expected a number, got {text!r}") from error
 

@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 import msgspec
 
+from vswa_plugin.blocks.hashing import with_lookahead
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.engine.contract import RequestDict
 from vswa_plugin.engine.requests import Fields, reads_cache, unchecked_token_ids
 from vswa_plugin.errors import InvalidRequest
@@ -44,14 +46,34 @@ DURATION_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 class PromptHashes(msgspec.Struct, frozen=True):
     """What routing needs to know of a request.
 
-    :param hashes: sequence hashes of its full blocks.
+    :param hashes: sequence hashes of its full blocks, by which the load is counted.
+    :param names: of its prefixes, by which reuse is scored: the same, but for models whose prefixes have
+        other names.
     :param scorable: False: no reuse is promised, because its tokens do not say what it consists of (images),
         or because it switches the cache off (log probabilities of the prompt).
     """
 
     length: int
     hashes: Sequence[int]
+    names: Sequence[int]
     scorable: bool = True
+
+
+def hashed_prompt(
+    hasher: Hasher, token_ids: Sequence[int], naming: Naming, salt: str | None, lora: str | None
+) -> PromptHashes:
+    """A prompt as models of that naming need it.
+
+    :raises ValueError, TypeError: as ``hasher`` does.
+    """
+    hashes = hasher(token_ids, naming.block_size, salt, lora)
+    if naming.by_blocks:
+        return PromptHashes(len(token_ids), hashes, hashes)
+    fine = hashes
+    if naming.hash_block_size != naming.block_size:
+        fine = hasher(token_ids, naming.hash_block_size, salt, lora)
+    names = with_lookahead(fine, token_ids, naming.hash_block_size, naming.lookahead)
+    return PromptHashes(len(token_ids), hashes, names)
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -144,7 +166,7 @@ class Decider:
         if avoided:
             ranks = _preferred(ranks, avoided)
         if prompt is None:
-            prompt = self._prompt(fields, routing, pool.block_size)
+            prompt = self._prompt(fields, routing, pool.naming)
         candidates = self._scored(pool, ranks, prompt, weights, constraints)
         routed = RoutedRequest(
             request_id,
@@ -166,20 +188,20 @@ class Decider:
         self.durations[key].observe(time.perf_counter() - began)
         return decision
 
-    def _prompt(self, request: Fields, routing: Fields, block_size: int) -> PromptHashes:
+    def _prompt(self, request: Fields, routing: Fields, naming: Naming) -> PromptHashes:
         token_ids = unchecked_token_ids(request)
         images = request.data.get("mm_routing_info") or request.data.get("multi_modal_data")
         scorable = reads_cache(request) and not images
         salt, lora = routing.text("cache_salt"), routing.text("lora_name")
         try:
-            hashes = self._hasher(token_ids, block_size, salt, lora)
+            hashed = hashed_prompt(self._hasher, token_ids, naming, salt, lora)
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"cache_salt or lora_name: expected text, got half of a surrogate: {error}"
             ) from error
         except (OverflowError, TypeError, ValueError) as error:
             raise InvalidRequest(f"expected token ids from 0 to 2**32 - 1: {error}") from error
-        return PromptHashes(len(token_ids), hashes, scorable)
+        return msgspec.structs.replace(hashed, scorable=scorable)
 
     def _scored(
         self,
@@ -191,7 +213,7 @@ class Decider:
     ) -> list[Scored]:
         cached: Mapping[Rank, int] = {}
         if prompt.scorable:
-            cached = self._index.score(prompt.hashes, prompt.length, pool.model)
+            cached = self._index.score(prompt.names, prompt.length, pool.model)
         shared = weights.assume_kv_reuse
         candidates = [self._candidate(pool, rank, cached.get(rank, 0), prompt, shared) for rank in ranks]
         return scored(candidates, prompt.length, pool.block_size, weights, constraints.preferred_taints)
@@ -203,7 +225,7 @@ class Decider:
         on_rank = pool.book.projected(rank, prompt.hashes, cached_tokens // size, shared=shared)
         host = disk = 0
         if cached_tokens:
-            tiers = self._index.tiers(rank, prompt.hashes, cached_tokens)
+            tiers = self._index.tiers(rank, prompt.names, cached_tokens)
             host, disk = tiers.get("host", 0), tiers.get("disk", 0)
         return Candidate(
             rank,

@@ -26,7 +26,7 @@ from vswa_plugin.router.disagg import (
     set_cached_tokens,
 )
 from vswa_plugin.router.pools import Model, Pool
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.releases import Releases
 from vswa_plugin.wire.events import Rank
 
@@ -43,7 +43,7 @@ class Services(msgspec.Struct, frozen=True):
     """
 
     decider: Decider
-    accuracy: Accuracy
+    promises: Promises
     avoided: AvoidedWorkers
     counts: RequestCounts
     releases: Releases
@@ -60,11 +60,11 @@ class Forwarder:
     :param live: whether the view of a rank is live.
     """
 
-    def __init__(self, decider: Decider, accuracy: Accuracy, live: Callable[[Rank], bool]) -> None:
+    def __init__(self, decider: Decider, promises: Promises, live: Callable[[Rank], bool]) -> None:
         #: By the name that clients use; kept by models.py.
         self.models: dict[str, Model] = {}
         counts = RequestCounts()
-        self._services = Services(decider, accuracy, AvoidedWorkers(), counts, Releases(counts), live)
+        self._services = Services(decider, promises, AvoidedWorkers(), counts, Releases(counts), live)
         self._draining = False
 
     @property
@@ -105,7 +105,7 @@ class Forwarder:
 
     def forget(self, worker_id: int) -> None:
         """The worker has gone."""
-        self._services.accuracy.drop(worker_id)
+        self._services.promises.drop(worker_id)
         self._services.avoided.forget(worker_id)
 
 
@@ -305,7 +305,7 @@ class Forwarding:
         assert self._decision is not None
         if finish_reason not in _UNFINISHED:
             size = self._model.pool.block_size
-            self._services.accuracy.compare(self._decision, size, self._live, cached_tokens)
+            self._services.promises.compare(self._decision, size, self._live, cached_tokens)
 
     # -- the end -------------------------------------------------------------------------------------
 

@@ -211,12 +211,12 @@ class Models:
         if len(used) < len(group.used):
             self._due[name] = self._now() + RETRY_S
         model = self._models.get(name)
-        if used and (model is None or model.pool.block_size != used[0].block_size):
+        if used and (model is None or model.pool.naming != used[0].naming):
             if model is not None:  # all its workers were replaced at once
                 await self._set_workers(model, (), {})
                 await self._hide(model)
-            size = used[0].block_size
-            model = self._models[name] = Model(name, size, self._book(name, size))
+            naming = used[0].naming
+            model = self._models[name] = Model(name, naming, self._book(name, naming.block_size))
         if model is not None:
             await self._set_workers(model, used, clients)
 

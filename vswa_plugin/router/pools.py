@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 from xxhash import xxh3_64_hexdigest
 
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.dynamo.client import FrontEndpoint, ModelCard, WorkerClient
 from vswa_plugin.engine.contract import MODES
 from vswa_plugin.registry import Entry, oddity
@@ -26,11 +27,16 @@ class Pool(msgspec.Struct):
     """
 
     model: str
-    block_size: int
+    naming: Naming
     book: LoadBook
     ranks: tuple[Rank, ...] = ()
     taints: Mapping[int, frozenset[str]] = {}
     phase: str = "agg"
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of the blocks that load and reuse are counted in."""
+        return self.naming.block_size
 
 
 class Model:
@@ -42,12 +48,12 @@ class Model:
     :ivar unserved_since: when its last worker left, by the event loop; None while there are workers.
     """
 
-    def __init__(self, name: str, block_size: int, book: LoadBook | None = None) -> None:
+    def __init__(self, name: str, naming: Naming, book: LoadBook | None = None) -> None:
         self.name = name
-        book = LoadBook(block_size) if book is None else book
-        self.pool = Pool(name, block_size, book)
-        self.prefill = Pool(name, block_size, book, phase="prefill")
-        self.decode = Pool(name, block_size, book, phase="decode")
+        book = LoadBook(naming.block_size) if book is None else book
+        self.pool = Pool(name, naming, book)
+        self.prefill = Pool(name, naming, book, phase="prefill")
+        self.decode = Pool(name, naming, book, phase="decode")
         self.clients: dict[int, WorkerClient] = {}
         self.endpoint: FrontEndpoint | None = None
         self.card: ModelCard | None = None
@@ -110,9 +116,9 @@ class Group(msgspec.Struct, frozen=True):
 def grouped(entries: Iterable[Entry], modes: Collection[str] = ("agg",)) -> dict[str, Group]:
     """Workers of ``modes`` by model, without those that :func:`oddity` names.
 
-    Workers of a model must agree on block size and hash scheme, else one hash of a prompt cannot score them
-    all, nor one hand a prompt over to another: those that most share are used, of two as frequent those of
-    the oldest worker.
+    Workers of a model must agree on block sizes, lookahead and hash scheme, else one hash of a prompt cannot
+    score them all, nor one hand a prompt over to another: those that most share are used, of two as frequent
+    those of the oldest worker.
     """
     by_model: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -142,19 +148,25 @@ class Groups:
 
 def _consistent(entries: list[Entry]) -> Group:
     entries = sorted(entries, key=lambda entry: (min(entry.epochs.values(), default=0), entry.key))
-    counts = Counter((entry.block_size, entry.hash_scheme) for entry in entries)
-    size, scheme = counts.most_common(1)[0][0]  # of equals the first met, which is the oldest worker's
+    counts = Counter((entry.naming, entry.hash_scheme) for entry in entries)
+    common = counts.most_common(1)[0][0]  # of equals the first met, which is the oldest worker's
     used, refused = [], []
     for entry in entries:
-        if (entry.block_size, entry.hash_scheme) == (size, scheme):
+        if (entry.naming, entry.hash_scheme) == common:
             used.append(entry)
         else:
             reason = (
-                f"expected block size {size} and hash scheme {scheme} as of the model's other workers, got "
-                f"{entry.block_size} and {entry.hash_scheme}; start it with the same tokens_per_block"
+                f"expected {_shown(*common)} as of the model's other workers, got "
+                f"{_shown(entry.naming, entry.hash_scheme)}; start it with the same tokens_per_block"
             )
             refused.append((entry, reason))
     return Group(tuple(used), tuple(refused))
+
+
+def _shown(naming: Naming, scheme: str) -> str:
+    finer = f" named every {naming.hash_block_size} tokens" if not naming.by_blocks else ""
+    ahead = f" with a lookahead of {naming.lookahead}" if naming.lookahead else ""
+    return f"block size {naming.block_size}{finer}{ahead} and hash scheme {scheme}"
 
 
 def not_used(entries: Iterable[Entry], groups: Iterable[Group]) -> dict[str, str]:

@@ -65,7 +65,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
         return self.predicted // self.block_size - self.actual // self.block_size
 
 
-class RankAccuracy(msgspec.Struct):
+class RankPromises(msgspec.Struct):
     """Counters of one rank since it came.
 
     :param over: more was promised than reused; ``under``: less.
@@ -81,7 +81,7 @@ class RankAccuracy(msgspec.Struct):
     unreported: int = 0
     model: str = ""
 
-    def add(self, other: RankAccuracy) -> None:
+    def add(self, other: RankPromises) -> None:
         """Count what ``other`` has counted too."""
         self.exact += other.exact
         self.over += other.over
@@ -91,7 +91,7 @@ class RankAccuracy(msgspec.Struct):
         self.unreported += other.unreported
 
 
-class Accuracy:
+class Promises:
     """Takes outcomes, keeps counters per rank, and says where an error is systematic.
 
     :ivar ranks: of the workers that are there.
@@ -100,8 +100,8 @@ class Accuracy:
     """
 
     def __init__(self) -> None:
-        self.ranks: dict[Rank, RankAccuracy] = {}
-        self.gone: dict[str, RankAccuracy] = {}
+        self.ranks: dict[Rank, RankPromises] = {}
+        self.gone: dict[str, RankPromises] = {}
         self.errors: dict[tuple[str, str], Buckets] = {}
         self._names = Names()
         self._recent: dict[int, deque[Outcome]] = {}
@@ -150,7 +150,7 @@ class Accuracy:
         """The worker has gone."""
         for rank in [rank for rank in self.ranks if rank.worker_id == worker_id]:
             counts = self.ranks.pop(rank)
-            self.gone.setdefault(counts.model, RankAccuracy(model=counts.model)).add(counts)
+            self.gone.setdefault(counts.model, RankPromises(model=counts.model)).add(counts)
         self._recent.pop(worker_id, None)
         self._systematic.discard(worker_id)
 
@@ -158,10 +158,10 @@ class Accuracy:
         """Whether the worker's last requests were wrong too often, as the log has said."""
         return worker_id in self._systematic
 
-    def _counts(self, rank: Rank, model: str) -> RankAccuracy:
+    def _counts(self, rank: Rank, model: str) -> RankPromises:
         counts = self.ranks.get(rank)
         if counts is None:
-            counts = self.ranks[rank] = RankAccuracy(model=self._names.label(model))
+            counts = self.ranks[rank] = RankPromises(model=self._names.label(model))
         return counts
 
     def _errors(self, model: str, direction: str) -> Buckets:

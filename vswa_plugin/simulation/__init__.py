@@ -1,7 +1,6 @@
 """Routing simulated: what kept promises are worth in first-token time and reuse.
 
 workloads.py    requests, made up or from a file
-presets.py      the attention of known models, and the cache of a rank that serves one
 costs.py        how long a rank computes
 policies.py     ways to choose a rank
 simulation.py   ranks behind a router: requests in, reuse and time out

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from vswa_plugin.accuracy.pipeline import EventPipeline
-from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.layout import CacheLayout, Naming
 from vswa_plugin.engine.contract import EventAdapter, RawEvent
 from vswa_plugin.engine.predicted import Prompt, Scorer
 from vswa_plugin.selection import Candidate, LoadBook, Scored, Weights, booked_prefill, choose, scored
@@ -82,6 +82,12 @@ class Unaware:
         """Do nothing: the choice depends on no events and no load."""
 
 
+def whole_blocks(prompt: Prompt, naming: Naming) -> Sequence[int]:
+    """Names of the prompt's prefixes that end with a block in which prompts are counted."""
+    stride = naming.block_size // naming.hash_block_size
+    return prompt.sequence_hashes[stride - 1 :: stride]
+
+
 class RankEstimator(Protocol):
     """Estimates what one rank would reuse."""
 
@@ -90,6 +96,9 @@ class RankEstimator(Protocol):
 
     def predict(self, prompt: Prompt) -> int:
         """Tokens of the prompt that the rank would reuse."""
+
+    def sent(self, prompt: Prompt) -> None:
+        """The prompt goes to the rank, whose worker hands it to its event adapter."""
 
 
 class EventEstimator:
@@ -103,7 +112,11 @@ class EventEstimator:
         self._pipeline.feed(raw)
 
     def predict(self, prompt: Prompt) -> int:
+        self._pipeline.settle()
         return self._scorer.predict(prompt)
+
+    def sent(self, prompt: Prompt) -> None:
+        self._pipeline.prompt(prompt.token_ids, None, None)
 
 
 class ByCost:
@@ -116,16 +129,17 @@ class ByCost:
         self,
         ranks: int,
         views: Sequence[RankEstimator] | None,
-        block_size: int,
+        naming: Naming,
         rng: random.Random,
         weights: Weights | None = None,
     ) -> None:
         self._ranks = [Rank(index) for index in range(ranks)]
         self._views = views
-        self._block_size = block_size
+        self._naming = naming
+        self._block_size = naming.block_size
         self._rng = rng
         self._weights = weights or Weights()
-        self._book = LoadBook(block_size)
+        self._book = LoadBook(naming.block_size)
 
     @property
     def listens(self) -> bool:
@@ -137,12 +151,14 @@ class ByCost:
         chosen = choose(candidates, self._weights.router_temperature, self._rng).candidate
         true_costs = candidates if self._views is None else self._scored(prompt, truth)
         index = chosen.rank.worker_id
+        if self._views is not None:
+            self._views[index].sent(prompt)
         agrees = true_costs[index].cost <= min(each.cost for each in true_costs)
         prompt_len = len(prompt.token_ids)
         self._book.add(
             key,
             chosen.rank,
-            prompt.sequence_hashes,
+            whole_blocks(prompt, self._naming),
             prompt_len,
             booked_prefill(chosen, prompt_len, self._block_size, self._weights),
             cached_blocks=chosen.cached_tokens // self._block_size,
@@ -163,8 +179,9 @@ class ByCost:
     def _scored(self, prompt: Prompt, cached: Sequence[int]) -> list[Scored]:
         size = self._block_size
         candidates = []
+        blocks = whole_blocks(prompt, self._naming)
         for rank, tokens in zip(self._ranks, cached, strict=True):
-            on_rank = self._book.projected(rank, prompt.sequence_hashes, tokens // size)
+            on_rank = self._book.projected(rank, blocks, tokens // size)
             candidates.append(
                 Candidate(
                     rank,

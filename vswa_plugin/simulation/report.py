@@ -13,6 +13,7 @@ import msgspec
 
 from vswa_plugin.accuracy import showing
 from vswa_plugin.accuracy.scorers import EXACT
+from vswa_plugin.engine.presets import preset_named
 from vswa_plugin.simulation.policies import ORACLE
 from vswa_plugin.simulation.sweep import Measures, Plan, Run
 
@@ -239,9 +240,16 @@ def summary(report: Report) -> str:
     mean = first.prompt_tokens // first.requests
     return (
         f"{plan.workload}: {first.requests} requests{left_out}, {mean} prompt tokens on average, "
-        f"{plan.ranks} ranks, blocks of {plan.block_size}, sliding pools {plan.sliding_share:g} of the "
-        f"global one, seeds {', '.join(map(str, _seeds(report.runs)))}"
+        f"{plan.ranks} ranks, blocks of {_block_sizes(report)}, other groups {plan.sliding_share:g} of the "
+        f"room of global ones, seeds {', '.join(map(str, _seeds(report.runs)))}"
     )
+
+
+def _block_sizes(report: Report) -> str:
+    """In which tokens are counted."""
+    names = dict.fromkeys(run.case.preset for run in report.runs)
+    sizes = {preset_named(name).layout(name, report.plan.block_size).block_size for name in names}
+    return " and ".join(map(str, sorted(sizes)))
 
 
 def conclusions(report: Report) -> list[str]:

@@ -15,10 +15,11 @@ from functools import partial
 
 import msgspec
 
-from vswa_plugin.blocks.hashing import sequence_hashes_of_tokens
+from vswa_plugin.blocks.hashing import prefix_names
+from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.engine.predicted import Prompt, RankSequence, SimulatedRank
 from vswa_plugin.simulation.costs import CostModel
-from vswa_plugin.simulation.policies import Policy, Routed
+from vswa_plugin.simulation.policies import Policy, Routed, whole_blocks
 from vswa_plugin.simulation.workloads import Arrival, Request
 
 
@@ -86,16 +87,17 @@ class _Server:
 class Simulation:
     """One policy in front of ``ranks``, which are alike and hold nothing yet. :meth:`run` once.
 
-    :param block_size: tokens per block.
+    :param naming: how the prefixes of prompts are named and counted.
     """
 
     def __init__(
-        self, ranks: Sequence[SimulatedRank], policy: Policy, cost: CostModel, block_size: int
+        self, ranks: Sequence[SimulatedRank], policy: Policy, cost: CostModel, naming: Naming
     ) -> None:
         self._servers = [_Server(rank) for rank in ranks]
         self._policy = policy
         self._cost = cost
-        self._block_size = block_size
+        self._naming = naming
+        self._block_size = naming.block_size
         self._now = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -133,7 +135,7 @@ class Simulation:
         if not self._servers[0].rank.fits(len(tokens), len(arrival.request.output)):
             self.totals.refused += 1
             return
-        prompt = Prompt(tokens, sequence_hashes_of_tokens(tokens, self._block_size))
+        prompt = Prompt(tokens, prefix_names(tokens, self._naming.hash_block_size, self._naming.lookahead))
         truth = [server.rank.would_reuse(tokens) for server in self._servers]
         routed = self._policy.route(key, prompt, truth)
         job = _Job(key, arrival, routed, self._new_tokens(prompt))
@@ -143,7 +145,7 @@ class Simulation:
 
     def _new_tokens(self, prompt: Prompt) -> int:
         """Tokens behind the longest prefix, in whole blocks, that any request before had."""
-        hashes = prompt.sequence_hashes
+        hashes = whole_blocks(prompt, self._naming)
         known_blocks = next((i for i, each in enumerate(hashes) if each not in self._seen), len(hashes))
         self._seen.update(hashes[known_blocks:])
         return len(prompt.token_ids) - min(known_blocks * self._block_size, len(prompt.token_ids) - 1)

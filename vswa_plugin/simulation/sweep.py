@@ -14,6 +14,7 @@ import msgspec
 
 from vswa_plugin.accuracy.scorers import built_in_scorers
 from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
+from vswa_plugin.engine.presets import preset_named, rank_setup
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import (
@@ -25,7 +26,6 @@ from vswa_plugin.simulation.policies import (
     Policy,
     Unaware,
 )
-from vswa_plugin.simulation.presets import PRESETS, rank_setup
 from vswa_plugin.simulation.simulation import Simulation, Totals
 from vswa_plugin.simulation.workloads import WORKLOADS, Arrival, made_up, mooncake, poisson
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: What is compared by default; the oracle is always among them.
 DEFAULT_POLICIES = (RANDOM, ROUND_ROBIN, "global only", "boundary projection", "exact", ORACLE)
+#: Its tree has one set of blocks of one size, so that it cannot show a layout that is not plain.
+_PLAIN_ONLY = "boundary projection"
 #: Requests from which the mean prompt is taken.
 _SAMPLE = 300
 _MAX_SEQ_LEN = 131_072
@@ -45,13 +47,14 @@ class Plan(msgspec.Struct, frozen=True):
     :param workload: one of the built-in ones, or a file in Mooncake's format.
     :param requests: how many; of a file None means all.
     :param rate: requests a second; None: by ``load``, or as the file says.
+    :param block_size: tokens per block, where the engine leaves them to the user; None: the usual ones.
     :param load: seconds of prefill that arrive per second and rank, were nothing cached.
     """
 
     workload: str
     requests: int | None = 1_000
     ranks: int = 4
-    block_size: int = 32
+    block_size: int | None = None
     sliding_share: float = 0.5
     rate: float | None = None
     load: float = 1.2
@@ -176,15 +179,13 @@ class Bench:
         :raises ConfigError: no such preset or policy, or sizes that cannot work.
         """
         plan = self.plan
-        if case.preset not in PRESETS:
-            raise ConfigError(unknown_choice("model", case.preset, PRESETS))
         events = case.policy not in (RANDOM, ROUND_ROBIN, ORACLE)
         setup = rank_setup(
             case.preset, case.blocks, plan.sliding_share, plan.block_size, _MAX_SEQ_LEN, events
         )
         ranks = [self._host.simulated_rank(setup) for _ in range(plan.ranks)]
         policy = self._policy(case, setup, ranks)
-        simulation = Simulation(ranks, policy, plan.cost, plan.block_size)
+        simulation = Simulation(ranks, policy, plan.cost, setup.layout.naming)
         return run_of(case, simulation.run(self.arrivals(case.seed), progress))
 
     def arrivals(self, seed: int) -> Iterator[Arrival]:
@@ -206,7 +207,7 @@ class Bench:
             return Unaware(len(ranks), rng)
         if case.policy == ROUND_ROBIN:
             return Unaware(len(ranks), None)
-        size, views = self.plan.block_size, None
+        views = None
         if case.policy != ORACLE:
             views = [
                 EventEstimator(
@@ -216,7 +217,7 @@ class Bench:
                 )
                 for rank in ranks
             ]
-        return ByCost(len(ranks), views, size, rng)
+        return ByCost(len(ranks), views, setup.layout.naming, rng)
 
     def _scorer(self, name: str, setup: RankSetup) -> Scorer:
         scorers = built_in_scorers(self._rules)
@@ -240,14 +241,27 @@ def _at_rate(arrivals: Iterator[Arrival], plan: Plan) -> Iterator[Arrival]:
     return (Arrival(arrival.at_s * stretch, arrival.request) for arrival in arrivals)
 
 
+def default_policies(preset: str) -> list[str]:
+    """What is compared for a model unless the user says it.
+
+    :raises ConfigError: no such model.
+    """
+    plain = preset_named(preset).layout(preset).plain
+    return [name for name in DEFAULT_POLICIES if plain or name != _PLAIN_ONLY]
+
+
 def cases(
-    presets: Sequence[str], blocks: Sequence[int], names: Sequence[str], seeds: Sequence[int]
+    presets: Sequence[str], blocks: Sequence[int], names: Sequence[str] | None, seeds: Sequence[int]
 ) -> list[Case]:
-    """All combinations; policies of one cell next to each other."""
+    """All combinations; policies of one cell next to each other.
+
+    :param names: of policies; None: the default ones of each model.
+    :raises ConfigError: no such model.
+    """
     return [
         Case(preset, count, policy, seed)
         for preset in presets
         for count in blocks
         for seed in seeds
-        for policy in names
+        for policy in (names or default_policies(preset))
     ]

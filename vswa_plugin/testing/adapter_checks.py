@@ -10,7 +10,13 @@ from typing import Any, TypeVar, get_args
 
 from vswa_plugin.blocks.hashing import block_hash
 from vswa_plugin.blocks.layout import CacheLayout
-from vswa_plugin.engine.contract import BlocksStored, EngineEvent, EngineHash, EventAdapter
+from vswa_plugin.engine.contract import (
+    BlocksStored,
+    EngineEvent,
+    EngineHash,
+    EventAdapter,
+    with_prompts,
+)
 from vswa_plugin.errors import ProtocolError, VswaError
 from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.residency import Residency, Restart
@@ -39,8 +45,9 @@ class Rank:
         self.residency = Residency(layout, NodeTable(_hasher))
         self.refused: list[str] = []
         self.restarts: list[str] = []
-        self._adapter = adapter
-        self._block_size = layout.block_size
+        self._adapter = with_prompts(adapter)
+        self._block_size = layout.block_size if layout.plain else None
+        self._unit = layout.hash_block_size
         self._most_lines = most_lines
 
     def takes(self, raw: Any) -> int:
@@ -60,9 +67,23 @@ class Rank:
             for block in event.blocks
         }
 
+    def _check_lengths(self, lengths: Sequence[int], raw: Any) -> None:
+        if self._block_size is not None:
+            assert max(lengths, default=0) <= self._block_size, (
+                f"expected blocks of at most {self._block_size} tokens, got one of {max(lengths)} for {raw!r}"
+            )
+        else:
+            odd = next((length for length in lengths if length % self._unit), None)
+            assert odd is None, (
+                f"expected blocks of whole units of {self._unit} tokens, got one of {odd} for {raw!r}"
+            )
+
     def _fed(self, raw: Any) -> Sequence[EngineEvent]:
+        """What the adapter makes of an event that comes alone."""
         try:
             events = bounded(lambda: self._adapter.feed(raw), self._most_lines)
+            if isinstance(events, list):
+                events = events + bounded(self._adapter.settle, self._most_lines)
         except ProtocolError as error:
             self.residency.clear()
             self.refused.append(str(error))
@@ -79,10 +100,7 @@ class Rank:
     def _apply(self, event: EngineEvent, raw: Any) -> None:
         assert isinstance(event, EVENTS), f"expected engine events, got {type(event).__name__} for {raw!r}"
         if isinstance(event, BlocksStored):
-            longest = max((len(block.token_ids) for block in event.blocks), default=0)
-            assert longest <= self._block_size, (
-                f"expected blocks of at most {self._block_size} tokens, got one of {longest} for {raw!r}"
-            )
+            self._check_lengths([len(block.token_ids) for block in event.blocks], raw)
         try:
             self.residency.apply(event)
         except Restart as reason:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.wire.transport import Handler, Transport
+from vswa_plugin.wire.transport import Handler, Transport, Unsubscribe
 
 __all__ = [
     "MemoryBroker",
@@ -75,9 +75,16 @@ class MemoryTransport(Transport):
     async def flush(self, timeout: float = 5.0) -> None:
         self._check()
 
-    async def subscribe(self, to_subject: str, handler: Handler) -> None:
+    async def subscribe(self, to_subject: str, handler: Handler) -> Unsubscribe:
         self._check()
-        self._broker._subscriptions.append(_Subscription(self, to_subject, handler))
+        made = _Subscription(self, to_subject, handler)
+        self._broker._subscriptions.append(made)
+
+        async def unsubscribe() -> None:
+            if made in self._broker._subscriptions:
+                self._broker._subscriptions.remove(made)
+
+        return unsubscribe
 
     async def request(self, to_subject: str, payload: bytes, timeout: float) -> bytes:
         self._check(payload)
@@ -88,9 +95,15 @@ class MemoryTransport(Transport):
             raise ConnectError(f"no answer on {to_subject} within {timeout:g} s: it has {len(reply)} bytes")
         return reply
 
-    async def serve(self, on_subject: str, answer: Callable[[bytes], bytes]) -> None:
+    async def serve(self, on_subject: str, answer: Callable[[bytes], bytes]) -> Unsubscribe:
         self._check()
-        self._broker._servers[on_subject] = (self, answer)
+        served = self._broker._servers[on_subject] = (self, answer)
+
+        async def unsubscribe() -> None:
+            if self._broker._servers.get(on_subject) is served:
+                del self._broker._servers[on_subject]
+
+        return unsubscribe
 
     async def close(self) -> None:
         self._open = False

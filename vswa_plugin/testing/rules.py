@@ -320,7 +320,7 @@ def _malformed(rule: str) -> list[CacheLayout]:
     groups = [
         (),
         (CacheGroup(0, 8, 4), CacheGroup(0, None, 4)),
-        (CacheGroup(0, 10, 4), CacheGroup(1, None, 4)),
+        (CacheGroup(0, -8, 4), CacheGroup(1, None, 4)),
         (CacheGroup(0, 0, 4), CacheGroup(1, None, 4)),
         (CacheGroup(0, None, 0),),
     ]

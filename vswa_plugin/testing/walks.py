@@ -275,10 +275,11 @@ def walk_vllm(layout: CacheLayout, tree: BlockTree, prompt: Tokens, partial_reus
     return Walk(0, None, None)
 
 
-#: The walk of each built-in reuse rule, by the rule's name.
+#: The walk of each built-in reuse rule, by the rule's name: over full and sliding groups of one block size.
 WALKS: dict[str, Callable[[CacheLayout, BlockTree, Tokens, bool], Walk]] = {
     "trtllm_v2": walk_trtllm_v2,
     "trtllm_v1": walk_trtllm_v1,
     "trtllm_v1_contiguous": walk_trtllm_v1_contiguous,
     "vllm": walk_vllm,
+    "vllm_hybrid": walk_vllm,
 }

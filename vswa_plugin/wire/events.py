@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
 from vswa_plugin.errors import ProtocolError
 
 VERSION = 1
@@ -72,6 +72,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):
     """The cache groups of the rank and its reuse rule: event 0 of every epoch.
 
     :param heartbeat_s: seconds between the publisher's heartbeats; None: it does not say.
+    :param resumption: as in :class:`~vswa_plugin.blocks.layout.CacheLayout`.
     """
 
     groups: tuple[CacheGroup, ...]
@@ -79,6 +80,12 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):
     hash_scheme: str
     model: str
     heartbeat_s: float | None = None
+    resumption: Resumption | None = None
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """The layout that is announced, unchecked."""
+        return CacheLayout(self.groups, self.rule, self.model, self.hash_scheme, self.resumption)
 
     @property
     def heartbeat(self) -> float | None:
@@ -153,7 +160,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
 
 def layout_event(layout: CacheLayout, heartbeat_s: float | None = None) -> Layout:
     """The event that announces ``layout``."""
-    return Layout(layout.groups, layout.rule, layout.hash_scheme, layout.model, heartbeat_s)
+    return Layout(
+        layout.groups, layout.rule, layout.hash_scheme, layout.model, heartbeat_s, layout.resumption
+    )
 
 
 class _Header(msgspec.Struct, array_like=True):

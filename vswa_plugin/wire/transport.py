@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +25,8 @@ _READY_BYTES = 256 << 10
 
 #: Called with (subject, payload) for each message.
 Handler = Callable[[str, bytes], Awaitable[None]]
+#: Ends one subscription; does nothing where the connection is closed already.
+Unsubscribe = Callable[[], Awaitable[None]]
 
 
 def _checked(server: str) -> str:
@@ -115,13 +118,14 @@ class Transport:
         except (TimeoutError, OSError, nats.errors.Error) as error:
             raise ConnectError(f"NATS did not confirm within {timeout:g} s: {error}") from error
 
-    async def subscribe(self, to_subject: str, handler: Handler) -> None:
-        """Call ``handler`` for each message, one at a time, in order, until :meth:`close`."""
+    async def subscribe(self, to_subject: str, handler: Handler) -> Unsubscribe:
+        """Call ``handler`` for each message, one at a time, in order, until :meth:`close`, or until what is
+        returned is called."""
 
         async def deliver(message: Any) -> None:
             await handler(message.subject, message.data)
 
-        await self._client.subscribe(to_subject, cb=deliver)
+        return _ending(await self._client.subscribe(to_subject, cb=deliver))
 
     async def request(self, to_subject: str, payload: bytes, timeout: float) -> bytes:
         """The answer to one request; raises ConnectError where none comes within ``timeout`` seconds."""
@@ -133,14 +137,14 @@ class Transport:
             raise ConnectError(f"no answer on {to_subject} within {timeout:g} s: {reason}") from error
         return bytes(reply.data)
 
-    async def serve(self, on_subject: str, answer: Callable[[bytes], bytes]) -> None:
-        """Answer each request with what ``answer`` returns, until :meth:`close`."""
+    async def serve(self, on_subject: str, answer: Callable[[bytes], bytes]) -> Unsubscribe:
+        """Answer each request with what ``answer`` returns, as long as :meth:`subscribe` calls."""
 
         async def respond(message: Any) -> None:
             if message.reply:
                 await self._client.publish(message.reply, answer(message.data))
 
-        await self._client.subscribe(on_subject, cb=respond)
+        return _ending(await self._client.subscribe(on_subject, cb=respond))
 
     async def close(self) -> None:
         """Write what is pending and disconnect. Never raises."""
@@ -165,3 +169,11 @@ class Transport:
     async def _on_reconnected(self) -> None:
         self._errors.clear()
         logger.info("NATS connected again")
+
+
+def _ending(subscription: Any) -> Unsubscribe:
+    async def unsubscribe() -> None:
+        with contextlib.suppress(nats.errors.Error):  # the connection is closed, or was while it was away
+            await subscription.unsubscribe()
+
+    return unsubscribe

@@ -1,8 +1,9 @@
 """The worker: one engine behind Dynamo, whose per-window KV events are published.
 
 args.py          the command line
-dynamo_args.py   flags of Dynamo's own TensorRT-LLM worker on that command line
-dynamo_flags.py  the table of these flags
+dynamo_args.py   flags of Dynamo's own workers on that command line
+dynamo_flags.py  the table of those of its TensorRT-LLM worker
+vllm_flags.py    those of its vLLM worker that set engine options
 engine_args.py   engine options from a YAML file and the command line
 app.py           what is wired to what, and what happens in each part of a worker's life
 handler.py       serves requests

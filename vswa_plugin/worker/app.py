@@ -14,6 +14,7 @@ from prometheus_client.core import Metric
 
 from vswa_plugin import __version__
 from vswa_plugin.dynamo.chat import chat_obstacle
+from vswa_plugin.dynamo.kubernetes import on_kubernetes, reach_kubernetes
 from vswa_plugin.dynamo.runtime import (
     ShownModel,
     WorkerEndpoint,
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 #: How long NATS and etcd may take to appear when a worker starts.
 CONNECT_TIMEOUT_S = 30.0
 RUNTIME_HINT = "was etcd away, or this process stopped, for longer than the lease of Dynamo's runtime?"
+KUBERNETES_HINT = "Dynamo's lines above have the answer of the Kubernetes API, where that is the reason"
 
 
 class Worker(Program):
@@ -91,6 +93,7 @@ class Worker(Program):
             self._status_url = reachable_url(self._args.status_host, port)
         await self._probe()
         endpoint = self._endpoint = WorkerEndpoint(connect(), self._args.endpoint)
+        await reach_kubernetes(endpoint.raw, CONNECT_TIMEOUT_S, writes=True)
         self._host.worker_connected(self._context(endpoint))
         await self._start_engine(endpoint.worker_id)
         await self._go_live(endpoint, self._make_handler(endpoint.worker_id))
@@ -205,7 +208,9 @@ class Worker(Program):
 
     async def _go_live(self, endpoint: WorkerEndpoint, handler: RequestHandler) -> None:
         settings, info = self._args.settings, self._engine.info
-        self._life.tasks.watch(endpoint.serve(handler.handle), RUNTIME_HINT)
+        await reach_kubernetes(endpoint.raw, CONNECT_TIMEOUT_S, writes=True)
+        hint = KUBERNETES_HINT if on_kubernetes() else RUNTIME_HINT
+        self._life.tasks.watch(endpoint.serve(handler.handle), hint)
         entry = self._entry(endpoint.worker_id)
         await self._registry.join(entry)
         self._told_epochs = dict(entry.epochs)
@@ -282,6 +287,7 @@ class Worker(Program):
             version=__version__,
             engine_version=info.engine_version,
             engine_reason=info.reason or "named by --engine or VSWA_ENGINE",
+            resumption=layout.resumption,
         )
 
     async def serve(self) -> None:

@@ -28,7 +28,7 @@ from vswa_plugin.errors import ConfigError, PluginError, shown, unknown_choice
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
 from vswa_plugin.program.model_path import find_model
-from vswa_plugin.program.options import encodable, requires
+from vswa_plugin.program.options import encodable, integer, read_number, real, requires
 from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.worker.dynamo_args import FromDynamo, add_dynamo_flags, from_dynamo, mode_of, take_dotted
 from vswa_plugin.worker.dynamo_flags import DOTTED
@@ -80,7 +80,8 @@ shows the model itself; were the worker visible too, the frontend would send req
 auto: hidden where VSWA_ROUTER=exact, as the launcher sets it, else frontend.
 
 Every flag of `python -m dynamo.trtllm` is taken as well, and its DYN_TRTLLM_ variable: with the same meaning,
-without effect and a line in the log, or refused with what to use. docs/dynamo-flags.md lists them.
+without effect and a line in the log, or refused with what to use. docs/dynamo-flags.md lists them. So are
+common flags of `python -m dynamo.vllm`, for --engine vllm: docs/vllm.md.
 
 environment:
   VSWA_REGISTER    default of --register
@@ -147,16 +148,16 @@ def parser(program: str = "python -m vswa_plugin.worker") -> argparse.ArgumentPa
     _add_model_arguments(made.add_argument_group("what is served"))
     _add_showing_arguments(made.add_argument_group("who finds it"))
     run = made.add_argument_group("how it runs")
-    run.add_argument("--status-port", type=int, metavar="PORT", help="serve /health, /ready and /metrics")
+    run.add_argument("--status-port", type=integer, metavar="PORT", help="serve /health, /ready and /metrics")
     run.add_argument("--status-host", metavar="HOST", help=f"address for --status-port ({STATUS_HOST})")
     add_run_arguments(run)
     run.add_argument(
         "--stall-timeout",
-        type=float,
+        type=real,
         default=300.0,
         metavar="SECONDS",
         help="how long the engine may give no sign of life while requests are under way; then the worker "
-        "exits, and they go on elsewhere (300; 0: for ever)",
+        "exits, and the requests go on with another worker (300; 0: the worker never exits for this reason)",
     )
     add_plugin_arguments(made)
     add_dynamo_flags(made)
@@ -164,17 +165,19 @@ def parser(program: str = "python -m vswa_plugin.worker") -> argparse.ArgumentPa
 
 
 def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
-    model.add_argument("--mode", metavar="|".join(MODES), help="see below (agg)")
+    model.add_argument(
+        "--mode", metavar="|".join(MODES), help="which phases of a request the worker serves, see below (agg)"
+    )
     model.add_argument(
         "--disaggregation-mode",
         metavar="agg|pd|prefill|decode",
-        help="the same in Dynamo's words (default: DYN_TRTLLM_DISAGGREGATION_MODE)",
+        help="the mode by the name that Dynamo gives it (default: DYN_TRTLLM_DISAGGREGATION_MODE)",
     )
     model.add_argument(
         "--engine",
         default=os.environ.get("VSWA_ENGINE", ""),
-        help="an engine that a plugin provides (`vswa plugins`); default: VSWA_ENGINE, else the one that "
-        "answers where none is named, as gemma3_cpu does",
+        help="an engine that a plugin provides, see `vswa plugins` (default: VSWA_ENGINE, or else the engine "
+        "whose plugin offers it as the default, as gemma3_cpu's does)",
     )
     model.add_argument(
         "--model-path",
@@ -186,22 +189,30 @@ def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--served-model-name",
         type=encodable,
-        help="what clients call it (default: the name of directory or model)",
+        help="the name by which clients ask for the model (default: the name of its directory, or its own)",
     )
     model.add_argument(
-        "--extra-engine-args", metavar="FILE", help="engine options, YAML in TensorRT-LLM's format"
+        "--extra-engine-args",
+        metavar="FILE",
+        help="engine options as YAML: in TensorRT-LLM's format, or with vLLM's names for --engine vllm",
     )
     model.add_argument(
-        "--override-engine-args", metavar="JSON", help="options laid over the file, as a JSON object"
+        "--override-engine-args",
+        metavar="JSON",
+        help="a JSON object of options that replace those of the file",
     )
     model.add_argument(
-        "--data-parallel-size", type=int, default=1, metavar="N", help="ranks with a cache each (1)"
+        "--data-parallel-size",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="number of ranks, each of which has its own cache (1)",
     )
     model.add_argument(
         "--reuse-rule",
         metavar="RULE",
-        help="by which rule the engine reuses blocks, where you know better than its plugin: trtllm_v2, "
-        "trtllm_v1 or trtllm_v1_contiguous (default: the engine says)",
+        help="the rule by which the engine reuses blocks, instead of the one that its plugin states: "
+        "trtllm_v2, trtllm_v1 or trtllm_v1_contiguous",
     )
 
 
@@ -213,7 +224,7 @@ def _add_showing_arguments(showing: argparse._ArgumentGroup) -> None:
     )
     showing.add_argument(
         "--namespace",
-        help=f"the namespace of an endpoint that is not given (default: {NAMESPACE_ENV}, else "
+        help=f"the namespace of the endpoint where --endpoint is not given (default: {NAMESPACE_ENV}, else "
         f"{DEFAULT_NAMESPACE})",
     )
     showing.add_argument(
@@ -299,7 +310,7 @@ def _fill(given: argparse.Namespace, environ: Mapping[str, str]) -> None:
         raise ConfigError("--model-path: expected the directory or name of a model, got none")
     if given.drain_timeout is None and (text := environ.get(_DRAIN_ENV)):
         try:
-            given.drain_timeout = float(text)
+            given.drain_timeout = read_number(text, float)
         except ValueError:
             raise ConfigError(f"{_DRAIN_ENV}: expected seconds, got {shown(text)}") from None
 

@@ -1,4 +1,4 @@
-"""Flags of Dynamo's own TensorRT-LLM worker on our command line, by the table of :mod:`.dynamo_flags`."""
+"""Flags of Dynamo's own workers on our command line, by the tables of dynamo_flags.py and vllm_flags.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vswa_plugin.engine import ROUTER_ENV
+from vswa_plugin.engine.option_files import json_options
 from vswa_plugin.errors import ConfigError, shown, unknown_choice
 from vswa_plugin.worker.dynamo_flags import COMBINED, DOTTED, FLAGS, Fate, Flag, Takes, names_of
+from vswa_plugin.worker.vllm_flags import VLLM_FLAGS
 
 _ON, _OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 #: Dynamo's --disaggregation-mode -> --mode.
@@ -77,7 +79,7 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
         Takes.MAYBE: "?",
     }
     parser.set_defaults(**{_DEST: []})
-    for flag in FLAGS:
+    for flag in (*FLAGS, *VLLM_FLAGS):
         if flag.fate is not Fate.OWN:
             parser.add_argument(
                 *names_of(flag),
@@ -213,6 +215,8 @@ def _of_kind(each: _Given) -> object:
     kind = each.flag.kind
     if kind is bool:
         return _switch(each)
+    if kind is dict:
+        return json_options(each.value, each.where, '{"name": 1}')
     try:
         return kind(each.value)
     except ValueError:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import cast
 
 from vswa_plugin.dynamo.names import RELEASE
@@ -25,7 +25,7 @@ class RequestHandler:
     """Serves requests of one engine until :meth:`drain`.
 
     :param record: told of each request that ended; must not raise. None: nobody wants to know.
-    :param publishers: by dp_rank; told what a finished request proves to be resident.
+    :param publishers: by dp_rank; given each prompt, and what a finished request proves to be resident.
     :param arrived: told of each request before the engine is; must not raise. None: nobody wants to know.
     """
 
@@ -75,6 +75,9 @@ class RequestHandler:
             raise
         if self._arrived is not None:
             self._arrived(request_id, request)
+        for rank, publisher in self._publishers.items():
+            if tracked.may_be_served_by(rank):
+                publisher.prompt(*tracked.prompt)
         # Of all ranks: which one serves it is known with its first chunk.
         marks = {rank: publisher.engine_events for rank, publisher in self._publishers.items()}
         chunks: asyncio.Queue[ChunkDict | Exception | None] = asyncio.Queue()
@@ -184,7 +187,8 @@ class _Tracked:
         self._routing = fields.object("routing").data
         # What is not a rank is the engine's to refuse.
         rank = self._routing.get("dp_rank")
-        self.dp_rank = rank if isinstance(rank, int) else 0
+        self._stated_rank = rank if isinstance(rank, int) else None
+        self.dp_rank = self._stated_rank or 0
         self._prompt = unchecked_token_ids(fields)
         self._began = time.monotonic()
         self._first_token_s: float | None = None
@@ -194,6 +198,14 @@ class _Tracked:
         self.finish_reason = "cancelled"
         #: With which it has ended; None: with its last chunk, or cancelled.
         self.error: Exception | None = None
+
+    def may_be_served_by(self, rank: int) -> bool:
+        return self._stated_rank in (None, rank)
+
+    @property
+    def prompt(self) -> tuple[Sequence[int], str | None, str | None]:
+        """Token ids, cache salt and name of the LoRA."""
+        return self._prompt, self._routing.get("cache_salt"), self._routing.get("lora_name")
 
     @property
     def reused_here(self) -> bool:
@@ -222,8 +234,8 @@ class _Tracked:
 
     def claim(self, mark: int) -> Claim:
         """What this request proves, had it arrived when ``mark`` engine events had been seen."""
-        salt, lora = self._routing.get("cache_salt"), self._routing.get("lora_name")
-        return Claim(tuple(self._prompt), self.cached_tokens, mark, salt, lora)
+        token_ids, salt, lora = self.prompt
+        return Claim(tuple(token_ids), self.cached_tokens, mark, salt, lora)
 
     def record(self, model: str, worker_id: int) -> RequestRecord:
         return RequestRecord(

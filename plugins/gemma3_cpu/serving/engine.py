@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from vswa_plugin import __version__
-from vswa_plugin.blocks import CacheLayout
+from vswa_plugin.blocks import CacheLayout, checked
 from vswa_plugin.engine import (
     MODES,
     WORKER_ONLY,
@@ -83,7 +83,7 @@ class Gemma3CpuEngine:
         self._plan = plan_cache(self._options, model_shape(self._config))
         groups = tuple(pool.group for pool in self._plan.pools)
         self.info = EngineInfo(
-            layout=CacheLayout(groups, self._options.reuse_rule, settings.served_model_name).check(),
+            layout=checked(CacheLayout(groups, self._options.reuse_rule, settings.served_model_name)),
             context_length=self._plan.context_length,
             max_num_seqs=self._options.max_batch_size,
             max_num_batched_tokens=self._options.max_num_tokens,

@@ -15,7 +15,7 @@ import random
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -56,7 +56,7 @@ class WindowTotals(msgspec.Struct):
 class Totals(msgspec.Struct):
     """Sums over all requests.
 
-    :ivar windows: by ``window_size`` as events give it.
+    :ivar windows: by ``window_size`` as events of TensorRT-LLM give it, or by vLLM's ``group_idx``.
     """
 
     requests: int = 0
@@ -70,7 +70,10 @@ class Totals(msgspec.Struct):
         return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def count(self, event: dict[str, Any]) -> None:
-        """Add one TensorRT-LLM event."""
+        """Add one event, of TensorRT-LLM or of vLLM."""
+        if "data" not in event:
+            self._count_vllm(event)
+            return
         window, data = self.windows.setdefault(event["window_size"], WindowTotals()), event["data"]
         match data["type"]:
             case "stored":
@@ -79,6 +82,13 @@ class Totals(msgspec.Struct):
                 window.removed += len(data["block_hashes"])
             case "updated":
                 window.moved += 1
+
+    def _count_vllm(self, event: dict[str, Any]) -> None:
+        group = self.windows.setdefault(event["group_idx"], WindowTotals())
+        if event["type"] == "BlockStored":
+            group.stored += len(event["block_hashes"])
+        else:
+            group.removed += len(event["block_hashes"])
 
 
 def manager_for(
@@ -105,6 +115,19 @@ def answer(prompt: Sequence[int], length: int) -> tuple[int, ...]:
         state = (state * 1_103_515_245 + 12_345) % (1 << 31)
         tokens.append((state >> 8) % VOCABULARY)
     return tuple(tokens)
+
+
+class Worker(Protocol):
+    """Serves one request at a time."""
+
+    def serve(self, prompt: Sequence[int], output_len: int) -> int:
+        """Run one request to its end; how many tokens of its prompt were reused.
+
+        :raises InvalidRequest: it can never run; the message gives the reason.
+        """
+
+    def take_events(self) -> Sequence[dict[str, Any]]:
+        """The engine's own events since the last call, in order."""
 
 
 class SimulatedWorker:
@@ -161,7 +184,7 @@ class Simulation:
     """
 
     def __init__(
-        self, workers: Sequence[SimulatedWorker], record: Callable[[Record], None] = lambda line: None
+        self, workers: Sequence[Worker], record: Callable[[Record], None] = lambda line: None
     ) -> None:
         self.workers = tuple(workers)
         self.totals = Totals()
@@ -199,7 +222,7 @@ class Simulation:
         self._record(line)
         self._tell(worker)
 
-    def _tell(self, worker: SimulatedWorker) -> None:
+    def _tell(self, worker: Worker) -> None:
         for event in worker.take_events():
             self.totals.count(event)
             self._record({"type": "event", "event": event})

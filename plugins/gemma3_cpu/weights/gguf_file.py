@@ -96,7 +96,7 @@ class GgufFile:
                 f"the file ends after {self._size} bytes within its header, or that is longer than "
                 f"{_MAX_HEADER} bytes: copy it again"
             ) from error
-        except (UnicodeDecodeError, KeyError) as error:
+        except UnicodeDecodeError as error:
             raise self._error(
                 f"expected a GGUF file, got metadata that cannot be read: {shown(error)}"
             ) from error
@@ -177,7 +177,7 @@ class GgufFile:
             key = cursor.string()
             if key in self.metadata:
                 raise self._error(f"expected each key once, got {shown(key)} again")
-            self.metadata[key] = cursor.value(cursor.u32())
+            self.metadata[key] = self._value(cursor, key)
         headers = [self._read_tensor(cursor) for _ in range(tensors)]
         alignment = self._alignment()
         data = -(-cursor.at // alignment) * alignment
@@ -190,6 +190,15 @@ class GgufFile:
                     "it is truncated; copy it again"
                 )
             self.tensors[name] = GgufTensor(shape, kind, data + offset)
+
+    def _value(self, cursor: _Cursor, key: str) -> Any:
+        try:
+            return cursor.value(cursor.u32())
+        except _UnknownType as unknown:
+            raise self._error(
+                f"{shown(key)}: expected a value of a type from 0 to {max(_NUMBERS)}, got {unknown.where} "
+                f"{unknown.kind}: the file is damaged, or of a later version of GGUF; copy it again"
+            ) from None
 
     def _read_tensor(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, type and offset."""
@@ -218,6 +227,20 @@ class GgufFile:
         return ConfigError(f"{self.path}: {message}")
 
 
+class _UnknownType(Exception):
+    """A value of a type that this version of the format does not have."""
+
+    def __init__(self, kind: int, where: str) -> None:
+        super().__init__(kind)
+        self.kind, self.where = kind, where
+
+
+def _dtype(kind: int, where: str) -> np.dtype[Any]:
+    if kind not in _NUMBERS:
+        raise _UnknownType(kind, where)
+    return np.dtype(_NUMBERS[kind])
+
+
 class _Cursor:
     """Reads the header from the beginning; raises EOFError or struct.error at the end of the data."""
 
@@ -243,7 +266,7 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             return self._array(self.u32(), self.u64())
-        dtype = np.dtype(_NUMBERS[kind])
+        dtype = _dtype(kind, "type")
         return np.frombuffer(self._take(dtype.itemsize), dtype)[0].item()
 
     def _array(self, kind: int, count: int) -> list[str] | NDArray[Any]:
@@ -251,7 +274,7 @@ class _Cursor:
             raise EOFError
         if kind == _STRING:
             return [self.string() for _ in range(count)]
-        dtype = np.dtype(_NUMBERS[kind])
+        dtype = _dtype(kind, "a list of type")
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
 
     def _take(self, size: int) -> bytes:

@@ -82,7 +82,7 @@ def test_the_plugin_answers_for_its_own_name_and_where_nobody_has_named_an_engin
 def test_importing_the_plugin_imports_nothing_heavy() -> None:
     code = (
         "import sys, vswa_plugins.gemma3_cpu as p; from vswa_plugin.hookspecs.commands import Commands;"
-        "p.vswa_register_commands(Commands('gemma3_cpu', {}));"
+        "p.vswa_register_commands(Commands('gemma3_cpu', {}, None));"
         "print(sorted({'numpy', 'yaml', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

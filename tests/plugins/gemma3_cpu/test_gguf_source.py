@@ -99,7 +99,13 @@ def test_a_file_that_is_no_gguf_is_refused_with_what_it_begins_with(tmp_path: Pa
         (b"GGUF" + struct.pack(">I", 3), "little-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "ends after 24 bytes within its header"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60), "within its header"),
-        (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "metadata that cannot be read"),
+        (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "'k': expected a value .* got type 99: "),
+        (
+            b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 99, 1),
+            "got a list of type 99: .* copy it again",
+        ),
+        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "got a list of type 9: "),
+        (b"GGUF" + struct.pack("<IQQQB", 3, 0, 1, 1, 0xFF), "metadata that cannot be read"),
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 60), "within its header"),
     ],
 )

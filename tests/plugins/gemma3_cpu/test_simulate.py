@@ -254,3 +254,80 @@ def test_a_trace_is_not_written_over_the_requests_that_are_read(
 def test_an_unknown_rule_has_no_manager() -> None:
     with pytest.raises(ConfigError, match="unknown reuse rule"):
         manager_for("vllm", [GroupSpec(0, None, 5)], 16, 64)
+
+
+# -- models by name ----------------------------------------------------------------------------------
+
+
+def test_a_model_of_the_same_engine_has_its_own_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace.jsonl"
+    options = ("--requests", "5", "--blocks", "400", "--out", str(out))
+
+    assert 0 == main(["simulate", "--model", "gemma-3-27b", "--rule", "trtllm_v1", *options])
+    header = lines_of(out)[0]
+    assert ("trtllm_v1", 1024, 52) == (
+        header["rule"],
+        header["max_attention_window"],
+        header["layers"].count("swa"),
+    )
+    assert "1024          400" in capsys.readouterr().out
+
+
+def test_a_model_of_vllm_is_simulated_by_its_own_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace.jsonl.gz"
+    options = ("--requests", "40", "--blocks", "300", "--seed", "3")
+
+    assert 0 == main(["simulate", "--model", "gemma-4-31b", *options, "--json", "--out", str(out)])
+    summary = json.loads(capsys.readouterr().out)
+    header, *records = lines_of(out)
+    requests = [line for line in records if line["type"] == "request"]
+    stored = [
+        len(line["event"]["block_hashes"])
+        for line in records
+        if line["type"] == "event"
+        and line["event"]["type"] == "BlockStored"
+        and line["event"]["group_idx"] == 5
+    ]
+    assert ("vllm", "gemma-4-31b", "vllm_hybrid", 32, 16) == tuple(
+        header[field] for field in ("format", "config", "rule", "alignment", "hash_block_size")
+    )
+    assert [{"kind": "swa", "window": 1024, "block_size": 16}] * 5 + [{"kind": "full"}] == header["groups"]
+    assert (40, 300 + 5 * 300) == (summary["requests"], summary["pool_blocks"])
+    assert sum(line["cached_tokens"] for line in requests) == summary["reused_tokens"] > 0
+    assert sum(stored) == summary["groups"][5]["stored"] > 0
+    assert summary["groups"][0]["removed"] > 0
+
+
+def test_workers_of_a_model_serve_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "trace.jsonl"
+    options = ("--requests", "6", "--workers", "2", "--out", str(out))
+
+    assert 0 == main(["simulate", "--model", "qwen3.5-9b", *options])
+    assert [0, 1] * 3 == [line["dp_rank"] for line in lines_of(out) if line["type"] == "request"]
+    table = capsys.readouterr().out.splitlines()
+    assert ["0", "recurrent", "528"] == table[-4].split()[:3]
+    assert ["3", "global", "528"] == table[-1].split()[:3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["--model", "gema-4-31b"],
+            "unknown model 'gema-4-31b': did you mean 'gemma-4-31b'? Known: deepseek",
+        ),
+        (
+            ["--model", "gemma-4-31b", "--blocks", "9"],
+            "request 1: 361 prompt tokens and 78 to generate: expected",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_simulated_is_refused(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 2 == main(["simulate", *arguments])
+    assert complaint in capsys.readouterr().err

@@ -21,7 +21,7 @@ from tests.tensorrt_llm_helpers import model as model
 from tests.tensorrt_llm_helpers import standin as standin
 from tests.tensorrt_llm_package import LLM, RequestError
 from vswa_plugin.engine.contract import WORKER_ONLY
-from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable
+from vswa_plugin.errors import ConfigError, InvalidRequest, Unavailable, VswaError
 
 pytestmark = pytest.mark.usefixtures("standin")
 
@@ -94,6 +94,30 @@ def test_options_that_only_the_package_knows_are_bad_are_the_users(model: Path) 
 
     with pytest.raises(ConfigError, match="does not take these options: LLM got invalid argument"):
         built.start(lambda rank, events: None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
+        (AssertionError(), "AssertionError: "),
+        (FileNotFoundError(2, "No such file", "/lb.yaml"), r"FileNotFoundError: .*'/lb.yaml'"),
+        (SystemExit(1), "SystemExit: 1"),
+    ],
+)
+def test_what_keeps_the_engine_from_starting_is_one_line(
+    standin: None, model: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, words: str
+) -> None:
+    def init(llm: LLM, **_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(LLM, "__init__", init)
+    engine = TensorRtLlmEngine(settings_for(model))
+
+    with pytest.raises(VswaError, match=f"TensorRT-LLM has not started: {words}; its lines above") as caught:
+        engine.start(lambda rank, events: None)
+
+    assert not isinstance(caught.value, ConfigError)
 
 
 def test_stopping_ends_the_engine_and_gives_out_the_last_events(started: Started) -> None:

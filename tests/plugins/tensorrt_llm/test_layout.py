@@ -71,9 +71,9 @@ def test_windows_and_contexts_that_give_wrong_answers_are_refused(data: dict[str
 
 
 def test_a_block_size_that_does_not_divide_the_window_is_refused(standin: None, model: Path) -> None:
-    options = {"kv_cache_config": {**OPTIONS["kv_cache_config"], "tokens_per_block": 3}}
+    options = {"kv_cache_config": {**OPTIONS["kv_cache_config"], "tokens_per_block": 16}}
 
-    with pytest.raises(ConfigError, match=r"multiple of the block size \(3 tokens\), got 8"):
+    with pytest.raises(ConfigError, match=r"multiple of the block size \(16 tokens\), got 8"):
         TensorRtLlmEngine(settings_for(model, options))
 
 

@@ -9,12 +9,13 @@ import pytest
 from vswa_plugins.tensorrt_llm.engine import TensorRtLlmEngine
 from vswa_plugins.tensorrt_llm.model_shape import parse_shape
 from vswa_plugins.tensorrt_llm.package import Version
+from vswa_plugins.tensorrt_llm.rules import decide
 
 from tests.tensorrt_llm_helpers import NIXL, OPTIONS, Installer, settings_for
 from tests.tensorrt_llm_helpers import install_standin as install_standin
 from tests.tensorrt_llm_helpers import model as model
 from tests.tensorrt_llm_helpers import standin as standin
-from tests.tensorrt_llm_models import GEMMA3, gemma3_config, options_of
+from tests.tensorrt_llm_models import GEMMA, GEMMA3, RC29, STABLE, gemma3_config, options_of
 from vswa_plugin.errors import ConfigError
 
 # -- the package -----------------------------------------------------------------------------------
@@ -29,12 +30,19 @@ def test_without_the_package_the_error_says_how_to_install_it(
         TensorRtLlmEngine(settings_for(model))
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "ImportError('libcuda.so.1: cannot open shared object file')",
+        "RuntimeError('libcuda.so.1: CUDA driver version is insufficient')",
+    ],
+)
 def test_a_package_that_cannot_be_imported_says_why(
-    install_standin: Installer, model: Path, tmp_path: Path
+    install_standin: Installer, model: Path, tmp_path: Path, raised: str
 ) -> None:
     install_standin("1.3.0rc29")
     broken = tmp_path / "site-1.3.0rc29" / "tensorrt_llm" / "llmapi" / "__init__.py"
-    broken.write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
+    broken.write_text(f"raise {raised}")
     engine = TensorRtLlmEngine(settings_for(model))
 
     with pytest.raises(ConfigError, match=r"cannot be imported: libcuda\.so\.1"):
@@ -42,12 +50,28 @@ def test_a_package_that_cannot_be_imported_says_why(
 
 
 def test_versions_are_ordered_as_releases_are() -> None:
-    texts = ["1.2.1", "1.3.0rc9", "1.3.0rc29.post1", "1.3.0", "1.4.0rc0", "1.4.0"]
+    texts = ["1.2.1", "1.3.0rc9", "1.3.0rc29.post1", "1.3.0", "1.4.0rc0", "1.4.0", "2.0.0"]
     versions = [Version.parse(text) for text in texts]
 
     assert versions == sorted(versions)  # type: ignore[type-var]
-    assert ["1.2.1", "1.3.0rc9", "1.3.0rc29", "1.3.0", "1.4.0rc0", "1.4.0"] == list(map(str, versions))
-    assert Version.parse("main") is None
+    shown = ["1.2.1", "1.3.0rc9", "1.3.0rc29", "1.3.0", "1.4.0rc0", "1.4.0", "2.0.0"]
+    assert shown == list(map(str, versions))
+    assert [None, None, None] == list(map(Version.parse, ["main", "", "1.3"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [
+        ("1.3.0.rc26", "1.3.0rc26"),
+        ("v1.3.0-rc26+cu130", "1.3.0rc26"),
+        ("1.3.0.post1", "1.3.0"),
+        ("1.3.0.dev20261101", "1.3.0rc0"),
+        ("1.3.0a1", "1.3.0rc0"),
+        ("1.3.0rc", "1.3.0rc0"),
+    ],
+)
+def test_what_comes_before_a_release_is_not_taken_for_it(text: str, release: str) -> None:
+    assert release == str(Version.parse(text))
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -86,6 +110,38 @@ WRONG = [
         },
         "kv_cache_event_hash_algo: expected 'auto' or 'v1_block_key'",
     ),
+    (
+        {"kv_cache_config": {"free_gpu_memory_fraction": 90}},
+        "free_gpu_memory_fraction: expected a number from 0 to 1, got 90",
+    ),
+    (
+        {"kv_cache_config": {"tokens_per_block": 48}},
+        "tokens_per_block: expected a power of 2, as attn_backend TRTLLM needs, got 48",
+    ),
+    ({"kv_cache_config": {"max_util_for_resume": 0}}, "a number above 0 to 1, got 0"),
+    (
+        {"kv_cache_config": {"host_cache_size": -1}},
+        "host_cache_size: expected a number of bytes of at least 0",
+    ),
+    ({"kv_cache_config": {"max_gpu_total_bytes": -1.0}}, "max_gpu_total_bytes: expected a number of bytes"),
+    ({"kv_cache_config": {"disk_cache_size": 1}}, "disk_cache_path: expected a directory, .*, got None"),
+    (
+        {"kv_cache_config": {"disk_cache_size": 1, "disk_cache_path": "/dev/null"}},
+        "disk_cache_path: expected a directory, .*, got '/dev/null'",
+    ),
+    ({"kv_cache_config": {"pool_ratio": [0.5, 0.4]}}, "pool_ratio: expected numbers above 0 whose sum is 1"),
+    ({"kv_cache_config": {"pool_ratio": [1.5, -0.5]}}, "pool_ratio: expected numbers above 0 whose sum is 1"),
+    (
+        {"cache_transceiver_config": {"backend": "UCX", "max_tokens_in_buffer": 20}},
+        "max_tokens_in_buffer: expected whole blocks of 32 tokens .*, e.g. 32, got 20",
+    ),
+    (
+        {
+            "kv_cache_config": {"tokens_per_block": 64},
+            "cache_transceiver_config": {"backend": "UCX", "max_tokens_in_buffer": 96},
+        },
+        "max_tokens_in_buffer: expected whole blocks of 64 tokens .*, e.g. 64 or 128, got 96",
+    ),
 ]
 
 
@@ -95,6 +151,43 @@ def test_an_option_that_cannot_be_used_is_named(data: dict[str, Any], words: str
         options_of(data)
 
     assert "args.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kv_cache_config": {"tokens_per_block": 48}, "attn_backend": "FLASHINFER"},
+        {"kv_cache_config": {"tokens_per_block": 128}, "attn_backend": "trtllm"},
+        {"kv_cache_config": {"free_gpu_memory_fraction": 0}},
+        {"kv_cache_config": {"free_gpu_memory_fraction": 1, "max_util_for_resume": 1}},
+        {"kv_cache_config": {"free_gpu_memory_fraction": "0.8"}},
+        {"kv_cache_config": {"host_cache_size": 0, "disk_cache_size": 0}},
+        {"kv_cache_config": {"disk_cache_size": 1, "disk_cache_path": "."}},
+        {"kv_cache_config": {"pool_ratio": [0.1, 0.2, 0.7]}},
+        {"cache_transceiver_config": {"backend": "UCX", "max_tokens_in_buffer": 0}},
+    ],
+)
+def test_what_the_engine_takes_is_taken(data: dict[str, Any]) -> None:
+    options_of(data)
+
+
+BUFFER = {"cache_transceiver_config": {"backend": "NIXL", "max_tokens_in_buffer": 8200}}
+
+
+def test_the_runtime_python_takes_a_transfer_buffer_of_any_size() -> None:
+    data = BUFFER["cache_transceiver_config"] | {"transceiver_runtime": "PYTHON"}
+
+    decide(options_of({"cache_transceiver_config": data}), RC29, GEMMA, {})
+
+
+def test_a_transfer_buffer_is_checked_where_the_release_has_no_runtime_python() -> None:
+    data = BUFFER["cache_transceiver_config"] | {"transceiver_runtime": "PYTHON"}
+    options = options_of({"cache_transceiver_config": data})
+
+    with pytest.raises(
+        ConfigError, match=r"cache_transceiver_config.max_tokens_in_buffer: .* 8192 or 8224, got 8200"
+    ):
+        decide(options, STABLE, GEMMA, {})
 
 
 def test_options_of_a_newer_release_pass_where_asked_for() -> None:
@@ -128,6 +221,27 @@ def test_what_is_set_is_left_alone() -> None:
     options = options_of(data, "prefill")
 
     assert (data, ()) == (options.llm_args, options.changes)
+
+
+@pytest.mark.parametrize(("workers", "said"), [(4, 1), (0, 0)])
+def test_no_workers_turn_answers_into_text(workers: int, said: int) -> None:
+    options = options_of(
+        {"num_postprocess_workers": workers, "kv_cache_config": {"event_buffer_max_size": 1}}
+    )
+
+    assert "num_postprocess_workers" not in options.llm_args
+    assert said == len(options.changes)
+
+
+def test_names_of_the_transceiver_are_passed_on_as_the_engine_has_them() -> None:
+    data = {"cache_transceiver_config": {"backend": "ucx", "transceiver_runtime": "cpp"}}
+    options = options_of(data)
+
+    assert {"backend": "UCX", "transceiver_runtime": "CPP"} == options.llm_args["cache_transceiver_config"]
+    assert "backend = UCX" in " ".join(options.changes)
+    assert "ucx" == data["cache_transceiver_config"]["backend"]
+    null = {"cache_transceiver_config": {"backend": "UCX", "transceiver_runtime": None}}
+    assert null["cache_transceiver_config"] == options_of(null).llm_args["cache_transceiver_config"]
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])

@@ -21,15 +21,18 @@ KEYS = chain_keys(TEXT, SIZE)
 
 
 class V1(Engine):
-    """An engine of manager V1 beside the adapter that follows it."""
+    """An engine of manager V1 beside the adapter that follows it.
 
-    def __init__(self, sliding: int = 100, rule: str = "trtllm_v1") -> None:
+    :param alone: there is no global window.
+    """
+
+    def __init__(self, sliding: int = 100, rule: str = "trtllm_v1", *, alone: bool = False) -> None:
         super().__init__()
-        groups = (CacheGroup(0, WINDOW, SIZE), CacheGroup(1, None, SIZE))
+        groups = (CacheGroup(0, WINDOW, SIZE), CacheGroup(1, None, SIZE))[: 1 if alone else 2]
         self.adapter = TrtllmEventAdapter(CacheLayout(groups, rule, "m"))
         #: Group id -> names that are published as held.
-        self.held: dict[int, set[Any]] = {0: set(), 1: set()}
-        for window, blocks in ((WINDOW, sliding), (LONGEST, 1000)):
+        self.held: dict[int, set[Any]] = {group.group_id: set() for group in groups}
+        for window, blocks in ((WINDOW, sliding), (LONGEST, 1000))[: len(groups)]:
             self.give(self.of(window, type="created", num_blocks_per_cache_level=[blocks, 0]))
 
     def of(self, window: int, **data: Any) -> dict[str, Any]:
@@ -52,6 +55,19 @@ class V1(Engine):
         """Blocks of a prompt, as after a chunk: the widest window first."""
         self.store(LONGEST, parent, *pairs)
         self.store(WINDOW, parent, *pairs)
+
+    def at_the_end_of(self, prompt: tuple[int, list[int]], answer: list[list[int]]) -> list[int]:
+        """What is stored with the last token: in the sliding window what it still shows, two blocks.
+
+        :returns: the true names of the answer's blocks.
+        """
+        names = [prompt[0]]
+        for tokens in answer:
+            names.append(block_key(tokens, names[-1]))
+        behind_gap = block_key(answer[-2], prompt[0])
+        self.store(WINDOW, None, (behind_gap, answer[-2]), (block_key(answer[-1], behind_gap), answer[-1]))
+        self.store(LONGEST, prompt[0], *zip(names[1:], answer, strict=True))
+        return names[1:]
 
     def remove(self, window: int, *names: int) -> list[EngineEvent]:
         return self.give(self.removed(*names, group=None, window_size=window))
@@ -223,6 +239,48 @@ def test_a_block_that_is_stored_again_under_another_name_had_left() -> None:
 
     assert [BlocksRemoved(0, (KEYS[3],))] == engine.remove(WINDOW, names[1])
     assert KEYS[3] not in engine.held[0]
+
+
+def test_what_slid_out_before_it_was_stored_takes_up_room() -> None:
+    engine = V1(sliding=7)
+    engine.both(None, part(0), part(1), part(2))
+    engine.remove(WINDOW, KEYS[0])
+    prompt, answer = single(5), [[n, 7, 7, 7] for n in range(6, 11)]
+    engine.both(None, prompt)
+    assert {KEYS[1], KEYS[2], prompt[0]} == engine.held[0]
+
+    names = engine.at_the_end_of(prompt, answer)
+
+    assert {KEYS[2], prompt[0], *names[-2:]} == engine.held[0], "three more had slid out, unstored"
+
+
+def test_what_was_never_stored_is_evicted_in_its_turn() -> None:
+    engine = V1(sliding=7)
+    prompt, answer = single(5), [[n, 7, 7, 7] for n in range(6, 11)]
+    engine.both(None, prompt)
+    engine.at_the_end_of(prompt, answer)
+    first, last = {prompt[0]}, engine.held[0] - {prompt[0]}
+
+    # Three of seven places were taken by what slid out: these go before the orphans, the last two blocks.
+    for token in (20, 21, 22, 23):
+        engine.both(None, single(token))
+
+    assert 2 == len(last)
+    assert first | last | {single(token)[0] for token in (20, 21, 22, 23)} == engine.held[0]
+
+
+def test_without_a_global_window_orphans_leave_the_widest_one_too() -> None:
+    engine = V1(sliding=6, alone=True)
+    engine.store(WINDOW, None, *(part(i) for i in range(5)))
+    engine.remove(WINDOW, KEYS[0])
+    for first in range(1, 4):
+        engine.store(WINDOW, None, single(first))
+
+    assert {KEYS[2], KEYS[3], KEYS[4]} | {single(n)[0] for n in range(1, 4)} == engine.held[0]
+    for first in range(4, 400):
+        engine.store(WINDOW, None, single(first))
+        engine.remove(WINDOW, single(first)[0])
+    assert len(engine.held[0]) <= 6
 
 
 def test_a_block_that_was_used_again_is_not_among_the_oldest() -> None:

@@ -24,7 +24,7 @@ MEASURED = {
     "g1b-new-sync-c1": (260, 0),
     "g1b-long-new-sync-c1": (200, 0),
     "two-new-sync-c1": (259, 0),
-    "w128-new-sync-c1": (259, 1),
+    "w128-new-sync-c1": (260, 0),
     "g1b-host-new-sync-c1": (257, 3),
     "g1b-new-sync-c4": (257, 2),
     "w128-new-sync-c4": (250, 4),

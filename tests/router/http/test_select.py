@@ -134,7 +134,7 @@ def test_a_reservation_that_nobody_releases_ends_by_its_time() -> None:
             assert (await api.post("/release", selection_id=short["selection_id"]))[0] == 404
             assert (await api.post("/release", selection_id=long["selection_id"]))[0] == 200
             assert len(api.book) == 0
-            return api.selection.reservations.ended["m", "ttl"]
+            return api.choices.reservations.ended["m", "ttl"]
 
     assert run(body()) == 1
 
@@ -155,7 +155,7 @@ def test_choosing_without_a_reservation_leaves_no_load() -> None:
         async with Api() as api:
             await api.all_live()
             _, answer = await api.post("/select", token_ids=PROMPT, reserve=False)
-            return answer, len(api.book) + len(api.selection.reservations)
+            return answer, len(api.book) + len(api.choices.reservations)
 
     answer, left = run(body())
 
@@ -166,7 +166,7 @@ def test_reservations_made_are_those_that_ended_and_those_that_are_active() -> N
     async def body() -> list[tuple[int, int]]:
         async with Api() as api:
             await api.all_live()
-            kept, sums = api.selection.reservations, []
+            kept, sums = api.choices.reservations, []
             ids = []
             for _ in range(4):
                 _, answer = await api.post("/select", token_ids=PROMPT)
@@ -210,7 +210,7 @@ def test_the_time_of_a_released_reservation_does_not_end_the_next_of_its_name() 
             await api.post("/release", selection_id="mine")
             await api.post("/select", token_ids=PROMPT, selection_id="mine", ttl_s=30)
             await api.post("/select", token_ids=PROMPT, selection_id="later", ttl_s=0.1)
-            await eventually(lambda: api.selection.reservations.ended["m", "ttl"], "the later one has ended")
+            await eventually(lambda: api.choices.reservations.ended["m", "ttl"], "the later one has ended")
             return (await api.post("/release", selection_id="mine"))[0]
 
     assert run(body()) == 200
@@ -226,7 +226,7 @@ def test_what_the_engine_reports_at_release_is_compared_with_what_was_promised()
                 _, answer = await api.post("/select", token_ids=PROMPT)
                 wish = {} if cached is None else {"cached_tokens": cached}
                 await api.post("/release", selection_id=answer["selection_id"], **wish)
-            return api.accuracy.ranks[A]
+            return api.promises.ranks[A]
 
     found = run(body())
 
@@ -324,7 +324,7 @@ def test_reservations_are_load_for_other_routers_too() -> None:
         other = SharedLoad(2)
         async with Api() as api:
             mine = SharedLoad(1)
-            api.selection._new_book = mine.book
+            api.choices._new_book = mine.book
             await api.all_live()
             theirs = other.book("m", 16)
             mine.others.clear()

@@ -28,7 +28,7 @@ class Apart(Api):
         return self
 
     def loads(self, *ranks: Rank) -> list[Load]:
-        book = self.selection.models()["d"].pool.book
+        book = self.choices.models()["d"].pool.book
         return [book.load(rank) for rank in ranks]
 
     async def select(self, **wish: Any) -> tuple[int, Any]:
@@ -92,7 +92,7 @@ def test_however_a_choice_ends_it_leaves_no_load_on_either_worker(how: str) -> N
         async with Apart() as api:
             wish: dict[str, Any] = {"choice only": {"reserve": False}, "ttl": {"ttl_s": 0.05}}.get(how, {})
             _, answer = await api.select(**wish)
-            model = api.selection.models()["d"]
+            model = api.choices.models()["d"]
             if how == "release":
                 await api.post("/release", selection_id=answer["selection_id"])
             elif how == "ttl":
@@ -140,7 +140,7 @@ def test_what_was_promised_and_reported_is_of_the_worker_that_computes() -> None
             await api.holds(P2, stored(sliding=range(8), whole=range(8)), "d")
             _, answer = await api.select()
             await api.post("/release", selection_id=answer["selection_id"], cached_tokens=128)
-            return api.accuracy.ranks
+            return api.promises.ranks
 
     ranks = run(body())
 
@@ -172,7 +172,7 @@ def test_a_worker_that_goes_takes_its_part_of_the_load_with_it() -> None:
         async with Apart() as api:
             await api.select(prefill_worker_id=12, decode_worker_id=21)
             del api.fleet.entries[PREFILL[1].key]
-            api.selection.models()
+            api.choices.models()
             return api.loads(P2, D1)
 
     assert run(body()) == [Load(), Load(8, 0, 1)]
@@ -182,13 +182,13 @@ def test_a_prompt_is_hashed_once_for_all_that_is_asked_of_it(monkeypatch: pytest
     async def body() -> list[int]:
         async with Apart() as api:
             hashed: list[int] = []
-            hasher = api.selection._hasher
+            hasher = api.choices._hasher
 
             def counting(token_ids: Any, *more: Any) -> Any:
                 hashed.append(len(token_ids))
                 return hasher(token_ids, *more)
 
-            monkeypatch.setattr(api.selection, "_hasher", counting)
+            monkeypatch.setattr(api.choices, "_hasher", counting)
             monkeypatch.setattr(api.decider, "_hasher", counting)
             await api.select()
             await api.post("/select", token_ids=PROMPT, model_name="m")

@@ -66,15 +66,16 @@ _ROUTED_PLAN = (
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        "What happens: an embedded nats-server and etcd, Dynamo's frontend and workers start on free\n"
-        "loopback ports; chat requests about three long documents are streamed; what each worker\n"
-        "stored and removed per window is counted from its events on NATS; everything stops.\n"
-        "  disagg: the requests are conversations, and what each moved from a prefill to a decode worker is\n"
-        "shown beside what a full cache would have moved.\n"
-        "  agg_router, disagg_router: so they are, and for each is shown which worker was chosen, what was\n"
-        "promised, what was reused, and what the global layers alone would have promised. The same for\n"
-        "Dynamo's own router: --router stock, and as it is without us: VSWA_DYNAMO_EVENTS=global.\n"
-        "Exit code 0: all of it was seen to work."
+        "The demo starts an embedded nats-server and etcd, Dynamo's frontend and workers on free\n"
+        "loopback ports. It streams chat requests about three long documents, and counts from the\n"
+        "events on NATS what each worker stored and removed per window. Then it stops everything.\n"
+        "With disagg, the requests are conversations. The demo shows what each request moved from a\n"
+        "prefill to a decode worker, and what a full cache would have moved.\n"
+        "With agg_router and disagg_router, they are conversations as well. The demo shows for each\n"
+        "request which worker was chosen, what was promised, what was reused, and what the global\n"
+        "layers alone would have promised. --router stock shows the same for Dynamo's own router, and\n"
+        "with VSWA_DYNAMO_EVENTS=global for that router as it is without this project.\n"
+        "Exit code 0 means that all of this was observed."
     )
     local.add_arguments(parser)
     parser.add_argument("--max-tokens", type=at_least_one, default=12, help="length of each answer (12)")

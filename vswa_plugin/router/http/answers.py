@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from vswa_plugin.blocks.hashing import sequence_hashes
+from vswa_plugin.blocks.layout import FULL
 from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Entry
-from vswa_plugin.router.decide import Hasher
+from vswa_plugin.router.decide import Hasher, PromptHashes, hashed_prompt
 from vswa_plugin.router.http.messages import (
     ExplanationAnswer,
     HashQuery,
@@ -58,10 +58,10 @@ class ServedPrompt:
     :param assumed: what the request did not give and was assumed, in words.
     """
 
-    def __init__(self, served: Served, hashes: Sequence[int], length: int, assumed: str | None) -> None:
+    def __init__(self, served: Served, prompt: PromptHashes, assumed: str | None) -> None:
         self.served = served
-        self.hashes = hashes
-        self.length = length
+        self.hashes, self.names = prompt.hashes, prompt.names
+        self.length = prompt.length
         self.assumed = assumed
 
 
@@ -71,7 +71,8 @@ class Served:
     def __init__(self, name: str, entries: Sequence[Entry]) -> None:
         self.name = name
         self.entries = entries
-        self.block_size = entries[0].block_size
+        self.naming = entries[0].naming
+        self.block_size = self.naming.block_size
         self.ranks = [Rank(entry.worker_id, dp_rank) for entry in entries for dp_rank in sorted(entry.epochs)]
 
 
@@ -100,8 +101,8 @@ def served(groups: Groups, wish: ModelWish) -> Served:
 def prompt_of(groups: Groups, hasher: Hasher, query: Query) -> ServedPrompt:
     """Raises InvalidRequest or UnknownModel."""
     model = served(groups, query)
-    hashes = hasher(query.token_ids, model.block_size, query.cache_salt, query.lora_name)
-    return ServedPrompt(model, hashes, len(query.token_ids), None)
+    prompt = hashed_prompt(hasher, query.token_ids, model.naming, query.cache_salt, query.lora_name)
+    return ServedPrompt(model, prompt, None)
 
 
 def prompt_of_hashes(groups: Groups, query: HashQuery) -> ServedPrompt:
@@ -112,11 +113,18 @@ def prompt_of_hashes(groups: Groups, query: HashQuery) -> ServedPrompt:
         raise InvalidRequest("expected block_hashes or sequence_hashes, got neither")
     if max(values) >= 2**64:
         raise InvalidRequest(f"expected hashes below 2**64, got {max(values)}")
-    hashes = query.sequence_hashes or sequence_hashes(values)
     size, length = model.block_size, query.isl_tokens
+    if not model.naming.by_blocks:
+        raise InvalidRequest(
+            f"expected token ids for {model.name!r}, whose prefixes are not named by blocks of {size} "
+            "tokens, got hashes; ask /query"
+        )
+    hashes = query.sequence_hashes or sequence_hashes(values)
     if length is None:
-        return ServedPrompt(model, hashes, len(hashes) * size + 1, _ONE_MORE)
-    return ServedPrompt(model, hashes[: length // size], length, None)
+        length, assumed = len(hashes) * size + 1, _ONE_MORE
+    else:
+        hashes, assumed = hashes[: length // size], None
+    return ServedPrompt(model, PromptHashes(length, hashes, hashes), assumed)
 
 
 def query_answer(fleet: Fleet, prompt: ServedPrompt) -> QueryAnswer:
@@ -147,7 +155,7 @@ def rank_answers(
     :param workers: only the ranks of these; None: of all.
     :param reads_cache: False: nothing, because the request switches the cache off.
     """
-    index, model, hashes = fleet.index, prompt.served, prompt.hashes
+    index, model, hashes = fleet.index, prompt.served, prompt.names
     cached = index.score(hashes, prompt.length, model.name) if reads_cache else {}
     blind = global_only(index, hashes, model.name)
     now = asyncio.get_running_loop().time()
@@ -161,7 +169,7 @@ def rank_answers(
             cached_tokens=tokens,
             cached_blocks=tokens // model.block_size,
             tiers=index.tiers(rank, hashes, tokens) if tokens else {},
-            global_only_tokens=blind.get(rank, 0) * model.block_size,
+            global_only_tokens=blind.get(rank, 0),
             state="waiting" if view is None else view.state,
             scored=view is not None and view.scored(now),
         )
@@ -169,21 +177,26 @@ def rank_answers(
 
 
 def global_only(index: WindowIndex, hashes: Sequence[int], model: str) -> dict[Rank, int]:
-    """Blocks of the prompt that the group with the widest window holds without a hole, of each rank with any.
+    """Tokens of the prompt that the group with the widest window holds without a hole, of each rank with any.
 
     That is all that a router knows which takes no notice of sliding windows.
     """
     depths: dict[Rank, int] = {}
     for part in index.parts(model):
         groups = part.layout.groups
-        widest = max(range(len(groups)), key=lambda at: groups[at].window_size or math.inf)
+        widest = max(
+            range(len(groups)), key=lambda at: (groups[at].kind == FULL, groups[at].window_size or 0)
+        )
+        size = groups[widest].block_size
+        stride = size // part.hash_block_size
+        blocks = part.table.masks(widest, hashes)[stride - 1 :: stride]
         bits = {member.bit: rank for rank, member in part.members.items() if member.scored}
         remaining = sum(1 << bit for bit in bits)
-        for depth, mask in enumerate([*part.table.masks(widest, hashes), 0]):
+        for depth, mask in enumerate([*blocks, 0]):
             ended, remaining = remaining & ~mask, remaining & mask
             while depth and ended:
                 bit = ended.bit_length() - 1
-                depths[bits[bit]] = depth
+                depths[bits[bit]] = depth * size
                 ended ^= 1 << bit
             if not remaining:
                 break
@@ -225,14 +238,14 @@ def explanations(fleet: Fleet, prompt: ServedPrompt) -> list[ExplanationAnswer]:
     """
     model = prompt.served
     groups = max((len(entry.groups) for entry in model.entries), default=1)
-    work = len(prompt.hashes) * len(model.ranks) * groups
+    work = len(prompt.names) * len(model.ranks) * groups
     if work > MAX_EXPLAINED:
         most = MAX_EXPLAINED // (len(model.ranks) * groups)
         raise TooLarge(
             f"expected a prompt of at most {most} blocks for {len(model.ranks)} ranks with {groups} groups, "
-            f"got {len(prompt.hashes)}; ask /query, or `vswa explain` for the whole of it"
+            f"got {len(prompt.names)}; ask /query, or `vswa explain` for the whole of it"
         )
-    found = fleet.index.explain(prompt.hashes, prompt.length, model.name)
+    found = fleet.index.explain(prompt.names, prompt.length, model.name)
     return [ExplanationAnswer.of(each) for each in found]
 
 

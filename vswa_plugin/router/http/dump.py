@@ -111,7 +111,7 @@ def _rank(fleet: Fleet, rank: Rank, query: DumpQuery, before: bytes) -> Iterator
         scored=view is not None and view.scored(now),
         epoch=0 if view is None else view.reader.epoch,
         next_event_id=0 if view is None else view.reader.next_event_id,
-        layout=DumpLayout(layout.groups, layout.rule, layout.model, layout.hash_scheme),
+        layout=DumpLayout(layout.groups, layout.rule, layout.model, layout.hash_scheme, layout.resumption),
         groups=[],
     )
     yield before + msgspec.json.encode(head).removesuffix(b"]}")

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from vswa_plugin.blocks.layout import CacheGroup
+from vswa_plugin.blocks.layout import CacheGroup, Resumption
 from vswa_plugin.index import Explanation, GroupExplanation, IndexStats
 from vswa_plugin.router.wishes import RoutingConstraints
 from vswa_plugin.selection import Override
@@ -170,6 +170,7 @@ class DumpLayout(msgspec.Struct, frozen=True):
     rule: str
     model: str
     hash_scheme: str
+    resumption: Resumption | None = None
 
 
 class RankDump(msgspec.Struct, frozen=True):

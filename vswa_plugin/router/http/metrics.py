@@ -17,7 +17,7 @@ from vswa_plugin.program.metrics import About, Page, no_plugins
 from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.pools import Pool
-from vswa_plugin.router.promises import Accuracy, RankAccuracy
+from vswa_plugin.router.promises import Promises, RankPromises
 from vswa_plugin.router.replicas.load import SharedLoad
 from vswa_plugin.router.reservations import ENDED_BY, Reservations
 from vswa_plugin.router.tallies import OTHER, Buckets
@@ -58,7 +58,7 @@ class Counted(msgspec.Struct, frozen=True):
     """
 
     decider: Decider
-    accuracy: Accuracy
+    promises: Promises
     pools: Callable[[], Iterable[Pool]]
     requests: RequestCounts | None = None
     reservations: Reservations | None = None
@@ -96,7 +96,7 @@ def router_families(counted: Counted) -> Iterator[Metric]:
     if counted.replicas is not None:
         yield from _replicas(counted.replicas)
     yield from _load(counted.pools())
-    yield from _accuracy(counted.accuracy)
+    yield from _promises(counted.promises)
 
 
 def _requests(counts: RequestCounts) -> list[Metric]:
@@ -173,16 +173,16 @@ def _load(pools: Iterable[Pool]) -> Iterator[Metric]:
         yield from in_pieces(new, ranks, add)
 
 
-def _accuracy(accuracy: Accuracy) -> Iterator[Metric]:
-    of_gone = [((model, OTHER, ""), counts) for model, counts in accuracy.gone.items()]
-    ranks = [((each.model, *rank_labels(rank)), each) for rank, each in accuracy.ranks.items()]
+def _promises(promises: Promises) -> Iterator[Metric]:
+    of_gone = [((model, OTHER, ""), counts) for model, counts in promises.gone.items()]
+    ranks = [((each.model, *rank_labels(rank)), each) for rank, each in promises.ranks.items()]
     counted = [*ranks, *of_gone]
 
     def predictions() -> CounterMetricFamily:
         text = "Finished requests, by predicted against reported cached blocks."
         return CounterMetricFamily("vswa_router_predictions", text, labels=(*_RANK, "result"))
 
-    def add_results(family: CounterMetricFamily, of: tuple[tuple[str, str, str], RankAccuracy]) -> None:
+    def add_results(family: CounterMetricFamily, of: tuple[tuple[str, str, str], RankPromises]) -> None:
         labels, counts = of
         for result in _RESULTS:
             family.add_metric([*labels, result], getattr(counts, result))
@@ -195,7 +195,7 @@ def _accuracy(accuracy: Accuracy) -> Iterator[Metric]:
             return CounterMetricFamily(name, text, labels=_RANK)
 
         def add_tokens(
-            family: CounterMetricFamily, of: tuple[tuple[str, str, str], RankAccuracy], field: str = field
+            family: CounterMetricFamily, of: tuple[tuple[str, str, str], RankPromises], field: str = field
         ) -> None:
             family.add_metric(of[0], getattr(of[1], field))
 
@@ -204,7 +204,7 @@ def _accuracy(accuracy: Accuracy) -> Iterator[Metric]:
         "vswa_router_prediction_error_blocks",
         "Blocks promised too many (over) or too few (under), of wrong predictions.",
         ("model", "direction"),
-        accuracy.errors,
+        promises.errors,
     )
 
     def systematic() -> GaugeMetricFamily:
@@ -212,9 +212,9 @@ def _accuracy(accuracy: Accuracy) -> Iterator[Metric]:
         return GaugeMetricFamily("vswa_router_systematic_error", text, labels=("worker",))
 
     def add_worker(family: GaugeMetricFamily, worker_id: int) -> None:
-        family.add_metric([id_text(worker_id)], accuracy.systematic(worker_id))
+        family.add_metric([id_text(worker_id)], promises.systematic(worker_id))
 
-    workers = list({rank.worker_id: None for rank in accuracy.ranks})
+    workers = list({rank.worker_id: None for rank in promises.ranks})
     yield from in_pieces(systematic, workers, add_worker)
 
 

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError
 from vswa_plugin.following.fleet import Fleet
-from vswa_plugin.program.addresses import check_address
+from vswa_plugin.program.addresses import check_address, http_url
 from vswa_plugin.program.status import Status
 from vswa_plugin.router.decide import Hasher
 from vswa_plugin.router.http.answers import (
@@ -78,7 +78,7 @@ class RouterServer:
     """Serves the API for one router.
 
     :param status: the state of the router's process.
-    :param selection: of a router that forwards nothing; None: ``/select`` is refused.
+    :param choices: of a router that forwards nothing; None: ``/select`` is refused.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class RouterServer:
         hasher: Hasher,
         status: Status,
         metrics: RouterMetrics,
-        selection: Selecting | None = None,
+        choices: Selecting | None = None,
     ) -> None:
         self._fleet = fleet
         self._groups = Groups(fleet.entries)
         self._hasher = hasher
         self._status = status
         self._shown_metrics = metrics
-        self._selection = selection
+        self._choices = choices
         self._dumping = False
         self._runner: web.AppRunner | None = None
 
@@ -108,12 +108,12 @@ class RouterServer:
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
         bound: int = self._runner.addresses[0][1]
-        logger.info("API on http://%s:%d, described at /openapi.json", host, bound)
+        logger.info("API on %s, described at /openapi.json", http_url(host, bound))
         return bound
 
     async def stop(self) -> None:
-        if self._selection is not None:
-            self._selection.reservations.close()
+        if self._choices is not None:
+            self._choices.reservations.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -182,12 +182,12 @@ class RouterServer:
         return document()
 
     def _selecting(self) -> Selecting:
-        if self._selection is None:
+        if self._choices is None:
             raise NoSelector(
                 "expected a router started with --selector-only, got one that forwards requests itself: send "
                 "them to Dynamo's frontend"
             )
-        return self._selection
+        return self._choices
 
     # -- reading and answering ---------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ from vswa_plugin.router.args import SELECTOR_PORT, RouterArgs
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.replicas.exchange import Replicas
-from vswa_plugin.router.selector.choices import Selection
+from vswa_plugin.router.selector.choices import GatewayChoices
 from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -53,16 +53,16 @@ class Selector(Program):
             tasks=life.tasks,
         )
         self.replicas = Replicas(transport, args.namespace, life.tasks)
-        self.accuracy = Accuracy()
+        self.promises = Promises()
         decider = Decider(self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
-        self.selection = Selection(
-            self.fleet, decider, namespaced_sequence_hashes, self.accuracy, self.replicas.load.book
+        self.choices = GatewayChoices(
+            self.fleet, decider, namespaced_sequence_hashes, self.promises, self.replicas.load.book
         )
         counted = Counted(
             decider,
-            self.accuracy,
-            self.selection.pools,
-            reservations=self.selection.reservations,
+            self.promises,
+            self.choices.pools,
+            reservations=self.choices.reservations,
             replicas=self.replicas.load,
         )
         self.server = RouterServer(
@@ -70,7 +70,7 @@ class Selector(Program):
             namespaced_sequence_hashes,
             life.status,
             RouterMetrics("selector", self.fleet, counted, host.metrics),
-            self.selection,
+            self.choices,
         )
 
     async def start(self) -> None:

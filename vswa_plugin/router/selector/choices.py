@@ -29,7 +29,7 @@ from vswa_plugin.router.http.messages import (
     SelectQuery,
 )
 from vswa_plugin.router.pools import Group, Groups, Model, Pool, not_used, set_ranks
-from vswa_plugin.router.promises import Accuracy
+from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.reservations import Reservation, Reservations
 from vswa_plugin.selection import LoadBook, NoCandidate
 from vswa_plugin.wire.events import Rank, id_text
@@ -59,7 +59,7 @@ _ROUTING = (
 _WORKER_IDS = ("backend_instance_id", "prefill_worker_id", "decode_worker_id")
 
 
-class Selection:
+class GatewayChoices:
     """The workers of all models, what is on them, and the reservations behind that.
 
     :param new_book: (model, block size) -> an empty load book.
@@ -70,14 +70,14 @@ class Selection:
         fleet: Fleet,
         decider: Decider,
         hasher: Hasher,
-        accuracy: Accuracy,
+        promises: Promises,
         new_book: Callable[[str, int], LoadBook] = lambda _, block_size: LoadBook(block_size),
     ) -> None:
         self.reservations = Reservations()
         self._fleet = fleet
         self._decider = decider
         self._hasher = hasher
-        self._accuracy = accuracy
+        self._promises = promises
         self._new_book = new_book
         self._models: dict[str, Model] = {}
         self._groups = Groups(fleet.entries)
@@ -120,7 +120,7 @@ class Selection:
         """Raises UnknownReservation."""
         reservation = self.reservations.release(wish.selection_id)
         decision = reservation.computes
-        self._accuracy.compare(decision, reservation.block_size, reservation.live, wish.cached_tokens)
+        self._promises.compare(decision, reservation.block_size, reservation.live, wish.cached_tokens)
         return ReleaseAnswer(wish.selection_id, decision.cached_tokens)
 
     def _chosen(
@@ -130,7 +130,7 @@ class Selection:
         if (missing := model.missing()) is not None:
             raise NoCandidate(f"{missing}; see /workers")
         request = _request_of(query)
-        hashed = PromptHashes(prompt.length, prompt.hashes, _reads_cache(query))
+        hashed = PromptHashes(prompt.length, prompt.hashes, prompt.names, _reads_cache(query))
 
         def one_of(pool: Pool) -> Decision:
             return self._decider.decide(pool, request, prompt=hashed, request_id=selection_id)
@@ -184,12 +184,12 @@ class Selection:
     def _update(self, groups: Mapping[str, Group]) -> None:
         self._faults.report_all(not_used(self._fleet.entries.values(), groups.values()))
         for name, group in groups.items():
-            size = group.used[0].block_size
+            naming = group.used[0].naming
             model = self._models.get(name)
-            if model is None or model.pool.block_size != size:
+            if model is None or model.pool.naming != naming:
                 if model is not None:
                     self._set_workers(model, ())
-                model = self._models[name] = Model(name, size, self._new_book(name, size))
+                model = self._models[name] = Model(name, naming, self._new_book(name, naming.block_size))
             self._set_workers(model, group.used)
         for name in self._models.keys() - groups.keys():
             self._set_workers(self._models.pop(name), ())
@@ -199,7 +199,7 @@ class Selection:
         set_ranks(model, used)
         for worker_id in before - {entry.worker_id for entry in used}:
             model.pool.book.drop(worker_id)
-            self._accuracy.drop(worker_id)
+            self._promises.drop(worker_id)
 
 
 def _pins(generates: Rank, computes: Rank | None) -> dict[str, int]:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from vswa_plugin.router.promises import BOUNDS, Accuracy, Outcome
+from vswa_plugin.router.promises import BOUNDS, Outcome, Promises
 from vswa_plugin.wire.events import Rank
 
 A, B = Rank(0xA), Rank(0xA, 1)
@@ -17,15 +17,15 @@ def outcome(predicted: int, actual: int, rank: Rank = A, *, live: bool = True, b
 
 
 def test_counts_are_in_whole_blocks_and_tokens_are_kept_beside() -> None:
-    accuracy = Accuracy()
+    promises = Promises()
     for predicted, actual in ((100, 96), (127, 96), (128, 96), (64, 96), (96, 100)):
-        accuracy.record(Outcome(A, 32, predicted, actual))
-    accuracy.unreported(B)
+        promises.record(Outcome(A, 32, predicted, actual))
+    promises.unreported(B)
 
-    counts = accuracy.ranks[A]
+    counts = promises.ranks[A]
     assert (counts.exact, counts.over, counts.under) == (3, 1, 1)
     assert (counts.predicted_tokens, counts.actual_tokens) == (515, 484)
-    assert accuracy.ranks[B].unreported == 1
+    assert promises.ranks[B].unreported == 1
 
 
 @pytest.mark.parametrize(
@@ -33,20 +33,20 @@ def test_counts_are_in_whole_blocks_and_tokens_are_kept_beside() -> None:
     [(1, "over", 1), (2, "over", 2), (3, "over", 4), (-1, "under", 1), (-5, "under", 8), (-70, "under", 128)],
 )
 def test_each_error_falls_into_the_bucket_of_the_next_bound(error: int, direction: str, bound: int) -> None:
-    accuracy = Accuracy()
-    accuracy.record(outcome(100 + error, 100))
+    promises = Promises()
+    promises.record(outcome(100 + error, 100))
 
-    assert [("", direction)] == list(accuracy.errors)
-    assert accuracy.errors["", direction].counts[BOUNDS.index(bound)] == 1
+    assert [("", direction)] == list(promises.errors)
+    assert promises.errors["", direction].counts[BOUNDS.index(bound)] == 1
 
 
 def test_errors_above_all_bounds_are_counted_too_and_right_ones_are_none() -> None:
-    accuracy = Accuracy()
-    accuracy.record(outcome(300, 100))
-    accuracy.record(outcome(100, 100))
+    promises = Promises()
+    promises.record(outcome(300, 100))
+    promises.record(outcome(100, 100))
 
-    assert (1, 200) == (accuracy.errors["", "over"].counts[-1], accuracy.errors["", "over"].sum)
-    assert accuracy.errors["", "over"].count == 1
+    assert (1, 200) == (promises.errors["", "over"].counts[-1], promises.errors["", "over"].sum)
+    assert promises.errors["", "over"].count == 1
 
 
 @pytest.mark.parametrize(
@@ -61,44 +61,44 @@ def test_errors_above_all_bounds_are_counted_too_and_right_ones_are_none() -> No
 def test_a_systematic_error_is_said_once_with_its_likely_cause(
     wrong: Outcome, cause: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    accuracy = Accuracy()
+    promises = Promises()
     with caplog.at_level(logging.INFO):
         for number in range(40):
-            accuracy.record(wrong if number % 3 == 0 else outcome(5, 5))
+            promises.record(wrong if number % 3 == 0 else outcome(5, 5))
 
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.startswith("worker 10: 8 of its last 22 predictions were wrong")
     assert cause in line
-    assert accuracy.systematic(0xA)
+    assert promises.systematic(0xA)
 
 
 def test_few_requests_and_few_errors_are_no_verdict(caplog: pytest.LogCaptureFixture) -> None:
-    accuracy = Accuracy()
+    promises = Promises()
     for _ in range(19):
-        accuracy.record(outcome(9, 3))
+        promises.record(outcome(9, 3))
     for number in range(200):
-        accuracy.record(outcome(9 if number % 5 == 4 else 3, 3, Rank(0xB)))
+        promises.record(outcome(9 if number % 5 == 4 else 3, 3, Rank(0xB)))
 
     assert not caplog.records
 
 
 def test_what_others_were_computing_meanwhile_is_counted_and_not_judged() -> None:
-    accuracy = Accuracy()
+    promises = Promises()
     for _ in range(40):
-        accuracy.record(Outcome(A, 32, 0, 320, in_flight=True))
+        promises.record(Outcome(A, 32, 0, 320, in_flight=True))
 
-    assert accuracy.ranks[A].under == 40
-    assert not accuracy.systematic(0xA)
+    assert promises.ranks[A].under == 40
+    assert not promises.systematic(0xA)
 
 
 def test_a_worker_that_is_right_again_is_said_so_and_can_be_told_anew(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    accuracy = Accuracy()
+    promises = Promises()
     with caplog.at_level(logging.INFO):
         for turn in (outcome(9, 3), outcome(5, 5), outcome(9, 3)):
             for _ in range(100):
-                accuracy.record(turn)
+                promises.record(turn)
 
     levels = [record.levelname for record in caplog.records]
     assert levels == ["WARNING", "INFO", "WARNING"]
@@ -106,14 +106,14 @@ def test_a_worker_that_is_right_again_is_said_so_and_can_be_told_anew(
 
 
 def test_a_worker_that_has_gone_is_forgotten() -> None:
-    accuracy = Accuracy()
+    promises = Promises()
     for _ in range(30):
-        accuracy.record(outcome(9, 3))
-        accuracy.record(outcome(9, 3, Rank(0xB)))
-    accuracy.record(Outcome(A, 32, 64, 32, model="m"))
-    accuracy.drop(0xA)
+        promises.record(outcome(9, 3))
+        promises.record(outcome(9, 3, Rank(0xB)))
+    promises.record(Outcome(A, 32, 64, 32, model="m"))
+    promises.drop(0xA)
 
-    assert list(accuracy.ranks) == [Rank(0xB)]
-    assert (31, 30) == (accuracy.gone[""].over, accuracy.ranks[Rank(0xB)].over), "no count goes down"
-    assert not accuracy.systematic(0xA)
-    assert accuracy.systematic(0xB)
+    assert list(promises.ranks) == [Rank(0xB)]
+    assert (31, 30) == (promises.gone[""].over, promises.ranks[Rank(0xB)].over), "no count goes down"
+    assert not promises.systematic(0xA)
+    assert promises.systematic(0xB)
