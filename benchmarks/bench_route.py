@@ -55,7 +55,7 @@ def measure(options: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def encoded(result: Mapping[str, Any]) -> str:
+def encoded(result: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """A line for each row."""
     text = json.dumps(result, indent=1)
     return re.sub(r"\{[^{}]*\}", lambda found: " ".join(found.group().split()), text) + "\n"
@@ -117,13 +117,13 @@ def _counts(result: Mapping[str, Any]) -> str:
     return f"Of {len(found)} cells: {told}."
 
 
-def rewrite(page: Path, text: str) -> None:
+def rewrite(page: Path, text: str, begins: str = BEGIN, ends: str = END) -> None:
     """Put ``text`` between the marks of ``page``."""
-    before, begin, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.read_text("utf-8").partition(begins)
+    _, end, after = rest.partition(ends)
     if not (begin and end):
-        raise SystemExit(f"{page}: expected the marks {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+        raise SystemExit(f"{page}: expected the marks {begins} and {ends}")
+    page.write_text(f"{before}{begins}\n{text}\n{ends}{after}", "utf-8")
 
 
 def main() -> int:

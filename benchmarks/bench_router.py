@@ -1,11 +1,19 @@
-"""What our router costs a request: against Dynamo's own KV router and round robin, over the same workers.
+"""What our routers cost a request: against Dynamo's own KV router and round robin, over the same workers.
 
     python benchmarks/bench_router.py [--short] [--json FILE]
 
-Two echo workers and four frontends of Dynamo: one with round robin and one with Dynamo's KV router in front
-of the workers, one in front of our router, and one in front of a relay, which is our router without a choice.
-In each round all four are measured, in changing order; given are medians over the rounds, and of what
-compares the sides of each round.
+Two echo workers behind six data paths:
+
+    round_robin     client - Dynamo's frontend - worker
+    dynamo_kv       the same, and Dynamo's KV router in the frontend chooses
+    envoy           client - Envoy - frontend - worker
+    picker          the same, and our picker chooses beside it
+    relay           client - frontend - our router without a choice - worker
+    exact           client - frontend - our router - worker
+
+The frontend behind both Envoys is the same one. In each round all paths are measured, in changing order;
+given are medians over the rounds, and of what compares two paths those of each round. The CPU of a path is
+that of all its processes (workers, frontend, Envoy, router, picker), per token; the client's is not in it.
 
 a) full speed: time to first token of one stream at a time, and tokens a second of 8 streams at once;
 b) 64 streams at 50 tokens a second each: the rate that arrives, and how much of our router's CPU is scoring.
@@ -31,14 +39,27 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from vswa_plugins.gemma3_cpu.weights.checkpoint import make_checkpoint
 
 from vswa_plugin.dynamo.names import LOOPBACK_ENV
 from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.cluster import PEEK_ENV
+from vswa_plugin.launch.envoy import Address, EnvoySettings, envoy_config, find_envoy
 from vswa_plugin.launch.processes import Child, free_port, python_module
 
 MODEL, WORKERS, FRONT, RELAYED = "echo", "bench-workers", "bench-front", "bench-relay"
-KINDS = ("round_robin", "dynamo_kv", "relay", "exact")
+KINDS = ("round_robin", "dynamo_kv", "envoy", "picker", "relay", "exact")
+#: (path, what it is compared with)
+PAIRS = (
+    ("exact", "round_robin"),
+    ("exact", "dynamo_kv"),
+    ("exact", "relay"),
+    ("picker", "envoy"),
+    ("picker", "round_robin"),
+    ("picker", "dynamo_kv"),
+    ("picker", "exact"),
+)
 STREAMS, PACE = 64, 50
 
 
@@ -66,6 +87,8 @@ class Fleet:
         self.children: list[Child] = []
         self.brokers: list[Child] = []
         self.router: Child
+        #: By path: the processes that a request passes or that choose for it.
+        self.passes: dict[str, list[Child]] = {}
         self._env: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -80,10 +103,12 @@ class Fleet:
             "ETCD_ENDPOINTS": endpoints,
             "DYN_LOG": "error",
         }
-        for number in range(2):
+        workers = [
             await self._child(f"worker-{number}", *side("worker", model_path=str(model)))
+            for number in range(2)
+        ]
         arguments = ["--endpoint", f"dyn://{RELAYED}.router.generate", "--namespace", WORKERS]
-        await self._child("relay", *side("relay", arguments=arguments))
+        relay = await self._child("relay", *side("relay", arguments=arguments))
         arguments[1] = f"dyn://{FRONT}.router.generate"
         meters = str(self.folder / "meters")
         self.router = await self._child("router", *side("router", arguments=arguments, meters=meters))
@@ -98,9 +123,39 @@ class Fleet:
             where = ("--http-port", str(port), "--router-mode", mode, "--namespace", space)
             child = await self._child(f"frontend-{kind}", *python_module("vswa_plugin.frontend", *where))
             await child.until(partial(_serves, self.urls[kind]), "serving", 40)
+            chooses = {"relay": [relay], "exact": [self.router]}.get(kind, [])
+            self.passes[kind] = [*workers, child, *chooses]
+        await self._start_gateways(workers)
 
-    async def _child(self, name: str, *command: str) -> Child:
-        child = await Child.start(name, command, self.folder, self._env)
+    async def _start_gateways(self, workers: list[Child]) -> None:
+        """Two Envoys before one frontend, one of them with a picker."""
+        behind, grpc = Address("127.0.0.1", free_port()), Address("127.0.0.1", free_port())
+        where = ("--http-port", str(behind.port), "--namespace", WORKERS)
+        frontend = await self._child(
+            "frontend-gateway", *python_module("vswa_plugin.frontend", *where), env=PEEK_ENV
+        )
+        options = ("--namespace", WORKERS, "--grpc-port", str(grpc.port))
+        picker = await self._child("picker", *python_module("vswa_plugin", "picker", *options))
+        for kind, pickers in (("envoy", ()), ("picker", (grpc,))):
+            listen = Address("127.0.0.1", free_port())
+            config = self.folder / f"{kind}.json"
+            # Closed: where the picker does not answer, this shall not be measured as if it did.
+            config.write_text(
+                json.dumps(envoy_config(EnvoySettings(listen, (behind,), pickers, closed=True)))
+            )
+            command = [find_envoy(), "-c", str(config), "--disable-hot-restart", "--log-level", "error"]
+            child = await self._child(f"envoy-{kind}", *command)
+            self.urls[kind] = f"http://127.0.0.1:{listen.port}"
+            await child.until(partial(_serves, self.urls[kind]), "serving", 40)
+            self.passes[kind] = [*workers, frontend, child, *([picker] if pickers else [])]
+
+    def cpu_s(self, kind: str) -> float:
+        """Spent by all processes of a path until now."""
+        times = [psutil.Process(child.pid).cpu_times() for child in self.passes[kind]]
+        return sum(each.user + each.system for each in times)
+
+    async def _child(self, name: str, *command: str, env: Mapping[str, str] | None = None) -> Child:
+        child = await Child.start(name, command, self.folder, {**self._env, **(env or {})})
         self.children.append(child)
         return child
 
@@ -183,6 +238,12 @@ async def paced(session: aiohttp.ClientSession, url: str, prompts: Prompts) -> f
     return statistics.median(await asyncio.gather(*map(one, range(STREAMS))))
 
 
+#: Tokens of one run of a measure.
+TOKENS = {
+    "first_token_ms": 40 * 2,
+    "full_speed_tokens_per_s": 8 * 500,
+    "paced_tokens_per_s": STREAMS * 4 * PACE,
+}
 MEASURES: Mapping[str, Measure] = {
     "first_token_ms": time_to_first_token,
     "full_speed_tokens_per_s": full_speed,
@@ -193,6 +254,7 @@ MEASURES: Mapping[str, Measure] = {
 async def measure(fleet: Fleet, rounds: int) -> dict[str, Any]:
     prompts = Prompts()
     found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in MEASURES}
+    cpu: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in MEASURES}
     meters: list[dict[str, float]] = []
     # A connection a request: on one that is kept, a first token of so few bytes can wait 40 ms for the
     # acknowledgement of the headers before it.
@@ -202,14 +264,20 @@ async def measure(fleet: Fleet, rounds: int) -> dict[str, Any]:
             await full_speed(session, fleet.urls[kind], prompts)
         for number in range(rounds):
             for name, take in MEASURES.items():
-                for kind in (*KINDS[number % 4 :], *KINDS[: number % 4]):
-                    before = await fleet.meters()
+                first = number % len(KINDS)
+                for kind in (*KINDS[first:], *KINDS[:first]):
+                    before, cpu_before = await fleet.meters(), fleet.cpu_s(kind)
                     found[name][kind].append(await take(session, fleet.urls[kind], prompts))
+                    cpu[name][kind].append((fleet.cpu_s(kind) - cpu_before) / TOKENS[name] * 1e6)
                     if kind == "exact" and name == "paced_tokens_per_s":
                         after = await fleet.meters()
                         meters.append({each: after[each] - before[each] for each in after})
                 say(name, {kind: values[-1] for kind, values in found[name].items()})
-    return {**summary(found), "paced_router": scoring(meters)}
+    spent = {
+        name: {kind: round(statistics.median(values), 1) for kind, values in sides.items()}
+        for name, sides in cpu.items()
+    }
+    return {**summary(found), "cpu_us_per_token": spent, "paced_router": scoring(meters)}
 
 
 def summary(found: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
@@ -219,18 +287,17 @@ def summary(found: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
         for name, sides in found.items()
     }
 
-    def pairs(name: str, other: str, compare: Callable[[float, float], float]) -> float:
-        sides = found[name]
-        return round(statistics.median(map(compare, sides["exact"], sides[other])), 3)
+    def pairs(name: str, pair: tuple[str, str], compare: Callable[[float, float], float]) -> float:
+        ours, theirs = (found[name][kind] for kind in pair)
+        return round(statistics.median(map(compare, ours, theirs)), 3)
 
     compared = {
-        f"against_{other}": {
-            "added_first_token_ms": pairs("first_token_ms", other, lambda ours, theirs: ours - theirs),
-            "full_speed": pairs("full_speed_tokens_per_s", other, lambda ours, theirs: ours / theirs),
-            "paced": pairs("paced_tokens_per_s", other, lambda ours, theirs: ours / theirs),
+        f"{pair[0]}_against_{pair[1]}": {
+            "added_first_token_ms": pairs("first_token_ms", pair, lambda ours, theirs: ours - theirs),
+            "full_speed": pairs("full_speed_tokens_per_s", pair, lambda ours, theirs: ours / theirs),
+            "paced": pairs("paced_tokens_per_s", pair, lambda ours, theirs: ours / theirs),
         }
-        for other in KINDS
-        if other != "exact"
+        for pair in PAIRS
     }
     rounded = {
         name: {kind: [round(value, 3) for value in values] for kind, values in sides.items()}

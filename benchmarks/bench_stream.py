@@ -105,7 +105,8 @@ async def follow_ours(nats_server: str, events: int, ready: Callable[[], None]) 
     subscriber = Subscriber(transport, Noted(), namespace="bench")
     await subscriber.start()
     ready()
-    await asyncio.wait_for(done.wait(), 60)
+    async with asyncio.timeout(60):
+        await done.wait()
     await subscriber.stop()
     await transport.close()
     return seen

@@ -7,6 +7,7 @@ the blocks of the group with global attention, and no others.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class Ours:
         self.plan = groups.plan
 
     def query(self, hashes: Sequence[int]) -> Callable[[], Any]:
-        names = list(hashes)
+        names = array("Q", hashes)
         return lambda: self.table.score(names, self.plan, _ALL_RANKS, list_of_ranks)
 
 

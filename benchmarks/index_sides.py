@@ -123,7 +123,7 @@ class Ours:
             self.index.apply(RANKS[rank], change)
 
     def query(self, chain: Chain, blocks: int) -> Callable[[], Any]:
-        hashes = list(chain.sequence[:blocks])
+        hashes = array("Q", chain.sequence[:blocks])  # as the router hashes prompts
         return lambda: self.index.score(hashes, blocks * BLOCK + 1)
 
     def query_tokens(self, token_ids: list[int]) -> Callable[[], Any]:

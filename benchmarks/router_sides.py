@@ -30,7 +30,7 @@ from vswa_plugin.registry import Entry
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.router.app import Router
 from vswa_plugin.router.args import parse
-from vswa_plugin.wire.events import Source
+from vswa_plugin.wire.events import ReuseReport, Source
 from vswa_plugin.wire.subjects import subject
 from vswa_plugin.wire.transport import Transport
 
@@ -150,6 +150,7 @@ class EchoWorker:
                 details = {"prompt_tokens_details": {"cached_tokens": cached}}
                 chunk |= {"finish_reason": "length", "completion_usage": usage | details}
             yield chunk
+        self._ours.report(ReuseReport(context.id(), len(prompt), cached))
 
     def _take(self, prompt: list[int]) -> int:
         hashes = sequence_hashes_of_tokens(prompt, BLOCK)
@@ -200,7 +201,9 @@ async def relay(arguments: list[str]) -> int:
         life = Life("vswa router")
         made = Router(args, host, registry_from_env(), life)
 
-        async def passed_on(request: dict[str, Any], call: Call) -> AsyncIterator[dict[str, Any]]:
+        async def passed_on(
+            request: dict[str, Any], call: Call, shown: str | None = None
+        ) -> AsyncIterator[dict[str, Any]]:
             client = next(iter(made.forwarder.models[request["model"]].clients.values()))
             workers = sorted(client.instance_ids())
             worker_id = workers[hash(tuple(request["token_ids"][:64])) % len(workers)]

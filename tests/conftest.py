@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -22,9 +23,20 @@ from vswa_plugin.launch.topologies import WorkerGroup
 
 HERE = Path(__file__).parent
 #: What starts servers or programs, or runs long, is not quick: these folders and files, and these fixtures.
-NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry", "simulation", "testing"} | {
+NOT_QUICK = {
+    "accuracy",
+    "cases",
+    "cluster",
+    "conformance",
+    "endurance",
+    "launch",
+    "registry",
+    "simulation",
+    "testing",
+} | {
     "live",
     "test_nats_auth",
+    "test_nats_permissions",
     "test_worker_life",
     "test_model_path",
     "test_hostile_files",
@@ -35,6 +47,7 @@ NOT_QUICK = {"accuracy", "cases", "cluster", "conformance", "launch", "registry"
     "test_exit_codes",
     "test_plugin_options",
     "test_schema",
+    "test_live_page",
     "test_deep_chains",
     # Recorded traces, replayed whole.
     "test_unannounced_traces",
@@ -50,8 +63,10 @@ LONG = {
     HERE / "cluster/test_decode_loss.py",
     HERE / "cluster/test_demo_runs.py",
     HERE / "cluster/test_metrics_pages.py",
+    HERE / "cluster/test_monitoring.py",
     HERE / "cluster/test_request_fields.py",
     HERE / "cluster/test_router_windows.py",
+    HERE / "cluster/test_tracing.py",
     HERE / "conformance/test_faults.py",
     HERE / "conformance/test_registry_faults.py",
     HERE / "files/test_hostile_files.py",
@@ -89,11 +104,22 @@ def _nothing_is_left_behind() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """nohup has SIGHUP ignored, which our programs respect, and their children inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(autouse=True)
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brokers and plugin switches of whoever runs the tests must not decide what passes."""
     for name in list(os.environ):
-        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_")) and name not in ("VSWA_KERNEL", SCRATCH_ENV):
+        if name.startswith(("NATS_", "ETCD_", "VSWA_", "DYN_", "OTEL_")) and name not in (
+            "VSWA_KERNEL",
+            SCRATCH_ENV,
+        ):
             monkeypatch.delenv(name)
 
 

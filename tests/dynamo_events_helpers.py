@@ -9,7 +9,6 @@ from typing import Any
 
 from dynamo.llm import RadixTree
 from vswa_plugins.dynamo_events.projection import Changes, Projection, Run
-from vswa_plugins.dynamo_events.tree import unpacked
 
 from vswa_plugin.blocks.hashing import block_hash, block_hashes, chain
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
@@ -121,7 +120,7 @@ class DynamoTree:
         if changes.removed:
             self._apply({"removed": {"block_hashes": [block.sequence_hash for block in changes.removed]}})
         for run in changes.stored:
-            local = block_hashes(unpacked(run.blocks), self._block_size)
+            local = block_hashes(run.token_ids(), self._block_size)
             blocks = [
                 {"block_hash": block.sequence_hash, "tokens_hash": tokens_hash}
                 for block, tokens_hash in zip(run.blocks, local, strict=True)

@@ -29,7 +29,8 @@ from vswa_plugins.dynamo_events.feed import RankFeed
 from vswa_plugins.dynamo_events.projection import Projection
 
 from tests.dynamo_events_helpers import SIZE, Held, layout_of, tokens_of
-from vswa_plugin.wire.events import VERSION, Batch, Source
+from tests.dynamo_events_hybrid import MIXED, HybridWorker
+from vswa_plugin.wire.events import VERSION, Batch, Event, Source
 
 SOURCE = Source("lab", "backend", 1)
 
@@ -65,7 +66,12 @@ class Dynamo:
         )
         client = await endpoint.client()
         await client.wait_for_instances()
-        return cls(endpoint, publisher)
+        dynamo = cls(endpoint, publisher)
+        async with asyncio.timeout(40):
+            # What it is not subscribed to yet is lost.
+            while not await dynamo.match(dynamo.mark()):
+                await asyncio.sleep(0.05)
+        return dynamo
 
     def with_another_router(self) -> Dynamo:
         """The same worker, and a router that has seen nothing of it."""
@@ -76,7 +82,17 @@ class Dynamo:
         return max((worker["device_blocks"] for worker in found["workers"]), default=0)
 
     async def settled(self) -> None:
-        """Return when the router has seen what was published until now: a last block of our own shows it."""
+        """Return when the router has seen what was published until now: a last block of our own shows it.
+
+        What was published before the router's subscription stood is lost. The router notices by the
+        number of the next event, and then asks for what it missed; so there is a next one after a while.
+        """
+        async with asyncio.timeout(40):
+            while not await self._seen(self.mark(), 1.0):
+                pass
+
+    def mark(self) -> list[int]:
+        """Publish a block of our own; its tokens."""
         number = 1_000_000 + next(self._numbers)
         token_ids = [number] * SIZE
         event = {
@@ -86,9 +102,16 @@ class Dynamo:
             "block_hashes": [number],
         }
         self.publisher.publish_batch([event])
-        async with asyncio.timeout(20):
-            while not await self.match(token_ids):
-                await asyncio.sleep(0.001)
+        return token_ids
+
+    async def _seen(self, token_ids: list[int], within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                while not await self.match(token_ids):
+                    await asyncio.sleep(0.001)
+        except TimeoutError:
+            return False
+        return True
 
 
 async def play(dynamo: Dynamo, mode: str, steps: list[list[Any]], clean_up: bool = True) -> list[int]:
@@ -112,6 +135,22 @@ async def play(dynamo: Dynamo, mode: str, steps: list[list[Any]], clean_up: bool
         prompts = {path + more for path in held.known for more in ("", "~")}
         wrong.append(sum([held.match(each) != await dynamo.match(tokens_of(each)) for each in prompts]))
     return wrong
+
+
+async def hybrid(dynamo: Dynamo, seed: int) -> list[int]:
+    """How many sequences are scored wrongly after each request to a worker with blocks of several sizes."""
+    worker = HybridWorker(MIXED, seed)
+    feed, wrong = RankFeed(worker.projection, dynamo.publisher), []
+    for _ in range(10):
+        shown: list[Event] = []
+        worker.serve(shown.append)
+        feed.batch(SOURCE, Batch(VERSION, 1, 0, 0, tuple(shown)))
+        await dynamo.settled()
+        published = worker.published()
+        wrong.append(
+            sum([worker.match(each, published) != await dynamo.match(each) for each in worker.served])
+        )
+    return [*wrong, worker.projection.published]
 
 
 async def doubled_store(dynamo: Dynamo) -> int:
@@ -163,6 +202,7 @@ async def main(model_dir: str) -> None:
     found: dict[str, Any] = {
         name: await play(dynamo, script["mode"], script["steps"]) for name, script in scripts.items()
     }
+    found["several sizes"] = await hybrid(dynamo, 8)
     found["doubled store"] = await doubled_store(dynamo)
     await (later := dynamo.with_another_router()).settled()
     found["a later router"] = await later.match(tokens_of("Z" * 3))

@@ -33,11 +33,13 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
 
 @st.composite
 def partial_layouts(draw: st.DrawFn) -> CacheLayout:
-    """Full and recurrent groups, with prefixes that may end inside blocks."""
+    """Prefixes that may end inside the blocks of full and recurrent groups; those of others are units."""
     unit, size = draw(st.sampled_from([1, 2])), draw(st.sampled_from([4, 8]))
-    kinds = draw(st.lists(st.sampled_from(["full", "recurrent"]), min_size=1, max_size=3))
+    kinds = draw(st.lists(st.sampled_from(["full", "recurrent", "sliding"]), min_size=1, max_size=3))
     groups = tuple(
-        CacheGroup(i, None, size, kind, None, kind == "full" and draw(st.booleans()))
+        CacheGroup(i, draw(st.integers(1, 5)), unit, kind)
+        if kind == "sliding"
+        else CacheGroup(i, None, size, kind, None, kind == "full" and draw(st.booleans()))
         for i, kind in enumerate(kinds)
     )
     return CacheLayout(groups, "vllm_hybrid", "m", resumption=Resumption(unit, unit, partial=True)).check()

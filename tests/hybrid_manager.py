@@ -88,9 +88,7 @@ class HybridManager:
             assert group.chunk_size is not None
             start = length - length % group.chunk_size
         elif group.kind == "sliding":
-            assert group.window_size is not None
-            blocks = max(1, -(-(group.window_size - 1) // size))
-            start = max(0, length - blocks * size)
+            start = max(0, length - self._window(group) * size)
         else:
             start = 0
         return all(holds(at) for at in range(start + size, length + 1, size))
@@ -99,8 +97,21 @@ class HybridManager:
         """Where vLLM gives up the last block twice."""
         if not group.drops_last or group.kind != "sliding" or group.block_size == self.where.alignment:
             return False
+        return length // group.block_size < self._window(group)
+
+    def _window(self, group: CacheGroup) -> int:
+        """Blocks of a window before a boundary.
+
+        vLLM looks up one kind of group, or a full one and another, in one pass, in which a block that is
+        given up is proof enough for a window of one token.
+        """
         assert group.window_size is not None
-        return length // group.block_size < max(1, -(-(group.window_size - 1) // group.block_size))
+        kinds = {
+            (each.kind, each.window_size, each.chunk_size, each.block_size) for each in self.layout.groups
+        }
+        once = len(kinds) < 2 or (len(kinds) == 2 and "full" in {kind for kind, *_ in kinds})
+        blocks = -(-(group.window_size - 1) // group.block_size)
+        return blocks if group.drops_last and once else max(1, blocks)
 
     # -- what is stored ------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from vswa_plugin.wire.events import Rank, Stored
 P1, P2, D1, D2, AGG = Rank(11), Rank(12, 1), Rank(21), Rank(22, 2), Rank(31)
 LAYOUT = CacheLayout((CacheGroup(0, 32, 16), CacheGroup(1, None, 16)), "trtllm_v2", "m")
 PROMPT = list(range(160))
-HASHES = namespaced_sequence_hashes(PROMPT, 16)
+HASHES = list(namespaced_sequence_hashes(PROMPT, 16))
 
 
 def usage(cached: int | None) -> dict[str, Any]:

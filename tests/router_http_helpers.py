@@ -18,8 +18,9 @@ from vswa_plugin.registry import Entry
 from vswa_plugin.registry.file import FileRegistry
 from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.http.answers import choice_answers
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
-from vswa_plugin.router.http.server import RouterServer
+from vswa_plugin.router.http.server import RouterServer, Tokens
 from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.selector.choices import GatewayChoices
 from vswa_plugin.selection import LoadBook, SelectionHooks, Weights
@@ -31,7 +32,7 @@ from vswa_plugin.wire.transport import Transport
 GROUPS = (CacheGroup(0, 32, 16), CacheGroup(1, None, 16))
 A, A1, B = Rank(1), Rank(1, 1), Rank(2)
 PROMPT = list(range(130))
-HASHES = namespaced_sequence_hashes(PROMPT, 16)
+HASHES = list(namespaced_sequence_hashes(PROMPT, 16))
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -70,11 +71,18 @@ def stored(*, sliding: Sequence[int] = (), whole: Sequence[int] = (), tier: str 
 class Api:
     """Worker 1 with two ranks and worker 2, all of model ``m``; a running server."""
 
-    def __init__(self, *, selector: bool = True, hooks: SelectionHooks | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        selector: bool = True,
+        hooks: SelectionHooks | None = None,
+        token: str | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
         index = WindowIndex()
         self.fleet = Fleet(Transport(), FileRegistry("/nonexistent"), namespace="ns", index=index)
-        self.promises = Promises()
         self.decider = Decider(index, Weights(), namespaced_sequence_hashes, hooks)
+        self.promises = Promises(self.decider.recent.reported)
         self.status = Status(ready=True)
         self.choices = GatewayChoices(self.fleet, self.decider, namespaced_sequence_hashes, self.promises)
         counted = Counted(
@@ -90,6 +98,9 @@ class Api:
             self.status,
             RouterMetrics("selector", self.fleet, counted),
             self.choices if selector else None,
+            token,
+            tokens,
+            explain_choice=lambda prompt: choice_answers(self.decider, self.choices.models(), prompt),
         )
         self.url = ""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 import msgspec
@@ -27,8 +28,9 @@ class SeeingEngine(StandinEngine):
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
         with self._seen.open("a", encoding="utf-8") as file:
             file.write(json.dumps(request) + "\n")
-        async for chunk in super().generate(request):
-            yield chunk
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 @hookimpl

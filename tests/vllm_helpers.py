@@ -33,7 +33,7 @@ WAIT_S = 20.0
 Installer = Callable[..., None]
 
 
-def _forget(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+def _forget() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
         del sys.modules[name]
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vswa_plugins.vllm.model import cache_groups, load_shape
+from vswa_plugins.vllm.grouping import Layer, cache_groups, with_one_pool
+from vswa_plugins.vllm.model import load_shape
 
 from tests.vllm_connector import Connector, KVTransferConfig
 from tests.vllm_connector import KVConnectorFactory as KVConnectorFactory
@@ -225,10 +226,12 @@ class AsyncLLM:
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         self.args = args
         self.block_size = self.quirks.get("block_size", args.block_size or 16)
-        windows = load_shape(args.model).windows
+        layers = list(load_shape(args.model).layers)
         if args.disable_hybrid_kv_cache_manager:
-            windows = (None,) * len(windows)
-        self.groups = cache_groups(self.quirks.get("windows", windows), self.block_size)
+            layers = with_one_pool(layers)
+        if "windows" in self.quirks:
+            layers = [Layer(window) for window in self.quirks["windows"]]
+        self.groups = cache_groups(layers, self.block_size)
         config = args.kv_transfer_config
         self.connector = Connector(config, self.groups, self._log) if config else None
         self.ranks = [_Rank(self, rank) for rank in range(args.data_parallel_size)]

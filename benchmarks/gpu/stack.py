@@ -23,8 +23,20 @@ MODEL = "bench"
 FRONT_S = 60.0
 #: Draining included.
 STOP_S = 45.0
-#: How each policy chooses a worker. ``exact`` is our router; the others are Dynamo's frontend alone.
-POLICIES: Mapping[str, str] = {"exact": "round-robin", "dynamo": "kv", "round_robin": "round-robin"}
+#: The options and the environment of our router, for each policy that has one.
+ROUTERS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
+    "exact": ((), {}),
+    "placement": ((), {"VSWA_PLUGIN_PLACEMENT_MODE": "placement"}),
+    "forecast": (("--promise", "forecast"), {}),
+}
+#: How the frontend of each policy chooses a worker; before our router there is one to choose, the router.
+POLICIES: Mapping[str, str] = {
+    **dict.fromkeys(ROUTERS, "round-robin"),
+    "dynamo": "kv",
+    "round_robin": "round-robin",
+}
+#: What is compared where nothing else is asked for.
+USUAL = ("exact", "placement", "dynamo", "round_robin")
 Say = Callable[[str], None]
 
 
@@ -40,7 +52,10 @@ class Stack:
         self._children: list[Child] = []
         self._workers: dict[str, tuple[Child, str]] = {}
         self._fronts: dict[str, str] = {}
-        self._router_url = ""
+        self._routers: dict[str, str] = {}
+        self._routed = ""
+        #: Workers by namespace.
+        self._served: Counter[str] = Counter()
         self._env: dict[str, str] = {}
         self._session: aiohttp.ClientSession | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +81,7 @@ class Stack:
         namespace: str,
         dynamo_events: str,
         *options: str,
+        mode: str = "agg",
         env: Mapping[str, str] | None = None,
     ) -> None:
         """Start one; it need not be up yet.
@@ -73,12 +89,13 @@ class Stack:
         :param dynamo_events: what the plugin of that name publishes for Dynamo's own router.
         """
         url = f"http://127.0.0.1:{(port := free_port())}"
-        command = python_module("vswa_plugin.worker", "--mode", "agg", "--engine", "vllm")
+        command = python_module("vswa_plugin.worker", "--mode", mode, "--engine", "vllm")
         command += ["--model-path", str(self._model), "--served-model-name", MODEL, "--register", "frontend"]
-        command += ["--endpoint", f"dyn://{default_endpoint('agg', namespace)}", "--status-port", str(port)]
+        command += ["--endpoint", f"dyn://{default_endpoint(mode, namespace)}", "--status-port", str(port)]
         command += ["--override-engine-args", json.dumps(self._profile["engine"]), *options]
         child = await self._start(name, command, {"VSWA_DYNAMO_EVENTS": dynamo_events, **(env or {})})
         self._workers[name] = (child, url)
+        self._served[namespace] += 1
 
     async def start_front(self, policy: str, namespace: str, name: str = "") -> None:
         """Start what stands before the workers of ``namespace``.
@@ -87,12 +104,21 @@ class Stack:
         """
         name = name or policy
         shown = namespace
-        if policy == "exact":
-            shown = f"{namespace}-front"
-            self._router_url = f"http://127.0.0.1:{(port := free_port())}"
+        if policy in ROUTERS:
+            options, env = ROUTERS[policy]
+            shown, self._routed = f"{namespace}-{policy}", namespace
+            self._routers[name] = f"http://127.0.0.1:{(port := free_port())}"
             command = python_module("vswa_plugin.router", "--endpoint", f"dyn://{shown}.router.generate")
-            command += ["--namespace", namespace, "--served-model-name", MODEL, "--http-port", str(port)]
-            await self._start(f"router-{name}", command, {})
+            command += [
+                "--namespace",
+                namespace,
+                "--served-model-name",
+                MODEL,
+                "--http-port",
+                str(port),
+                *options,
+            ]
+            await self._start(f"router-{name}", command, env)
         port = free_port()
         command = python_module("vswa_plugin.frontend", "--http-port", str(port), "--namespace", shown)
         command += ["--router-mode", POLICIES[policy]]
@@ -110,14 +136,14 @@ class Stack:
         front = self._children[-1]
         for name, url in self._fronts.items():
             await front.until(partial(self._serves, url), f"serving behind {name}", FRONT_S)
-        if self._router_url:
-            await front.until(self._router_knows, "known to the router", FRONT_S)
+        for name, url in self._routers.items():
+            await front.until(partial(self._router_knows, url), f"known to the router of {name}", FRONT_S)
 
     def url(self, name: str) -> str:
         return self._fronts[name]
 
-    async def counters(self) -> dict[str, Counter[str]]:
-        """What workers and router have counted so far: totals of the engines, promises of the router."""
+    async def counters(self, front: str) -> dict[str, Counter[str]]:
+        """What has been counted so far: totals of the engines, promises of the router of ``front``."""
         made: dict[str, Counter[str]] = {
             "engines": Counter(),
             "promises": Counter(),
@@ -129,7 +155,8 @@ class Stack:
                     made["engines"][name.removeprefix("vswa_engine_").removesuffix("_total")] += int(value)
                 if name == "vswa_engine_requests_total":
                     made["requests_by_worker"][worker] += int(value)
-        for name, labels, value in await self._samples(self._router_url) if self._router_url else ():
+        router = self._routers.get(front)
+        for name, labels, value in await self._samples(router) if router else ():
             if name == "vswa_router_predictions_total":
                 made["promises"][labels["result"]] += int(value)
             elif name == "vswa_router_predicted_cached_tokens_total":
@@ -161,13 +188,13 @@ class Stack:
         self._children.append(child)
         return child
 
-    async def _router_knows(self) -> bool:
+    async def _router_knows(self, url: str) -> bool:
         known = {
             labels["worker"]
-            for name, labels, _ in await self._samples(self._router_url)
+            for name, labels, _ in await self._samples(url)
             if name == "vswa_router_load_requests" and labels["model"] == MODEL
         }
-        return len(known) == len(self._workers)
+        return len(known) == self._served[self._routed]
 
     async def _serves(self, url: str) -> bool:
         body = {"model": MODEL, "prompt": [7] * 20, "max_tokens": 1}

@@ -10,7 +10,9 @@ from vswa_plugin.errors import ConfigError
 from vswa_plugin.hookspecs import hookimpl
 
 from .feed import Feed, RankFeed
-from .projection import MODES, Projection
+from .grid import MODES
+from .projection import Projection
+from .units import unit_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +99,7 @@ def connect(mode: str, worker: WorkerContext) -> Feed:
     """
     layout = worker.info.layout
     ranks = range(worker.info.data_parallel_size)
-    projections = [Projection(mode, layout, worker.rules) for _ in ranks]
+    projections = [Projection(mode, layout, worker.rules, hasher=unit_hashes) for _ in ranks]
 
     from dynamo.llm import KvEventPublisher
 

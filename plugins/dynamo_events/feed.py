@@ -15,7 +15,7 @@ from vswa_plugin.engine import BlocksStored, Node
 from vswa_plugin.wire import Batch, Source
 
 from .projection import Changes, Projection, Run
-from .tree import Block, unpacked
+from .tree import Block
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +148,11 @@ def as_dynamo(changes: Changes) -> Iterator[dict[str, Any]]:
         yield {"type": "removed", "block_hashes": _hashes(gone)}
     for run in changes.stored:
         for at in range(0, len(run.blocks), MAX_BLOCKS):
-            yield _stored(Run(run.blocks[at : at + MAX_BLOCKS]))
+            yield _stored(Run(run.blocks[at : at + MAX_BLOCKS], run.steps))
 
 
 def _stored(run: Run) -> dict[str, Any]:
-    token_ids = unpacked(run.blocks)
+    token_ids = run.token_ids()
     event = {
         "type": "stored",
         "token_ids": token_ids,

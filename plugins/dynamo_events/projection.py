@@ -12,37 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from vswa_plugin.blocks import FULL, RULES, CacheLayout, ReuseRule, rule_named
+from vswa_plugin.blocks import RULES, CacheLayout, ReuseRule
 from vswa_plugin.engine import BlocksStored, Node
 from vswa_plugin.errors import ConfigError, InvariantError, unknown_choice
 from vswa_plugin.wire import Cleared, Event, Layout, Removed, Stored, Unknown
 
-from .tree import KNOWN, Block, Tree, packed
-
-#: ``global``: what routers without windows do, the global group alone; ``boundary``: all groups.
-MODES = ("global", "boundary")
-
-#: Per bit of ``Block.held``: blocks needed before a boundary; None: all from the root on.
-_Needs: TypeAlias = tuple[int | None, ...]
-_State: TypeAlias = tuple[int, ...]
-
-#: Long enough for the needs of a prompt to be those of any longer one.
-_LONG_PROMPT_BLOCKS = 1 << 20
-#: Steps remembered; there are a few hundred with two groups.
-_MAX_STEPS = 100_000
+from .grid import MODES, NOTHING, grid_of
+from .pieces import Pieces, UnitHasher, plain_hashes
+from .tree import KNOWN, Block, Tree, packed, unpacked
 
 
 @dataclass(slots=True)
 class Run:
-    """Consecutive blocks to be stored; the one before them is published, or there is none."""
+    """Consecutive blocks to be stored; the one before them is published, or there is none.
+
+    :param blocks: the edges of Dynamo's blocks.
+    :param steps: blocks of the projection in one of Dynamo's.
+    """
 
     blocks: list[Block]
+    steps: int = 1
 
     @property
     def parent(self) -> Block | None:
-        return self.blocks[0].parent
+        return self.blocks[0].above(self.steps)
+
+    def token_ids(self) -> list[int]:
+        """Of all its blocks, which are known."""
+        return unpacked(step for block in self.blocks for step in block.path(self.steps))
 
 
 @dataclass(slots=True)
@@ -62,6 +60,7 @@ class Projection:
     :param mode: one of :data:`MODES`.
     :param rules: reuse rules by name.
     :param spare: see :class:`Tree`.
+    :param hasher: names blocks of several hash units.
     :raises ConfigError: the rule of ``layout`` cannot be projected.
     """
 
@@ -71,6 +70,7 @@ class Projection:
         layout: CacheLayout,
         rules: Mapping[str, ReuseRule] = RULES,
         spare: int = 1024,
+        hasher: UnitHasher = plain_hashes,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(unknown_choice("projection", mode, MODES))
@@ -78,10 +78,11 @@ class Projection:
         self._mode = mode
         self._rules = rules
         self._tree = Tree(spare)
+        self._pieces = Pieces(max(0, spare), hasher)
         # As ordered sets: equal events give equal changes.
         self._changed: dict[Block, None] = {}
         self._unsettled: dict[Block, None] = {}
-        self._steps: dict[tuple[_State, int], _State] = {}
+        self._grid = NOTHING
         self._begin(layout)
 
     @property
@@ -94,18 +95,22 @@ class Projection:
 
         :param nodes: names of the leading blocks of ``stored``.
         """
-        blocks = self._tree.blocks
+        tree, grid = self._tree, self._grid
+        if not grid.plain:
+            for block in self._pieces.cut(tree, grid, stored, nodes):
+                self._known(block)
+                if not block.resident:
+                    tree.now_idle(block)
+            return
         space = (stored.cache_salt, stored.lora_name)
         for node, announced in zip(nodes, stored.blocks, strict=False):
-            block = blocks.get(node.sequence_hash)
-            if block is not None and block.tokens is not None:
-                continue
-            if len(announced.token_ids) == self._block_size:
-                block = self._tree.add(node.sequence_hash, node.position, node.parent_hash, self._nothing)
+            former = tree.blocks.get(node.sequence_hash)
+            if (former is None or former.tokens is None) and len(announced.token_ids) == grid.unit:
+                above = tree.named(node.parent_hash, node.position - 1, grid.nothing)
+                block = tree.add(node.sequence_hash, node.position, above, grid.nothing)
                 block.tokens = packed(announced.token_ids)
                 block.space = space if any(space) else None
-                block.held |= KNOWN
-                self._unsettled[block] = None
+                self._known(block)
 
     def apply(self, event: Event | Unknown) -> None:
         """Take one event of the rank's stream; a layout begins a new epoch.
@@ -116,13 +121,14 @@ class Projection:
             case Stored():
                 self._stored(event)
             case Removed(group_id=group_id):
-                bit = self._bits.get(group_id, 0)
+                bit = self._grid.bits.get(group_id, 0)
                 for sequence_hash in event.sequence_hashes:
                     block = self._tree.blocks.get(sequence_hash)
                     if block is not None and block.held & bit:
                         self._drop(block, bit)
             case Cleared(group_id=group_id):
-                bits = sum(self._bits.values()) if group_id is None else self._bits.get(group_id, 0)
+                of_groups = self._grid.bits
+                bits = sum(of_groups.values()) if group_id is None else of_groups.get(group_id, 0)
                 for block in self._tree.blocks.values():
                     if block.held & bits:
                         self._drop(block, bits)
@@ -140,13 +146,14 @@ class Projection:
         removed.sort(key=_position, reverse=True)
         stored.sort(key=_position)
         self._tree.trim()
-        return Changes(removed, _runs(stored))
+        self._pieces.trim(self._tree)
+        return Changes(removed, _runs(stored, self._grid.steps))
 
     def commit(self, changes: Changes) -> None:
         """``changes`` have been told; may be a part of what :meth:`changes` said, in its order."""
         for block in changes.removed:
             block.published = False
-            if not block.resident:
+            if not block.resident and block.sequence_hash in self._tree.blocks:
                 self._tree.now_idle(block)
         for run in changes.stored:
             for block in run.blocks:
@@ -165,68 +172,46 @@ class Projection:
         """Sequence hashes of what is published. Walks all blocks: for tests."""
         return {block.sequence_hash for block in self._tree.blocks.values() if block.published}
 
+    def _known(self, block: Block) -> None:
+        block.held |= KNOWN
+        self._unsettled[block] = None
+
     # -- one epoch ---------------------------------------------------------------------------------
 
     def _begin(self, layout: CacheLayout) -> None:
         """Nothing is resident, and this is the layout."""
-        self._bits: dict[int, int] = {}
-        self._use((None, None))  # until the layout is understood: a group that holds nothing
+        former, self._grid = self._grid, NOTHING  # what stays where it is refused
         self._tree.clear()
-        for block in self._tree.blocks.values():
-            block.held &= KNOWN
-            block.state, block.boundary, block.below = self._nothing, False, 0
         self._changed.update((block, None) for block in self._tree.blocks.values() if block.published)
-        group_needs = self._needs(layout)
-        self._block_size = layout.block_size
-        self._bits = {group_id: KNOWN << 1 + n for n, group_id in enumerate(group_needs)}
-        self._use((None, *group_needs.values()))
-        for block in self._tree.blocks.values():
-            block.state = self._nothing
-        self._unsettled = dict.fromkeys(self._tree.blocks.values())
-
-    def _use(self, needs: _Needs) -> None:
-        self._group_needs = needs
-        self._nothing = (0,) * len(needs)
-        #: Also what a root block's parent would have: before the root, nothing is missing.
-        self._all = tuple(1 if need is None else need for need in needs)
-        self._all_bits = (1 << len(needs)) - 1
-        self._steps.clear()
-
-    def _needs(self, layout: CacheLayout) -> dict[int, int | None]:
-        """By group id, how many blocks before a boundary it must hold; the groups that count."""
-        layout.check()
-        if not layout.naming.by_blocks or len({group.block_size for group in layout.groups}) > 1:
-            raise ConfigError(
-                "expected cache groups of one block size, in which prefixes are named, for a projection onto "
-                f"Dynamo's tree, got blocks of {', '.join(str(g.block_size) for g in layout.groups)} tokens; "
-                "use the exact router"
-            )
-        if self._mode == "global":
-            chosen = {group.group_id: None for group in layout.groups if group.kind == FULL}
-            if not chosen:
-                raise ConfigError("projection 'global': the layout has no global group; use 'boundary'")
-            return dict(chosen)
-        needs = rule_named(layout.rule, self._rules).needs(layout, _LONG_PROMPT_BLOCKS * layout.block_size)
-        fixed = needs is not None and not any(needs.after) and set(needs.chunks) <= {None}
-        if needs is None or not fixed or not any(need != 0 for need in needs.trailing):
-            raise ConfigError(
-                f"reuse rule {layout.rule!r} cannot be projected onto Dynamo's tree: expected a fixed number "
-                f"of blocks before a boundary, got one that depends on it; use the exact router, or 'global'"
-            )
-        return {group.group_id: need for group, need in zip(layout.groups, needs.trailing, strict=True)}
+        try:
+            self._grid = grid_of(self._mode, layout, self._rules)
+        finally:
+            for block in self._tree.blocks.values():
+                block.held &= KNOWN
+                block.state, block.boundary, block.below = self._grid.nothing, False, 0
+            if self._grid.shape != former.shape:
+                self._tree.forget_all()
+                self._pieces.clear()
+            self._unsettled = dict.fromkeys(self._tree.blocks.values())
 
     # -- residency ---------------------------------------------------------------------------------
 
     def _stored(self, event: Stored) -> None:
-        bit = self._bits.get(event.group_id)
+        tree, grid = self._tree, self._grid
+        bit = grid.bits.get(event.group_id)
         if bit is None:
             self._passed_over(event)
             return
-        tree, blocks, parent = self._tree, self._tree.blocks, event.parent_hash
-        for position, sequence_hash in enumerate(event.sequence_hashes, event.position):
+        blocks, parent, stride = tree.blocks, event.parent_hash, grid.strides[event.group_id]
+        for index, sequence_hash in enumerate(event.sequence_hashes, event.position):
             block = blocks.get(sequence_hash)
             if block is None:
-                block = tree.add(sequence_hash, position, parent, self._nothing)
+                position = (index + 1) * stride - 1
+                if not grid.has(position):
+                    continue
+                # Between blocks of several units lie others, whose names are not given.
+                above = tree.named(parent, position - 1, grid.nothing) if grid.plain else None
+                block = tree.add(sequence_hash, position, above, grid.nothing)
             parent = sequence_hash
             if not block.resident:
                 tree.now_resident(block)
@@ -256,36 +241,19 @@ class Projection:
         self._unsettled.clear()
 
     def _settle_from(self, top: Block) -> None:
-        waiting = [top]
+        waiting, grid = [top], self._grid
         while waiting:
             block = waiting.pop()
             parent, before = block.parent, block.state
-            if parent is not None:
-                state = self._step(parent.state, block.held)
-            else:
-                state = self._step(self._nothing if block.position else self._all, block.held)
+            above = grid.above_first(block.position) if parent is None else parent.state
+            state = grid.step(above, block.held, block.position)
             if state == before:
                 continue
             block.state = state
-            if (state == self._all) != block.boundary:
+            if (state == grid.all and grid.is_edge(block.position)) != block.boundary:
                 self._turn(block)
-            # What holds everything shows every difference: where it shows none, no child differs.
-            everything = self._all_bits
-            if block.first_child and self._step(before, everything) != self._step(state, everything):
+            if block.first_child and grid.matters_below(before, state, block.position):
                 waiting.extend(block.children())
-
-    def _step(self, before: _State, held: int) -> _State:
-        """State of a block that holds ``held`` below one of state ``before``."""
-        key = (before, held)
-        state = self._steps.get(key)
-        if state is None:
-            if len(self._steps) >= _MAX_STEPS:
-                self._steps.clear()
-            state = self._steps[key] = tuple(
-                0 if not held >> bit & 1 else run if need is None else min(need, run + 1)
-                for bit, (run, need) in enumerate(zip(before, self._group_needs, strict=True))
-            )
-        return state
 
     def _turn(self, block: Block) -> None:
         """``block`` becomes a boundary or ceases to be one; tell those above as far as it matters to them."""
@@ -294,8 +262,10 @@ class Projection:
         above: Block | None = block
         if block.below:
             return
+        size = self._grid.size
         while above is not None:
-            self._changed[above] = None
+            if (above.position + 1) % size == 0:
+                self._changed[above] = None
             above = above.parent
             if above is not None:
                 was = above.wanted
@@ -312,11 +282,13 @@ class Projection:
         self._tree.check()
         below: dict[int, int] = {}
         for block in sorted(self._tree.blocks.values(), key=_position, reverse=True):
-            before = block.parent.state if block.parent else self._nothing if block.position else self._all
-            state = self._step(before, block.held)
-            wanted = state == self._all or below.get(block.sequence_hash, 0) > 0
+            first = self._grid.above_first(block.position)
+            above_state = block.parent.state if block.parent else first
+            state = self._grid.step(above_state, block.held, block.position)
+            boundary = state == self._grid.all and self._grid.is_edge(block.position)
+            wanted = boundary or below.get(block.sequence_hash, 0) > 0
             found = (block.state, block.boundary, block.below, block.wanted)
-            due = (state, state == self._all, below.get(block.sequence_hash, 0), wanted)
+            due = (state, boundary, below.get(block.sequence_hash, 0), wanted)
             if found != due:
                 raise InvariantError(f"projection, position {block.position}: expected {due}, got {found}")
             if wanted and block.parent is not None:
@@ -328,14 +300,15 @@ def _position(block: Block) -> int:
     return block.position
 
 
-def _runs(blocks: list[Block]) -> list[Run]:
+def _runs(blocks: list[Block], steps: int) -> list[Run]:
     """Chains of ``blocks``, given parents first; each begins below what is published or an earlier run."""
     runs: list[Run] = []
     ends: dict[Block, Run] = {}
     for block in blocks:
-        run = ends.pop(block.parent, None) if block.parent is not None else None
+        above = block.above(steps)
+        run = ends.pop(above, None) if above is not None else None
         if run is None:
-            run = Run([])
+            run = Run([], steps)
             runs.append(run)
         run.blocks.append(block)
         ends[block] = run

@@ -12,6 +12,7 @@ from vswa_plugin.engine import BlocksStored, Node, Prompt
 from vswa_plugin.wire import Event, layout_event
 
 from .projection import Projection
+from .units import unit_hashes
 
 _WORKER_ID, _DP_RANK = 1, 0
 
@@ -29,7 +30,7 @@ class BoundaryProjection:
 
         self._rules = rules
         self._layout = layout
-        self._projection = Projection("boundary", layout, rules)
+        self._projection = Projection("boundary", layout, rules, hasher=unit_hashes)
         self._tree = RadixTree()
         self._ids = count(1)
 
@@ -45,8 +46,10 @@ class BoundaryProjection:
 
     def predict(self, prompt: Prompt) -> int:
         self._tell()
+        stride = self._layout.block_size // self._layout.hash_block_size
+        names = list(prompt.sequence_hashes[stride - 1 :: stride])
         # Dynamo's type stub says worker id -> blocks; the keys that it returns are worker id and dp rank.
-        scores = self._tree.find_matches(list(prompt.sequence_hashes)).scores
+        scores = self._tree.find_matches(names).scores
         matched = cast("dict[tuple[int, int], int]", scores).get((_WORKER_ID, _DP_RANK), 0)
         rule, prompt_len = rule_named(self._layout.rule, self._rules), len(prompt.token_ids)
         boundary = min(matched, rule.boundaries(self._layout, prompt_len))

@@ -1,6 +1,6 @@
 """The prefixes that one rank has been told of, as a tree of blocks. No rule, no I/O.
 
-Every block hangs below one whose position is one less. So there is no ring, whatever events say, and walks
+Every block hangs below one whose position is less. So there is no ring, whatever events say, and walks
 up end at the root.
 
 A block is kept while it is resident, while others hang below it, and for a while longer: what comes back
@@ -24,8 +24,9 @@ KNOWN = 1
 
 
 class Block:
-    """One block of one prefix.
+    """One block of one prefix: what lies between the one before, or the root, and its end.
 
+    :attr:`position` is the index of the hash unit in which it ends.
     :attr:`state` has, per bit of :attr:`held`, how far back the run of held blocks goes that ends here.
     :attr:`below` counts the children that are to be published; :attr:`published` is what Dynamo was told.
     """
@@ -72,6 +73,24 @@ class Block:
         """Whether some group holds it."""
         return self.held > KNOWN
 
+    def above(self, steps: int) -> Block | None:
+        """The block so many steps above; None: the root."""
+        block: Block | None = self
+        for _ in range(steps):
+            if block is None:
+                break
+            block = block.parent
+        return block
+
+    def path(self, steps: int) -> Iterable[Block]:
+        """So many blocks, of which this is the last."""
+        if steps == 1:
+            return (self,)
+        path = [self]
+        while len(path) < steps and (above := path[-1].parent) is not None:
+            path.append(above)
+        return reversed(path)
+
     def children(self) -> Iterator[Block]:
         child = self.first_child
         while child is not None:
@@ -94,23 +113,27 @@ class Tree:
         #: Not resident, oldest first; some may have children or be published.
         self._idle: OrderedDict[Block, None] = OrderedDict()
 
-    def add(
-        self, sequence_hash: int, position: int, parent_hash: int | None, state: tuple[int, ...]
-    ) -> Block:
-        """The block of that name, made and hung below its parent as far as that is new.
+    def add(self, sequence_hash: int, position: int, above: Block | None, state: tuple[int, ...]) -> Block:
+        """The block of that name, made and hung below ``above`` as far as that is new.
 
         A new one counts as in use until :meth:`now_idle`: it is about to be stored.
         """
         block = self.blocks.get(sequence_hash)
         if block is None:
             block = self.blocks[sequence_hash] = Block(sequence_hash, position, state)
-        if parent_hash is not None and block.parent is None:
-            parent = self.blocks.get(parent_hash)
-            if parent is None:  # its own parent comes to light when it is announced itself
-                parent = self.add(parent_hash, position - 1, None, state)
-            if parent.position == block.position - 1:  # else no prefix can be both
-                self._hang(block, parent)
+        if above is not None and block.parent is None and above.position < block.position:
+            self._hang(block, above)
         return block
+
+    def named(self, sequence_hash: int | None, position: int, state: tuple[int, ...]) -> Block | None:
+        """The block of that name that ends there, made where there is none; None: that name is another's.
+
+        Of a new one, its own parent comes to light when it is announced itself.
+        """
+        if sequence_hash is None:
+            return None
+        block = self.add(sequence_hash, position, None, state)
+        return block if block.position == position else None
 
     def now_resident(self, block: Block) -> None:
         """Some group holds ``block``, which none did."""
@@ -127,6 +150,12 @@ class Tree:
         """Nothing is resident; the blocks stay."""
         self.resident = 0
         self._idle = OrderedDict.fromkeys(self.blocks.values())
+
+    def forget_all(self) -> None:
+        """Blocks of another shape are to come."""
+        self.blocks.clear()
+        self._idle.clear()
+        self.resident = 0
 
     def trim(self) -> None:
         """Forget what has been idle the longest while there are too many blocks."""

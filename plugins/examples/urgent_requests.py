@@ -1,7 +1,7 @@
 """Routing by what the client says: urgent requests shun busy workers, and a worker can be tried by its id.
 
 curl ... -H 'x-dynamo-meta-urgent: 1'
-curl ... -H 'x-dynamo-meta-worker: 1f3a'      (worker ids in hexadecimal, as the log and `vswa index` show)
+curl ... -H 'x-dynamo-meta-worker: 7587'      (worker ids as the log and `vswa index` show them)
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vswa_plugin.blocks import CacheLayout, checked
+from vswa_plugin.blocks import TRTLLM_V1, TRTLLM_V2, CacheLayout, Memory, Pool, checked
 from vswa_plugin.engine import (
     MODES,
     WORKER_ONLY,
@@ -100,6 +100,12 @@ class TensorRtLlmEngine:
             engine=package.ENGINE,
             reason="" if settings.engine else package.default_reason(os.environ) or "",
             totals=frozenset({"requests", "prompt_tokens", "cached_tokens", "kv_events"}),
+            memory=Memory(
+                (),
+                TRTLLM_V2 if decision.rule == "trtllm_v2" else TRTLLM_V1,
+                options.max_num_tokens,
+                options.max_batch_size,
+            ),
         )
         self._limits = Limits(
             plan.context_length,
@@ -143,7 +149,11 @@ class TensorRtLlmEngine:
             raise VswaError(f"TensorRT-LLM has not started: {reason}; its lines above say more") from error
         try:
             blocks = int(llm.get_kv_cache_capacity()["maxNumBlocks"])
-            self.info = msgspec.structs.replace(self.info, total_kv_blocks=blocks)
+            memory = self.info.memory
+            if memory is not None and len(self.info.layout.groups) == 1:  # else it does not say which pool's
+                pool = Pool((self.info.layout.groups[0].group_id,), blocks)
+                memory = msgspec.structs.replace(memory, pools=(pool,))
+            self.info = msgspec.structs.replace(self.info, total_kv_blocks=blocks, memory=memory)
         except Exception as error:  # not in every release; a remote call in others
             logger.info("the cache's size stays a guess: %s: %s", type(error).__name__, error)
         ranks = self.info.data_parallel_size

@@ -41,11 +41,12 @@ from . import faults, model, package
 from .adapter import FORMAT
 from .answer import Answer
 from .checks import LayoutCheck
+from .grouping import layout_of, with_one_pool
 from .handover import KEY
 from .launching import compared, event_sockets, launch
 from .listening import EventListener
 from .numbers import TOTALS, TransferNumbers
-from .options import RULE, parse_options
+from .options import parse_options
 from .package import Api
 from .request import Limits, VllmRequest, parse_request
 
@@ -88,10 +89,10 @@ class VllmEngine:
         options = parse_options(
             settings.options, settings.options_source, names, settings.data_parallel_size, settings.mode
         )
-        shape = model.load_shape(settings.model_path)
-        windows = [None] * len(shape.windows) if options.one_pool else shape.windows
-        groups = model.cache_groups(windows, options.block_size)
-        layout = CacheLayout(groups, RULE, settings.served_model_name).check()
+        shape = model.load_shape(settings.model_path, options.precision)
+        layers = with_one_pool(shape.layers) if options.one_pool else shape.layers
+        layout = layout_of(layers, options.block_size, settings.served_model_name).check()
+        _check_mode(settings.mode, layout)
         context = options.max_model_len or shape.context_length
         if context is None:
             raise ConfigError(
@@ -233,7 +234,7 @@ class VllmEngine:
                         continue
                     if answer.finished:
                         self._count(answer, parsed)
-                    yield {**chunk, **first}
+                    yield {**chunk, **first} if first else chunk
                     first = {}
                     if answer.finished:
                         return
@@ -364,6 +365,16 @@ async def _abort(running: _Running, number: str) -> None:
         await running.llm.abort(number)
     except Exception as error:
         logger.warning("a request could not be taken back: %s: %s", type(error).__name__, error)
+
+
+def _check_mode(mode: str, layout: CacheLayout) -> None:
+    """:raises ConfigError: blocks of such groups were never handed over from one worker to another."""
+    if mode != "agg" and not layout.plain:
+        shown = ", ".join(f"{group.label} of {group.block_size} tokens" for group in layout.groups)
+        raise ConfigError(
+            f"--mode {mode}: expected a model whose cache groups have blocks of one size, and no states, got "
+            f"{shown}; use --mode agg"
+        )
 
 
 def _end(running: _Running, *, healthy: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from vswa_plugin.blocks import VLLM, Memory, Pool
 from vswa_plugin.engine import EngineInfo, is_number
 from vswa_plugin.errors import ConfigError, Unavailable, shown
 
@@ -26,19 +27,15 @@ def event_sockets(options: VllmOptions, directory: str) -> Sockets:
 
     :raises ConfigError: its name is too long.
     """
-    given = options.events
     private = private_sockets(directory)
-    if private is None and not {"endpoint", "replay_endpoint"} <= given.keys():
+    addresses: dict[str, str] = {} if private is None else private._asdict()
+    addresses |= {name: options.events[name] for name in Sockets._fields if name in options.events}
+    if len(addresses) < len(Sockets._fields):
         raise ConfigError(
             f"TMPDIR: expected a directory with a short name for the engine's sockets, got {directory}; "
             "set it to another one, or write endpoint and replay_endpoint in kv_events_config"
         )
-    return Sockets(
-        given["endpoint"] if private is None else given.get("endpoint", private.endpoint),
-        given["replay_endpoint"]
-        if private is None
-        else given.get("replay_endpoint", private.replay_endpoint),
-    )
+    return Sockets(**addresses)
 
 
 def launch(
@@ -102,10 +99,11 @@ def compared(info: EngineInfo, config: Any, options: VllmOptions) -> EngineInfo:
     """
     layout, source = info.layout, options.source
     cache, scheduler = config.cache_config, config.scheduler_config
-    if cache.block_size != layout.block_size:
+    smallest = min(group.block_size for group in layout.groups)
+    if cache.block_size != smallest:
         raise ConfigError(
             f"block_size: expected {cache.block_size}, which vLLM chose for this model and machine, got "
-            f"{layout.block_size}; write block_size: {cache.block_size} (in {source})"
+            f"{smallest}; write block_size: {cache.block_size} (in {source})"
         )
     if len(layout.groups) > 1 and scheduler.disable_hybrid_kv_cache_manager:
         raise ConfigError(
@@ -114,12 +112,21 @@ def compared(info: EngineInfo, config: Any, options: VllmOptions) -> EngineInfo:
             f"disable_hybrid_kv_cache_manager: true (in {source})"
         )
     blocks = cache.num_gpu_blocks
+    known = is_number(blocks) and blocks > 1
+    groups = tuple(group.group_id for group in layout.groups)
     made = msgspec.structs.replace(
         info,
         context_length=int(config.model_config.max_model_len),
         max_num_seqs=int(scheduler.max_num_seqs),
         max_num_batched_tokens=int(scheduler.max_num_batched_tokens),
         total_kv_blocks=int(blocks) if is_number(blocks) and blocks else info.total_kv_blocks,
+        memory=Memory(
+            # One of its blocks is never used.
+            (Pool(groups, int(blocks) - 1 if known else None),),
+            VLLM,
+            int(scheduler.max_num_batched_tokens),
+            int(scheduler.max_num_seqs),
+        ),
     )
     logger.info(
         "vLLM %s: %d blocks of %d tokens, %d cache groups, %d ranks, asynchronous scheduling %s",

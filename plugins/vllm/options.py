@@ -16,9 +16,10 @@ from vswa_plugin.engine import ANY_ENGINE, Section, is_number
 from vswa_plugin.errors import ConfigError
 
 from . import sockets
+from .model import Precision
 from .transfer import OPTION, transfer_config
 
-RULE = "vllm"
+RULES = ("vllm", "vllm_hybrid")
 #: vLLM's default on GPUs. The layout is declared before the engine starts, so it is always given.
 BLOCK_SIZE = 16
 _OWN = frozenset({"allow_unknown", "lora_adapters", "reuse_rule"})
@@ -73,6 +74,7 @@ class VllmOptions(msgspec.Struct, frozen=True):
     :param engine_args: keyword arguments of ``AsyncEngineArgs``, but for the model and the events.
     :param events: keyword arguments of ``KVEventsConfig``; addresses only where the user has given them.
     :param max_model_len: prompt and answer together, in tokens; None: the model's context.
+    :param precision: what decides how many bytes layers keep.
     :param one_pool: whether all layers are kept as if they had global attention.
     :param lora_adapters: name that requests give -> directory of the adapter.
     :param priorities: whether vLLM orders its queue by them.
@@ -89,6 +91,7 @@ class VllmOptions(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     num_gpu_blocks: int | None
     ranks: int
+    precision: Precision
     one_pool: bool
     lora_adapters: dict[str, str]
     priorities: bool
@@ -111,7 +114,7 @@ def parse_options(
     top = Section(_underscored(data, source), source)
     own = top.section(ANY_ENGINE)
     own.check(_OWN)
-    own.only("reuse_rule", (RULE,), "vLLM keeps its cache by this rule alone")
+    own.only("reuse_rule", RULES, "vLLM keeps its cache by these rules alone")
     for name, option in _GIVEN.items():
         if name in top.data:
             raise top.error(name, "no such option here", top.data[name], f"give {option}")
@@ -132,6 +135,7 @@ def parse_options(
         max_num_batched_tokens=top.integer("max_num_batched_tokens", 2048),
         num_gpu_blocks=top.integer("num_gpu_blocks_override", None),
         ranks=dp_size,
+        precision=precision_of(top),
         one_pool=top.boolean("disable_hybrid_kv_cache_manager", False)
         or top.boolean("disable_sliding_window", False),
         lora_adapters=_lora_adapters(top, own),
@@ -216,6 +220,13 @@ def _events(events: Section, ranks: int, changes: list[str]) -> dict[str, Any]:
     if (topic := events.text("topic", None)) is not None:
         made["topic"] = topic
     return made
+
+
+def precision_of(top: Section) -> Precision:
+    """What of the options decides how many bytes a layer keeps."""
+    texts = {name: top.text(name, None) for name in Precision._fields[1:]}
+    size = top.integer("tensor_parallel_size", 1)
+    return Precision(size, **{name: text for name, text in texts.items() if text is not None})
 
 
 def _transfer(top: Section, mode: str, changes: list[str]) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-#: Of an address that vLLM binds: what is before the number, and the number.
-_BOUND = re.compile(r"(tcp://(?:\*|\[::\]|\[::1\]|127\.0\.0\.1):)(\d+)|(ipc://.*tcp:)(\d+)")
+#: Addresses of ports that vLLM binds.
+_BOUND = re.compile(r"tcp://(?:\*|\[::\]|\[::1\]|127\.0\.0\.1):\d+")
 #: vLLM takes the endpoint of events for one to connect to unless it is one of these.
 _WILDCARDS = ("tcp://*:", "tcp://[::]:")
 #: What a path of a Unix socket may have, less the digits of a rank.
@@ -44,9 +44,7 @@ def problem(endpoint: str, ranks: int, *, published: bool) -> str | None:
 
     :param published: whether events are published there; else they are asked for again.
     """
-    match = _BOUND.fullmatch(endpoint)
-    ok = match is not None and match[1] is not None
-    if not ok or (published and not endpoint.startswith(_WILDCARDS)):
+    if not _BOUND.fullmatch(endpoint) or (published and not endpoint.startswith(_WILDCARDS)):
         return "an address that vLLM binds, such as tcp://*:5557"
     first = port_of(endpoint)
     if first not in _PORTS or first + ranks - 1 not in _PORTS:

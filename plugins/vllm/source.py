@@ -12,26 +12,28 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vswa_plugin.blocks import CacheGroup, CacheLayout
+from vswa_plugin.blocks import VLLM, CacheGroup, CacheLayout, Memory, Pool
 from vswa_plugin.engine import EngineInfo, EventSink, Section, SourceSettings, SourceState
 from vswa_plugin.errors import ConfigError, shown
 
 from . import model
 from .adapter import FORMAT
 from .checks import LayoutCheck
+from .grouping import layout_of, with_one_pool
 from .listening import CAUGHT_UP, GONE, REACHED, EventListener
-from .options import BLOCK_SIZE, RULE
+from .options import BLOCK_SIZE, precision_of
 from .package import ENGINE
 from .sockets import Sockets
 
 logger = logging.getLogger(__name__)
 
-SIZE, CONTEXT, BLOCKS, ONE_POOL = OPTIONS = (
+SIZE, CONTEXT, BLOCKS, ONE_POOL = (
     "block_size",
     "max_model_len",
     "num_gpu_blocks_override",
     "disable_hybrid_kv_cache_manager",
 )
+OPTIONS = (SIZE, CONTEXT, BLOCKS, ONE_POOL, *model.Precision._fields)
 _ADDRESS = re.compile(r"tcp://[^\s:*/]+:\d+|tcp://\[[0-9A-Fa-f:.%]+\]:\d+|ipc://\S+")
 
 
@@ -132,17 +134,21 @@ class VllmSource:
 
     def _is_declared(self, event: Mapping[Any, Any]) -> bool:
         """Whether group and block size are as declared, so that only the window differs."""
-        layout = self.info.layout
-        number = event.get("group_idx")
-        known = number is None and len(layout.groups) == 1
-        known = known or any(group.group_id == number for group in layout.groups)
-        return known and event.get("block_size") == layout.block_size
+        group = self._group(event)
+        return group is not None and event.get("block_size") == group.block_size
+
+    def _group(self, event: Mapping[Any, Any]) -> CacheGroup | None:
+        number, groups = event.get("group_idx"), self.info.layout.groups
+        if number is None and len(groups) == 1:
+            return groups[0]
+        return next((group for group in groups if group.group_id == number), None)
 
     def _fitting_options(self, event: Mapping[Any, Any]) -> dict[str, Any] | None:
         """The options with which the layout would be as the event says; None where there are none."""
-        groups, size = self.info.layout.groups, event.get("block_size")
-        if type(size) is int and size > 0 and size != self.info.layout.block_size:
-            return {SIZE: size}
+        groups, size, declared = self.info.layout.groups, event.get("block_size"), self._group(event)
+        if type(size) is int and size > 0 and declared is not None and size != declared.block_size:
+            ratio = declared.block_size // min(group.block_size for group in groups)
+            return {SIZE: max(1, size // ratio)}
         # All layers in one pool: what was declared as a sliding group is one of global attention.
         kind, first = event.get("kv_cache_spec_kind"), event.get("group_idx") in (0, None)
         if first and len(groups) > 1 and groups[0].window_size is not None and kind == "full_attention":
@@ -168,9 +174,9 @@ def _of_rank(sockets: Sockets, rank: int) -> Sockets:
 def _info(settings: SourceSettings, options: Section) -> EngineInfo:
     options.check(OPTIONS)
     block_size = options.integer(SIZE, BLOCK_SIZE)
-    shape = model.load_shape(settings.model_path)
-    windows = [None] * len(shape.windows) if options.boolean(ONE_POOL, False) else shape.windows
-    layout = CacheLayout(model.cache_groups(windows, block_size), RULE, settings.served_model_name).check()
+    shape = model.load_shape(settings.model_path, precision_of(options))
+    layers = with_one_pool(shape.layers) if options.boolean(ONE_POOL, False) else shape.layers
+    layout = layout_of(layers, block_size, settings.served_model_name).check()
     context = options.integer(CONTEXT, None) or shape.context_length
     if context is None:
         raise options.error(
@@ -185,7 +191,14 @@ def _info(settings: SourceSettings, options: Section) -> EngineInfo:
         total_kv_blocks=options.integer(BLOCKS, -(-4 * context // block_size)),
         data_parallel_size=len(settings.dp_ranks),
         engine=ENGINE,
+        memory=_memory(layout, options),
     )
+
+
+def _memory(layout: CacheLayout, options: Section) -> Memory:
+    """One pool, of which the operator may have given the size; one of its blocks is never used."""
+    blocks = options.integer(BLOCKS, None)
+    return Memory((Pool(tuple(g.group_id for g in layout.groups), blocks and max(1, blocks - 1)),), VLLM)
 
 
 def _caveats(groups: tuple[CacheGroup, ...]) -> tuple[str, ...]:

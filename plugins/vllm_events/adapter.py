@@ -53,6 +53,7 @@ class VllmEventAdapter:
     def __init__(self, layout: CacheLayout) -> None:
         self._groups = {group.group_id: group for group in layout.groups}
         self._unit, self._lookahead = layout.hash_block_size, layout.lookahead
+        self._has_dense_group = self._is_dense()
         #: Copies on the device, by group.
         self._copies: dict[int, Counter[EngineHash]] = {group_id: Counter() for group_id in self._groups}
         self._named = NamedBlocks()
@@ -64,8 +65,7 @@ class VllmEventAdapter:
         """Whether events may leave out names that a prompt gives: no full group has the finest blocks."""
         return self._naming.computes and not self._has_dense_group
 
-    @property
-    def _has_dense_group(self) -> bool:
+    def _is_dense(self) -> bool:
         return any(g.kind == FULL and g.block_size == self._unit for g in self._groups.values())
 
     def prompt(self, token_ids: Sequence[int], cache_salt: str | None, lora_name: str | None) -> None:
@@ -95,6 +95,8 @@ class VllmEventAdapter:
 
         :raises ProtocolError: a block is its own ancestor; no copy is counted on.
         """
+        if not self._naming.due:
+            return []
         self._open_tokens = 0
         try:
             return self._settle()
@@ -171,8 +173,10 @@ class VllmEventAdapter:
 
     def _check_lookahead(self, event: Stored, listed: int, where: str) -> None:
         ahead = event.lookahead_token_ids or []
+        if not self._lookahead and not ahead:
+            return
         wrong = next((len(each) for each in ahead if len(each) != self._lookahead), None)
-        if wrong is not None or (len(ahead) != listed and (self._lookahead or ahead)):
+        if wrong is not None or len(ahead) != listed:
             got = f"{len(ahead)} lists of them" if wrong is None else f"{wrong} for a block"
             raise ProtocolError(
                 f"{where}: expected lookahead_token_ids of {self._lookahead} tokens, as the layout states, "
@@ -182,10 +186,10 @@ class VllmEventAdapter:
     def _store(self, group_id: int, event: Stored, listed: list[EngineHash]) -> list[EngineEvent]:
         self._copies[group_id].update(listed)
         odd = fields.odd(event)
-        for name in listed if not odd else ():
-            self._named.hold(name)
         dense = len(listed) * event.block_size == len(event.token_ids)
         new = self._name(event, listed) if dense else []
+        for name in listed if not odd and not dense else ():
+            self._named.hold(name)
         if not odd and self._naming.open(event, dense=dense):
             self._open_tokens += len(event.token_ids)
         events = list(self._stored(group_id, self._ready(listed)))
@@ -211,9 +215,10 @@ class VllmEventAdapter:
             namespace = self._namespace(event, parent, keys or [])
             if namespace is None:
                 break
-            tokens = tuple(event.token_ids[index * size : (index + 1) * size])
-            if self._named.hang(EngineBlock(name, tokens, tuple(ahead[index])), parent, namespace):
-                new.append(name)
+            if not self._named.sure(name):
+                tokens = tuple(event.token_ids[index * size : (index + 1) * size])
+                if self._named.hang(EngineBlock(name, tokens, tuple(ahead[index])), parent, namespace):
+                    new.append(name)
             parent = name
         return new
 
@@ -294,6 +299,7 @@ class VllmEventAdapter:
         self._groups[group.group_id] = msgspec.structs.replace(
             group, window_size=window, stated_kind=None if usual else kind, chunk_size=None
         )
+        self._has_dense_group = self._is_dense()
         events: list[EngineEvent] = [GroupCreated(group.group_id, window, kind=None if usual else kind)]
         for each, copies in self._copies.items():
             events += self._stored(each, list(copies))
@@ -342,8 +348,8 @@ def _follows(named: Named, before: Named) -> bool:
 
 def _same(group: CacheGroup, kind: str, window: int | None) -> bool:
     """Whether the layout states of the group what an event says."""
-    if kind not in KINDS and group.kind not in KINDS:
-        return True  # by whatever name each of them calls it
-    if kind == CHUNKED and group.kind == fields.CHUNKED_KIND:
-        return True
-    return kind == group.kind and (kind != SLIDING or window == group.window_size)
+    if kind == group.kind:
+        return kind != SLIDING or window == group.window_size
+    if kind == CHUNKED:
+        return group.kind == fields.CHUNKED_KIND
+    return kind not in KINDS and group.kind not in KINDS  # by whatever name each of them calls it

@@ -62,9 +62,11 @@ class NamedBlocks:
     def hang(self, block: EngineBlock, parent: EngineHash | None, namespace: Namespace) -> bool:
         """Note where a block lies; whether that is news. A block that is sure stays where it is."""
         name = block.hash
+        if self.sure(name):
+            return False
         known, sure = self._named.get(name), parent is None or self.sure(parent)
         if known is not None:
-            if name not in self.unsure or (known.parent_hash == parent and not sure):
+            if known.parent_hash == parent and not sure:
                 return False
             self._unhang(known)
         self._named[name] = Named(parent, block, namespace)

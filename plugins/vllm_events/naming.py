@@ -65,7 +65,8 @@ class Naming:
         useful = not dense or event.block_size > self._unit or not (self._verified or self._plain)
         if not self.computes or event.lora_id is not None or event.lora_name is not None:
             return False
-        if useful or any(name in self._named.unsure for name in fields.hashes(event)):
+        unsure = self._named.unsure
+        if useful or (unsure and any(name in unsure for name in fields.hashes(event))):
             self._open.append(event)
             return True
         return False
@@ -74,6 +75,11 @@ class Naming:
         """What was opened is of no use any more."""
         self._open.clear()
         self._computed.fresh.clear()
+
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`settle` has anything to look at."""
+        return bool(self._open or self._named.fresh or self._computed.fresh)
 
     def settle(self) -> list[list[Named]]:
         """Chains of consecutive blocks that are named now, each below what was named before it.

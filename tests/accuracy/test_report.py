@@ -61,7 +61,7 @@ def test_a_report_without_requests_proves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_scorer_is_answered_with_the_known_ones(report: Report) -> None:
-    with pytest.raises(ConfigError, match=r"unknown scorer 'dynamo'\. Known: exact, global only"):
+    with pytest.raises(ConfigError, match=r"unknown scorer 'dynamo'\. Known: exact, forecast, global only"):
         report.score("dynamo")
 
 

@@ -212,4 +212,4 @@ def test_scorers_have_names_of_their_own_and_ours_is_the_first() -> None:
     names = [scorer.name for scorer in built_in_scorers(ttl=7)]
 
     assert ("exact", "approximate (TTL 7)") == (names[0], names[-1])
-    assert len(set(names)) == len(names) == 5
+    assert len(set(names)) == len(names) == 7

@@ -131,6 +131,8 @@ def everything(layout: CacheLayout) -> HeldAt:
         ([CacheGroup(0, 100, 16, drops_last=True), CacheGroup(1, None, 64)], None, 200, 128),
         # One that needs no more blocks than there are before the boundary does not.
         ([CacheGroup(0, 65, 16, drops_last=True), CacheGroup(1, None, 64)], None, 100, 64),
+        # A window of one token needs nothing but the block that is given up, if all are looked up once.
+        ([CacheGroup(0, 1, 16, drops_last=True)], Resumption(16, 16, spare_last=True), 49, 32),
         # A state is never given up.
         ([CacheGroup(0, None, 64, "recurrent", drops_last=True)], None, 65, 64),
         # Bounded replay: what is not longer than this is taken as nothing.
@@ -174,9 +176,28 @@ def test_a_group_of_a_kind_of_a_later_version_needs_all_that_any_kind_needs() ->
     assert 0 == hit(layout, {0: whole - {16}, 1: whole}, 97), "and all before"
 
 
-def test_sliding_groups_are_refused_where_prefixes_end_inside_blocks() -> None:
-    groups = (CacheGroup(0, 100, 64), CacheGroup(1, None, 64))
-    layout = CacheLayout(groups, RULE.name, "m", resumption=Resumption(16, 16, partial=True))
+@pytest.mark.parametrize("kind", ["sliding", "chunked"])
+def test_blocks_of_other_groups_are_units_where_prefixes_end_inside_blocks(kind: str) -> None:
+    def layout(size: int) -> CacheLayout:
+        group = CacheGroup(0, 33, size) if kind == "sliding" else CacheGroup(0, None, size, kind, 64)
+        groups = (group, CacheGroup(1, None, 64), CacheGroup(2, None, 64, "recurrent"))
+        return CacheLayout(groups, RULE.name, "m", resumption=Resumption(16, 16, partial=True))
 
-    with pytest.raises(ConfigError, match=r"expected only full and recurrent groups .* got 0 \(sliding\)"):
-        RULE.needs(layout, 100)
+    with pytest.raises(ConfigError, match=rf"hash units \(16 tokens\), got 0 \({kind} of 64 tokens\)"):
+        RULE.needs(layout(64), 100)
+    held = {0: {80, 96}, 1: {64, 128}, 2: {96, 112}}
+    assert 96 == hit(layout(16), held, 200)
+    assert 0 == hit(layout(16), {**held, 0: {64, 96}}, 200)
+
+
+def test_a_window_of_one_token_needs_no_block_before_the_one_that_is_given_up() -> None:
+    sliding, full = CacheGroup(0, 1, 16, drops_last=True), CacheGroup(1, None, 16)
+    held = {0: {64}, 1: {16, 32, 48, 64}, 2: {16, 32, 48, 64}}
+
+    def layout(*groups: CacheGroup) -> CacheLayout:
+        return CacheLayout(groups, RULE.name, "m")
+
+    assert [48, 48] == [hit(layout(*groups), held, 70) for groups in ((sliding,), (sliding, full))]
+    # A third kind of group makes vLLM look a second time, without giving up a block, and for a proof.
+    assert 0 == hit(layout(sliding, full, CacheGroup(2, 20, 16)), held, 70)
+    assert 48 == hit(layout(sliding, full, CacheGroup(2, 20, 16)), {**held, 0: {48, 64}}, 70)

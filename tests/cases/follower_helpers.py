@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.following.subscriber import Subscriber
+from vswa_plugin.following.subscriber import Subscriber, SubscriberOptions
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Change, Entry
 from vswa_plugin.wire import control
@@ -147,10 +147,10 @@ def snapshot(*events: Event, epoch: int = 5, next_event_id: int = 2) -> Callable
 class Followed:
     """A subscriber and its index. ``GOOD`` is registered, live and holds one block, and says no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: SubscriberOptions | None = None) -> None:
         self.transport = HandedIn()
         self.index = WindowIndex()
-        self.subscriber = Subscriber(self.transport, self.index)  # type: ignore[arg-type]
+        self.subscriber = Subscriber(self.transport, self.index, options=options)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> Followed:
         await self.subscriber.start()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.cases import mended_by
 from tests.cases.follower_helpers import (
     LAYOUT,
     HandedIn,
@@ -112,7 +111,6 @@ def following(body: Callable[[Followed], Awaitable[Any]]) -> Any:
 # -- ranks that nobody registered ----------------------------------------------------------------------
 
 
-@mended_by(11, "whoever publishes a layout is indexed and scored, registered or not")
 def test_a_rank_that_the_registry_does_not_list_is_not_scored() -> None:
     async def body(followed: Followed) -> dict[Rank, int]:
         await followed.broker.says(source_of_worker(7), 0, layout_event(LAYOUT), Stored(0, 0, None, HASHES))
@@ -121,7 +119,6 @@ def test_a_rank_that_the_registry_does_not_list_is_not_scored() -> None:
     assert ALL_REUSED == following(body)
 
 
-@mended_by(11, "each made-up rank takes a place in the index")
 def test_made_up_ranks_take_no_memory_of_the_index() -> None:
     async def body(followed: Followed) -> tuple[set[Rank], int]:
         before = followed.fleet.index.stats().nbytes
@@ -235,15 +232,8 @@ def test_made_up_components_take_no_memory() -> None:
     ("silent", "registered"),
     [
         pytest.param(0, 0, id="alone"),
-        pytest.param(
-            500, 0, id="made-up ranks", marks=mended_by(11, "made-up ranks take all repair slots in turn")
-        ),
-        pytest.param(
-            0,
-            200,
-            id="frozen workers",
-            marks=mended_by(11, "ranks that never answer take all repair slots in turn"),
-        ),
+        pytest.param(500, 0, id="made-up ranks"),
+        pytest.param(0, 200, id="frozen workers"),
     ],
 )
 def test_a_gap_is_repaired_within_the_grace_though_others_never_answer(silent: int, registered: int) -> None:

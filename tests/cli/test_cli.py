@@ -173,12 +173,12 @@ def test_a_built_in_command_does_not_wait_for_plugins(
         (["--topology", "dsagg"], "unknown topology 'dsagg': did you mean 'disagg'?"),
         (
             ["--topology", "disagg_router", "--router", "x"],
-            "--router: unknown router 'x'. Known: exact, stock",
+            "--router: unknown router 'x'. Known: exact, picker, stock",
         ),
         (["--router", "stock"], "--router: topology 'agg' routes by no cache"),
         (
             ["--topology", "agg_router", "--router", "stock", "--routers", "2"],
-            "--routers: only ROUTER=exact has",
+            "--routers: only ROUTER=exact and ROUTER=picker have",
         ),
         (["--topology", "disagg", "--workers", "3"], "--workers: topology 'disagg' has prefill and decode"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,20 @@ def demo(log_dir: Path, *options: str) -> str:
 
 def logs(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.log")}
+
+
+def readme_sample() -> list[str]:
+    """The lines of the demo that README.md shows."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    _, _, rest = readme.partition("<!-- sample: make demo TOPOLOGY=agg_router -->\n")
+    lines = takewhile(lambda line: not line or line.startswith("    "), rest.splitlines())
+    return [line for line in lines if line]
+
+
+def shape(line: str) -> str:
+    """A line without its numbers and names: what differs from run to run."""
+    words = re.sub(r"worker [AB]\b", "worker", re.sub(r"\d+", "0", line))
+    return " ".join(re.sub(r"^ *0\. \w+( 0)?", "0. document", words).split())
 
 
 def test_the_demo_passes_and_shows_every_window(tmp_path: Path) -> None:
@@ -52,4 +68,6 @@ def test_the_demo_of_a_router_shows_what_was_promised_and_what_was_kept(
     assert ("router-0" in logs(tmp_path)) is (router == "exact")
     if router == "exact":
         assert "20 of 20 promises were kept" in said
+        printed = set(map(shape, said.splitlines()))
+        assert [] == [line for line in readme_sample() if shape(line) not in printed], "README.md shows these"
         assert "a router that counts the global layers alone would have promised" in said

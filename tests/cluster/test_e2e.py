@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from itertools import pairwise
@@ -177,7 +178,7 @@ def test_a_client_that_goes_frees_what_its_request_held(run: Run[Any], cluster: 
         ({"prompt": "hi", "n": 2}, 400, "n"),
         ({"prompt": "hi", "echo": True, "logprobs": 1}, 400, "prompt_logprobs (or echo): expected none"),
         ({"prompt": "hi", "prompt_logprobs": 0}, 400, "prompt_logprobs (or echo): expected none"),
-        ({"prompt": "hi", "guided_regex": "a+"}, 400, "guided_regex: expected none"),
+        ({"prompt": "hi", "guided_regex": "("}, 400, "guided_regex: expected a format that can be kept"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_with_the_reason(
@@ -189,26 +190,41 @@ def test_a_request_that_can_never_be_served_is_refused_with_the_reason(
     assert message in str(answer)
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Ulm", "Trier"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+
+
+async def chatted(cluster: Cluster, **change: Any) -> dict[str, Any]:
+    """The only choice of a chat."""
+    body = {**GREEDY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 60, **change}
+    status, answer = await post(cluster, "/v1/chat/completions", {**body, "ignore_eos": False})
+    assert status == 200, answer
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice
+
+
+def test_a_response_format_is_kept(run: Run[Any], cluster: Cluster) -> None:
+    format_ = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+    choice = run(chatted(cluster, response_format=format_))
+
+    assert json.loads(choice["message"]["content"])["city"] in ("Ulm", "Trier")
+    assert choice["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"response_format": {"type": "json_object"}},
-        {"tools": [TOOL], "tool_choice": "required"},
-        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
-    ],
-    ids=["json", "required", "named"],
+    "demanded", ["required", {"type": "function", "function": {"name": "weather"}}], ids=["required", "named"]
 )
-def test_a_format_that_cannot_be_kept_is_refused_as_the_client_calls_it(
-    run: Run[Any], cluster: Cluster, change: dict[str, Any]
-) -> None:
-    body = {**GREEDY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **change}
-    status, answer = run(post(cluster, "/v1/chat/completions", body))
+def test_a_tool_that_is_demanded_is_called(run: Run[Any], cluster: Cluster, demanded: Any) -> None:
+    choice = run(chatted(cluster, tools=[TOOL], tool_choice=demanded))
+    called = choice["message"]["tool_calls"][0]["function"]
 
-    assert 400 == status
-    assert "response_format, tool_choice or guided_json: expected none" in answer["message"]
+    assert called["name"] == "weather"
+    assert json.loads(called["arguments"])["city"] in ("Ulm", "Trier")
 
 
 def test_stop_strings_end_the_answer_early(run: Run[Any], cluster: Cluster) -> None:

@@ -1,8 +1,8 @@
 """The pages of metrics of running programs: what docs/metrics.md says, and requests that add up.
 
 Two models behind one router: ``gemma`` on a prefill and a decode engine, ``echo`` on two echo workers of each
-kind, which refuse, hang and die as they are told. Beside them a selector, an aggregated worker of two ranks
-with a host tier that feeds Dynamo's own router, ``vswa index``, and a relay of one recorded vLLM.
+kind, which refuse, hang and die as they are told. Beside them a selector, a picker, an aggregated worker of
+two ranks with a host tier that feeds Dynamo's own router, ``vswa index``, and a relay of one recorded vLLM.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Pages:
         self.index_url = f"http://127.0.0.1:{free_port()}"
         self.relayed = Engine()
         self.relay: Child
+        self.picker: Child
 
     async def start(self) -> None:
         stack, folder = self.stack, self.stack.folder
@@ -74,6 +75,8 @@ class Pages:
             stack.child("index", "vswa_plugin", "index", "--status-port", port),
         )
         self.relay = await self._start_relay()
+        listens = ("--grpc-port", "0", "--http-port", "0")
+        self.picker = await stack.child("picker", "vswa_plugin", "picker", "--namespace", NAME, *listens)
         for worker in self.workers.values():
             await worker.until(lambda worker=worker: _holds("serves '" in worker.log()), "serving", 60)
         await stack.shows("gemma", "echo")
@@ -94,6 +97,7 @@ class Pages:
         router, selector = self.stack.routers
         urls = {name: await status_url(child) for name, child in self.workers.items()}
         urls |= {"router": await url_of(router), "selector": await url_of(selector)}
+        urls["picker"] = await url_of(self.picker)
         return urls | {"index": self.index_url, "relay": await url_in(self.relay, "status on ")}
 
     async def texts(self) -> dict[str, str]:
@@ -179,7 +183,10 @@ def test_build_info_names_engine_and_versions(run: Run[Any], pages: Pages) -> No
         assert sample.labels["dynamo_version"]
 
     workers = dict.fromkeys(("agg", "prefill", "decode"), ("worker", "gemma3_cpu"))
-    assert found == {**workers, **{name: (name, "") for name in ("router", "selector", "index", "relay")}}
+    assert found == {
+        **workers,
+        **{name: (name, "") for name in ("router", "selector", "picker", "index", "relay")},
+    }
 
 
 def counts(page: str, program: str, **labels: str) -> tuple[float, dict[str, float], float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar
 
 import msgspec
@@ -51,12 +52,13 @@ class Prefill(StandinEngine):
         return {**super().stats(), "kept": float(len(self.handover.kept))}
 
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
-        async for chunk in super().generate(request):
-            if "disaggregated_params" in chunk:
-                ticket = self.handover.keep(len(request["token_ids"]))
-                cached = chunk["completion_usage"]["prompt_tokens_details"]["cached_tokens"]
-                chunk["disaggregated_params"] |= {"ticket": ticket, "cached": cached}
-            yield chunk
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                if "disaggregated_params" in chunk:
+                    ticket = self.handover.keep(len(request["token_ids"]))
+                    cached = chunk["completion_usage"]["prompt_tokens_details"]["cached_tokens"]
+                    chunk["disaggregated_params"] |= {"ticket": ticket, "cached": cached}
+                yield chunk
 
 
 class Decode(StandinEngine):
@@ -128,8 +130,9 @@ class HasOtherBlocks(FaultyDecode):
 
 class ChangingPrefill(FaultyPrefill):
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
-        async for chunk in super().generate(request):
-            yield self.changed(chunk)
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield self.changed(chunk)
 
     def changed(self, chunk: ChunkDict) -> ChunkDict:
         return chunk
@@ -160,8 +163,9 @@ class ComputesWhatIsComputed(FaultyPrefill):
     caught_by = ("prefill_refuses_what_another_prefill_engine_has_computed", "DID NOT RAISE")
 
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
-        async for chunk in super().generate({**request, "prefill_result": None}):
-            yield chunk
+        async with aclosing(super().generate({**request, "prefill_result": None})) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 class DrawsTheFirstTokenAgain(FaultyDecode):
@@ -177,10 +181,11 @@ class AnswersInTwoWays(FaultyDecode):
 
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
         self.requests += 1
-        async for chunk in super().generate(request):
-            if "finish_reason" in chunk:
-                chunk = {**chunk, "token_ids": [self.requests]}
-            yield chunk
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                if "finish_reason" in chunk:
+                    chunk = {**chunk, "token_ids": [self.requests]}
+                yield chunk
 
 
 class CountsTheTransferAsCached(FaultyDecode):
@@ -222,8 +227,9 @@ class WaitsForOneThatHasGone(FaultyDecode):
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
         if not self.handover.open:
             await asyncio.Event().wait()
-        async for chunk in super().generate(request):
-            yield chunk
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 class TakesAnyResult(FaultyDecode):
@@ -231,8 +237,9 @@ class TakesAnyResult(FaultyDecode):
 
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
         try:
-            async for chunk in super().generate(request):
-                yield chunk
+            async with aclosing(super().generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except InvalidRequest:
             yield {"token_ids": [1], "index": 0, "finish_reason": "length"}
 
@@ -277,10 +284,11 @@ class LeavesItsTicketWhenItIsClosed(FaultyDecode):
     )
 
     async def generate(self, request: RequestDict) -> AsyncGenerator[ChunkDict, None]:
-        async for chunk in super().generate(request):
-            if "finish_reason" in chunk:
-                super().fetch(request["prefill_result"]["disaggregated_params"])
-            yield chunk
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                if "finish_reason" in chunk:
+                    super().fetch(request["prefill_result"]["disaggregated_params"])
+                yield chunk
 
     def fetch(self, params: Any) -> int:
         return self.handover.kept.get(params["ticket"], 0)

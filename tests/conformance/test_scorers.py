@@ -44,7 +44,7 @@ class TestBuiltInScorers(ScorerConformance):
     def layouts(self, rule: str) -> Sequence[CacheLayout]:
         return scorer_layouts(rule)
 
-    @pytest.fixture(params=range(5), ids=[each.name for each in built_in_scorers()])
+    @pytest.fixture(params=range(len(built_in_scorers())), ids=[each.name for each in built_in_scorers()])
     def new_scorer(self, request: pytest.FixtureRequest) -> NewScorer:
         return lambda layout: built_in_scorers()[request.param]
 

@@ -77,9 +77,9 @@ def test_a_field_that_is_not_served_is_refused_as_the_client_calls_it(
 def test_guided_decoding_is_refused_by_what_the_client_may_have_sent(kind: str) -> None:
     value, named = GUIDED[kind]
 
-    assert refusal({"sampling_options": {"guided_decoding": {kind: value}}}).startswith(
-        f"{named}: expected none"
-    )
+    asked = {"sampling_options": {"guided_decoding": {kind: value}}}
+
+    assert refusal(asked, STANDIN).startswith(f"{named}: expected none")
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -83,7 +83,7 @@ def test_the_table_names_worker_window_blocks_and_state(run: Run[Any], cluster: 
     shown = vswa(cluster, "index", "--once", "--namespace", "e2e")
 
     assert shown.returncode == 0, shown.stderr
-    for word in ("worker", "window", "512", "global", "live", "gemma", "2 ranks"):
+    for word in ("rank", "window", "512", "global", "live", "gemma", "2 ranks"):
         assert word in shown.stdout
     listed = vswa(cluster, "index", "--once", "--json", "--namespace", "e2e")
     for rank in json.loads(listed.stdout)["ranks"]:

@@ -25,8 +25,11 @@ from vswa_plugin.following.due import Due
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.view import Attention, View, ViewOptions
 from vswa_plugin.index import WindowIndex
+from vswa_plugin.wire import control
 from vswa_plugin.wire.events import Event, Rank, Source, Stored, layout_event
 from vswa_plugin.wire.subjects import subject
+
+LAYOUT_EVENT = layout_event(LAYOUT)
 
 
 async def stays_scored(followed: Followed, rank: Rank, seconds: float) -> bool:
@@ -208,6 +211,42 @@ def test_a_repaired_rank_is_looked_at_no_more_than_others() -> None:
             return repairing, len(followed.subscriber._repairing)
 
     assert (1, 0) == run_in_jumps(body())
+
+
+def test_an_answer_that_comes_when_its_view_was_forgotten_and_followed_anew_changes_nothing_for_good() -> (
+    None
+):
+    """A request was out while the rank fell silent; the registry then gave a lower epoch, of a new life."""
+
+    async def body() -> list[dict[Rank, int]]:
+        async with Followed() as followed:
+            answers: list[asyncio.Future[bytes]] = []
+
+            async def late(to_subject: str, payload: bytes, timeout: float) -> bytes:
+                answers.append(asyncio.get_running_loop().create_future())
+                return await answers[-1]
+
+            followed.transport.request = late  # type: ignore[method-assign]
+            await followed.transport.hear(GOOD, 7)  # something is missing: it is asked for
+            await asyncio.sleep(5.0)
+            followed.subscriber.announce(source_of_worker(GOOD.worker_id), 4)
+            await followed.transport.hear(GOOD, 0, layout_event(LAYOUT), HELD, epoch=4)
+            for snapshot_part in (
+                control.SnapshotHead(4, 1, 2, 1, 2),
+                control.SnapshotPart(4, 1, 0, (LAYOUT_EVENT, HELD)),
+            ):
+                await asyncio.sleep(0)
+                answers[-1].set_result(control.encode(snapshot_part))
+                await asyncio.sleep(0.1)
+            answers[0].set_result(control.encode(control.Replay(5, (), 2)))
+            found = []
+            for _ in range(5):
+                await followed.transport.hear(GOOD, 2, epoch=4)
+                await asyncio.sleep(1.0)
+                found.append(followed.score())
+            return found
+
+    assert [{GOOD: 32}] * 5 == run_in_jumps(body())
 
 
 def test_a_rank_that_nobody_ever_spoke_of_is_silent() -> None:

@@ -9,7 +9,17 @@ from typing import Any
 from vswa_plugin.errors import ConnectError
 from vswa_plugin.following.subscriber import Subscriber
 from vswa_plugin.testing.streams import LAYOUT, NaiveIndex
-from vswa_plugin.wire.events import Batch, Event, Rank, Source, Stored, encode, layout_event
+from vswa_plugin.wire.events import (
+    VERSION,
+    Batch,
+    Event,
+    Rank,
+    ReuseReport,
+    Source,
+    Stored,
+    encode,
+    layout_event,
+)
 from vswa_plugin.wire.subjects import subject
 
 SOURCE = Source("ns", "backend", 7)
@@ -111,3 +121,23 @@ def test_a_rank_that_is_withdrawn_leaves_the_index() -> None:
     index = after(message(0, layout_event(LAYOUT)), then=lambda subscriber: subscriber.withdraw(RANK))
 
     assert index.held == {}
+
+
+def test_reports_are_handed_on_with_their_rank_also_of_a_worker_that_drains() -> None:
+    got: list[tuple[Rank, ReuseReport]] = []
+    reports = [ReuseReport(name, 10, 4) for name in ("a", "b", "c")]
+
+    def reported(number: int) -> tuple[str, bytes]:
+        return subject(SOURCE, "events"), encode(Batch(VERSION, 5, 1, 0, (), (reports[number],)))
+
+    async def body() -> None:
+        subscriber = Subscriber(NobodyAnswers(), NaiveIndex())  # type: ignore[arg-type]
+        await subscriber._on_message(*reported(0))  # nobody wants it
+        subscriber.on_report = lambda rank, report: got.append((rank, report))
+        await subscriber._on_message(*reported(1))
+        subscriber.withdraw(SOURCE.rank)
+        await subscriber._on_message(*reported(2))
+
+    asyncio.run(body())
+
+    assert [(SOURCE.rank, report) for report in reports[1:]] == got

@@ -62,9 +62,86 @@ def test_missing_heartbeats_score_0_within_three() -> None:
 
 def test_heartbeats_that_are_missing_while_our_own_broker_is_away_do_not_count() -> None:
     view = live_view()
-    now = ticks(view, 0.0, 60.0, connected=False)
+    ticks(view, 0.0, 60.0, connected=False)
+
+    assert not view.silent
+
+
+def test_a_view_is_not_live_while_our_own_broker_is_away_and_not_scored_after_the_grace() -> None:
+    view = live_view()
+    view._attention.tick(0.0, connected=True)
+    now = ticks(view, 0.0, 9.0, connected=False)
+    assert ("stale", "the broker is away", True) == (view.state, view.reason, view.scored(now))
+
+    now = ticks(view, now, 2.0, connected=False)
+    assert not view.scored(now)
+
+
+def test_a_view_is_live_again_once_its_rank_is_heard_over_the_new_connection() -> None:
+    view = live_view()
+    view._attention.tick(0.0, connected=True)
+    now = ticks(view, 0.0, 20.0, connected=False)
+    now = ticks(view, now, 1.0)
+    assert ("stale", "not heard since contact was lost", False) == (
+        view.state,
+        view.reason,
+        view.scored(now),
+    )
+
+    view.heard()
+    assert ("live", "", True) == (view.state, view.reason, view.scored(now))
+
+
+def test_a_view_that_was_heard_between_two_losses_of_contact_has_the_grace_of_the_second() -> None:
+    view = live_view()
+    view._attention.tick(0.0, connected=True)
+    now = ticks(view, 0.0, 8.0, connected=False)
+    now = ticks(view, now, 1.0)
+    view.heard()
+    now = ticks(view, now, 8.0, connected=False)
 
     assert view.scored(now)
+    assert not view.scored(now + 3.0)
+
+
+def test_a_view_that_is_made_while_the_broker_is_away_is_not_live_before_it_is_back() -> None:
+    attention = Attention(1.0)
+    attention.tick(0.0, connected=False)
+    view = View(Source("ns", "backend", 1), ViewOptions(), attention=attention)
+    view.layout = LAYOUT
+    assert "stale" == view.state
+
+    attention.tick(0.25, connected=True)
+    view.heard()
+    assert "live" == view.state
+
+
+def test_what_is_read_late_while_the_broker_is_away_is_no_contact() -> None:
+    view = live_view()
+    view._attention.tick(0.0, connected=True)
+    now = ticks(view, 0.0, 5.0, connected=False)
+    view.heard()
+    now = ticks(view, now, 6.0, connected=False)
+
+    assert not view.scored(now)
+
+
+def test_a_loop_that_did_not_run_for_long_makes_a_view_stale_until_its_rank_is_heard() -> None:
+    view = live_view()
+    view._attention.tick(0.0, connected=True)
+    view._attention.tick(300.0, connected=True)
+    assert "stale" == view.state
+
+    view.heard()
+    assert "live" == view.state
+
+
+def test_a_rank_is_silent_in_the_end_though_our_loop_is_slow_at_every_turn() -> None:
+    view = live_view()
+    view._attention.tick(0.0, connected=True)
+    ticks(view, 0.0, 30.0, step=1.5)
+
+    assert view.silent
 
 
 def test_a_loop_that_did_not_run_does_not_blame_the_rank() -> None:

@@ -175,6 +175,14 @@ def test_a_local_file_is_loaded_even_where_only_some_packages_are(tmp_path: Path
         assert "from_file 1\n" == host.metrics()
 
 
+def test_a_package_that_is_given_by_its_init_file_has_the_name_of_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "vswa_mine"
+    folder.mkdir()
+    where = local_file(folder, OBSERVER.format("file"), "__init__.py")
+    with load_host(plugin=[where], environ={"VSWA_PLUGINS": ""}) as host:
+        assert ["vswa_mine"] == [each.name for each in host.plugins() if each.state == "loaded"]
+
+
 def test_a_local_file_can_be_switched_off_by_its_name(tmp_path: Path) -> None:
     where = local_file(tmp_path, "raise ValueError('imported')")
     with load_host([where], ["mine"], environ={"VSWA_PLUGINS": ""}) as host:

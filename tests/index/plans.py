@@ -45,17 +45,13 @@ def brute_force(plan: ScorePlan, hashes: Sequence[int], held: Sequence[Collectio
     return 0
 
 
-def packed(hashes: Sequence[int]) -> bytes:
-    return b"".join(value.to_bytes(8, "little") for value in hashes)
-
-
 def scores_of_both(
     python: PythonTable, kernel: KernelTable | None, hashes: Sequence[int], plan: ScorePlan, wanted: int
 ) -> dict[Rank, int]:
     """What both tables say, which must be the same."""
     tables: list[tuple[Table, Sequence[int]]] = [(python, hashes)]
     if kernel is not None:
-        tables += [(kernel, hashes), (kernel, packed(hashes)), (kernel, array("Q", hashes))]
+        tables += [(kernel, hashes), (kernel, array("Q", hashes))]
     scores = [table.score(names, plan, wanted, RANKS) for table, names in tables]
     assert all(each == scores[0] for each in scores), (plan, scores)
     return scores[0]

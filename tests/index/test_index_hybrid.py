@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hybrid_helpers import layouts, partial_layouts
 from tests.properties import examples
 from vswa_plugin.blocks.hashing import prefix_names
+from vswa_plugin.blocks.hybrid import Need
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
-from vswa_plugin.blocks.reuse import RULES, resumable
+from vswa_plugin.blocks.reuse import RULES, Needs, resumable
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.wire.events import Moved, Rank, Stored
 
@@ -62,6 +64,74 @@ def test_every_rank_scores_what_the_rule_says_of_it_alone(
     names = prefix_names(tokens, layout.hash_block_size, layout.lookahead)
     explained = {each.rank: each for each in index.explain(names, prompt_len)}
     assert alone == {rank: each.cached_tokens for rank, each in explained.items()}
+    for rank, each in explained.items():
+        for group in each.groups:
+            stride = group.group.block_size // layout.hash_block_size
+            blocks = held[rank][group.group.group_id][:known][stride - 1 :: stride]
+            runs = [block for first, end in group.held for block in range(first, end)]
+            assert [block for block, is_held in enumerate(blocks) if is_held] == runs
+
+
+class ByNumbers:
+    """A plugin's rule for layouts of one group: what its numbers say, also at the very end of a prompt."""
+
+    name = "by_numbers"
+    provenance = "read"
+
+    def __init__(self, needs: Needs) -> None:
+        self._needs = needs
+
+    def boundaries(self, layout: CacheLayout, prompt_len: int) -> int:
+        return prompt_len // layout.block_size
+
+    def tokens(self, layout: CacheLayout, boundary: int, prompt_len: int) -> int:
+        return min(boundary * layout.block_size, prompt_len - 1)
+
+    def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
+        raise AssertionError("need says it")
+
+    def need(self, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
+        end, size = boundary * layout.block_size // group.block_size, group.block_size
+        at_end = boundary * layout.block_size == prompt_len
+        trailing = (self._needs.at_prompt_end if at_end else self._needs.trailing)[0]
+        chunk = self._needs.chunks[0] if self._needs.chunks else None
+        first = 0 if trailing is None else max(0, end - trailing)
+        first = end // chunk * chunk if chunk else first
+        after = self._needs.after[0] if self._needs.after else 0
+        return Need(range((first + 1) * size, (end + after) * size + 1, size))
+
+    def needs(self, layout: CacheLayout, prompt_len: int) -> Needs:
+        return self._needs
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("resumption", [None, Resumption(32, 16)])
+@pytest.mark.parametrize(
+    "needs",
+    [
+        Needs((1,), (1,), after=(1,)),
+        Needs((1,), (2,), after=(1,)),
+        Needs((1,), (2,)),
+        Needs((None,), (None,), chunks=(4,)),
+        Needs((1,), (2,), chunks=(4,)),
+    ],
+)
+def test_numbers_of_a_plugins_rule_are_used_whatever_the_layout(
+    needs: Needs, resumption: Resumption | None, kernel: bool
+) -> None:
+    rule = ByNumbers(needs)
+    layout = CacheLayout((CacheGroup(0, None, 16),), rule.name, "m", resumption=resumption)
+    for prompt_len in (128, 130):
+        tokens = list(range(prompt_len))
+        names = prefix_names(tokens, 16)
+        for number in range(2**8):
+            flags = [bool(number >> block & 1) for block in range(8)]
+            index = WindowIndex(kernel=None if kernel else False, rules={**RULES, rule.name: rule})
+            index.join(RANKS[0], layout)
+            hashes = tuple(name for name, flag in zip(names, flags, strict=True) if flag)
+            index.apply(RANKS[0], Stored(0, 0, None, hashes))
+            expected = resumable(rule, layout, {0: flags}, prompt_len)
+            assert expected == index.score(names, prompt_len).get(RANKS[0], 0), (prompt_len, flags)
 
 
 def test_an_explanation_counts_the_blocks_of_each_group() -> None:

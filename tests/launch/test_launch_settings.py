@@ -47,10 +47,13 @@ def test_the_guides_environment_says_what_each_kind_of_worker_gets(
         (["dsagg"], "unknown topology 'dsagg': did you mean 'disagg'? Known: agg, agg_router, disagg"),
         (["agg_router", "--router", "exect"], "--router: unknown router 'exect': did you mean 'exact'?"),
         (["agg", "--router", "stock"], "--router: topology 'agg' routes by no cache, expected no router"),
-        (["agg", "--routers", "2"], "--routers: only ROUTER=exact has routers of ours, got none"),
+        (
+            ["agg", "--routers", "2"],
+            "--routers: only ROUTER=exact and ROUTER=picker have routers of ours, got none",
+        ),
         (
             ["agg_router", "--router", "stock", "--routers", "2"],
-            "--routers: only ROUTER=exact has routers of ours, got 'stock'",
+            "--routers: only ROUTER=exact and ROUTER=picker have routers of ours, got 'stock'",
         ),
         (["agg_router", "--router-mode", "kv"], "--router-mode: 'agg_router' has its own, got 'kv'"),
         (
@@ -180,3 +183,20 @@ def test_help_teaches_by_the_guides_environment(capsys: pytest.CaptureFixture[st
 
     for part in ("MODEL_PATH", "PREFILL_ENGINE_ARGS", "ETCD_ENDPOINTS", "agg_router", "exit codes"):
         assert part in said
+
+
+def test_engine_options_are_named_or_a_file(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = {"MODEL_PATH": str(model_dir), "PREFILL_ENGINE_ARGS": "gemma3/vswa_prefill"}
+    environ["DECODE_ENGINE_ARGS"] = "gemma3/vswa_decode"
+    monkeypatch.setenv("MODEL_PATH", str(model_dir))
+    (tmp_path / "gemma3").mkdir()
+    (tmp_path / "gemma3" / "vswa_decode").write_text("backend: pytorch\n")  # a file goes first
+    settings, _ = settings_from(["disagg"], environ)
+    prefill, decode = (worker_parse(worker_arguments(settings, group), {}) for group in settings.groups)
+
+    assert "gemma3/vswa_prefill" == prefill.settings.options_source
+    assert prefill.settings.options["disable_overlap_scheduler"]
+    assert {"backend": "pytorch"} == decode.settings.options

@@ -17,9 +17,20 @@ from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.engine.contract import BlocksStored, EngineBlock, EngineEvent, EventsLost, GroupCreated
 from vswa_plugin.errors import ConnectError, ProtocolError
 from vswa_plugin.publishing.healing import Claim
-from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
+from vswa_plugin.publishing.publisher import REPORTS, Publisher, PublisherOptions, check_batch_bytes
 from vswa_plugin.publishing.residency import Residency
-from vswa_plugin.wire.events import Batch, Event, Layout, Removed, Source, Stored, decode, encode
+from vswa_plugin.wire import control
+from vswa_plugin.wire.events import (
+    Batch,
+    Event,
+    Layout,
+    Removed,
+    ReuseReport,
+    Source,
+    Stored,
+    decode,
+    encode,
+)
 from vswa_plugin.wire.numbering import Numbering, split
 
 LAYOUT = CacheLayout((CacheGroup(0, 4, 2), CacheGroup(1, None, 2)), "trtllm_v2", "m")
@@ -354,3 +365,27 @@ def test_close_publishes_what_is_still_in_the_inbox(heartbeat_s: float) -> None:
 
     assert len(harness.publisher.ledger.residency.resident()[1]) == 5_000
     assert len(harness.events()) == 5_001
+
+
+def test_a_report_goes_out_at_once_without_an_id_and_is_not_replayed() -> None:
+    harness = Harness()
+    reports = [ReuseReport(f"request {number}", 100, number) for number in range(REPORTS + 2)]
+
+    async def body() -> None:
+        harness.offer(block(1))
+        for report in reports:
+            harness.publisher.report(report)
+        await harness.until(lambda: sum(len(batch.reports) for batch in harness.sent) == len(reports))
+        harness.offer(block(2))
+
+    asyncio.run(harness.during(body))
+
+    assert reports == [report for batch in harness.sent for report in batch.reports]
+    assert all(not batch.events for batch in harness.sent if batch.reports)
+    assert ids_are_consecutive(harness.sent)
+    assert 3 == harness.sent[-1].next_event_id
+    replay = control.decode_reply(
+        harness.publisher.answer(control.encode(control.ReplayRequest(harness.sent[-1].epoch, 0)))
+    )
+    assert isinstance(replay, control.Replay)
+    assert not any(decode(payload).reports for payload in replay.payloads)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vswa_plugins.vllm.model import cache_groups, load_shape
+from vswa_plugins.vllm.grouping import cache_groups
+from vswa_plugins.vllm.model import load_shape
 
 from tests import router_helpers
 from tests.conftest import Brokers, Run
@@ -39,7 +40,7 @@ class Fleet:
             "endpoint": f"{self.stack.name}.{component}.generate",
             "events": f"tcp://127.0.0.1:{events}",
             "replay": f"tcp://127.0.0.1:{replay}",
-            "groups": [group.window_size for group in cache_groups(load_shape(str(self._model)).windows, BS)],
+            "groups": [group.window_size for group in cache_groups(load_shape(str(self._model)).layers, BS)],
         }
         child = await self.stack.child(f"foreign-{self._numbers}", "tests.relay_worker", json.dumps(options))
         await eventually(lambda: "SERVES" in child.log(), "it serves", WAIT_S)
@@ -105,11 +106,6 @@ async def knows_all(router: Child, worker: Child) -> None:
     await eventually(known, "the router knows all blocks", WAIT_S)
 
 
-@pytest.mark.soak
-@pytest.mark.skipif(
-    "'soak' not in (config.getoption('-m') or '')",
-    reason="failed twice in some thirty runs, for a reason that is not found yet: ask with -m soak",
-)
 def test_an_exact_router_serves_unchanged_workers_and_keeps_its_promises(run: Run[Any], fleet: Fleet) -> None:
     """The instances of one endpoint, one on each host: here one of each of two endpoints."""
     events, replay = free_port(), free_port()

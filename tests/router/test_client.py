@@ -80,7 +80,7 @@ def test_a_prompt_is_hashed_as_its_worker_names_its_blocks(salt: str | None, lor
     hashes = namespaced_sequence_hashes(tokens, 16, salt, lora)
 
     assert list(hashes) == sequence_hashes(blocks)
-    assert (list(hashes) == sequence_hashes_of_tokens(tokens, 16)) is (salt is None and lora is None)
+    assert (hashes == sequence_hashes_of_tokens(tokens, 16)) is (salt is None and lora is None)
 
 
 class _Prefill:

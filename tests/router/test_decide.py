@@ -21,7 +21,7 @@ from vswa_plugin.wire.events import Rank, Stored
 LAYOUT = CacheLayout((CacheGroup(0, 32, 16), CacheGroup(1, None, 16)), "trtllm_v2", "m")
 A, B, C = Rank(1), Rank(2), Rank(2, 1)
 PROMPT = list(range(130))
-HASHES = namespaced_sequence_hashes(PROMPT, 16)
+HASHES = list(namespaced_sequence_hashes(PROMPT, 16))
 
 
 class Setting:

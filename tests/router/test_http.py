@@ -12,7 +12,6 @@ import pytest
 
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
 from vswa_plugin.blocks.hashing import block_hashes
-from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.http import answers, messages
 from vswa_plugin.router.http.answers import global_only
@@ -354,7 +353,3 @@ def test_questions_do_not_change_the_load_or_the_index() -> None:
             assert len(api.book) == 0
 
     run(body())
-
-
-def test_hashing_agrees_with_the_router() -> None:
-    assert namespaced_sequence_hashes(PROMPT, 16) == HASHES

@@ -76,6 +76,62 @@ def test_routers_and_requests_above_the_limits_are_left_out(monkeypatch: pytest.
     assert load.stats.left_out == 2 + 2 + 1
 
 
+def test_what_is_kept_of_one_router_and_of_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_load, "MAX_ROUTER_HASHES", 40)
+    monkeypatch.setattr(shared_load, "MAX_ALL_HASHES", 60)
+    load = SharedLoad(9)
+    load.book("m", 16)
+    for router in (1, 2):
+        puts = [
+            Put(State(n, 1, 0, 0), "m", tuple(range(20 * n, 20 * n + 20)), 320, 0, True) for n in range(4)
+        ]
+        for payload in encode(router, puts):
+            load.receive(payload, 0.0)
+
+    kept = {
+        router: [len(put.hashes) for put in other.requests.values()] for router, other in load.others.items()
+    }
+    assert {1: [20, 4], 2: [12]} == kept, "each counts as 8 hashes besides its own"
+    assert 2 + 3 == load.stats.left_out
+
+
+def test_what_there_is_no_room_for_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_load, "MAX_ROUTER_HASHES", 15)
+    load = SharedLoad(9)
+    load.book("m", 16)
+    for word in (
+        Put(State(1, 1, 0, 0), "m", (1, 2, 3), 48, 0, True),
+        Digest(0, None, (State(1, 1, 0, 0), State(2, 1, 0, 0))),
+    ):
+        (payload,) = encode(1, [word])
+        load.receive(payload, 0.0)
+    load.take()
+
+    assert 0 == load.stats.wanted
+
+
+def test_room_comes_back_when_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_load, "MAX_ROUTER_HASHES", 20)
+    load = SharedLoad(9)
+    book = load.book("m", 16)
+    for key in range(10):
+        (payload,) = encode(1, [Put(State(key, 1, 0, 0), "m", tuple(range(12)), 192, 0, True), Free(key)])
+        load.receive(payload, 0.0)
+        assert 0 == load.others[1].hashes
+
+    assert (0, Load()) == (load.stats.left_out, book.load(A))
+
+
+def test_a_router_is_heard_on_its_own_subject_only() -> None:
+    load = SharedLoad(9)
+    book = load.book("m", 16)
+    load.receive(WHOLE, 0.0, "2")
+    assert (1, Load()) == (load.stats.foreign_subject, book.load(A))
+
+    load.receive(WHOLE, 0.0, "1")
+    assert 1 == book.load(A).requests
+
+
 def test_a_repeated_request_counts_once_and_an_unknown_end_is_no_matter() -> None:
     load = SharedLoad(9)
     book = load.book("m", 16)

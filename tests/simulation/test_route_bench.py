@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from vswa_plugin.blocks.reuse import RULES
 from vswa_plugin.cli.main import main
-from vswa_plugin.engine.presets import PRESETS, TRTLLM, rank_setup
+from vswa_plugin.engine.presets import PRESETS, TRTLLM, preset_named, rank_setup
 from vswa_plugin.errors import ConfigError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.host.loading import load_host
@@ -187,16 +188,14 @@ def test_a_file_keeps_its_times_unless_a_rate_is_given(tmp_path: Path, host: Plu
     assert [0.25, 0.5, 0.75, 1.0] == [each.at_s for each in faster.arrivals(0)]
 
 
-def test_the_projection_is_compared_where_it_can_show_the_layout() -> None:
-    compared = {
-        name: {case.policy for case in cases([name], [1], None, [0])}
-        for name in ("gpt-oss-20b", "gemma-4-31b")
-    }
-
-    assert {*DEFAULT_POLICIES} == compared["gpt-oss-20b"]
-    assert {*DEFAULT_POLICIES} - {"boundary projection"} == compared["gemma-4-31b"]
+def test_all_policies_are_compared_for_models_of_any_layout(host: PluginHost) -> None:
+    assert {*DEFAULT_POLICIES} == {case.policy for case in cases(["gemma-4-31b"], [1], None, [0])}
     with pytest.raises(ConfigError, match="unknown model"):
         cases(["gemma-5"], [1], None, [0])
+    for preset in PRESETS:
+        layout = preset_named(preset).layout(preset)
+        names = [scorer.name for scorer in host.accuracy_scorers(layout, RULES, [])]
+        assert "boundary projection" in names, preset
 
 
 def test_cells_have_all_combinations() -> None:
@@ -244,7 +243,7 @@ def test_several_processes_find_what_one_finds(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["nothing"], "expected a workload, chat, documents, agents, forks or a file"),
+        (["nothing"], "expected a workload, chat, documents, agents, forks, burst, tenants or a file"),
         (["chat", "--blocks", "many"], "--blocks: expected numbers"),
         (["chat", "--model", "gema-3-1b"], "did you mean 'gemma-3-1b'"),
         (["chat", "--policies", "exakt"], "did you mean 'exact'"),

@@ -18,6 +18,7 @@ from vswa_plugin.wire.events import (
     Layout,
     Moved,
     Removed,
+    ReuseReport,
     Stored,
     Unknown,
     decode,
@@ -126,3 +127,19 @@ def test_token_ids_have_no_place_on_the_wire() -> None:
 
     assert not [name for name in names if "token" in name]
     assert "sequence_hashes" in names
+
+
+@pytest.mark.parametrize("reports", [7, [7], [["id"]], [["id", "many", 0]], [[1, 2, 3]], {}])
+def test_reports_that_cannot_be_read_cost_nothing_but_themselves(reports: object) -> None:
+    batch = Batch(VERSION, 5, 0, 0, (Removed(0, (7,)), Cleared()))
+    raw = msgspec.msgpack.decode(encode(batch))
+
+    assert batch == decode(msgspec.msgpack.encode([*raw[:5], reports]))
+    with pytest.raises(ProtocolError, match="expected a batch"):
+        decode(msgspec.msgpack.encode([*raw[:4], [["removed", 0]], reports]))
+
+
+def test_what_a_later_version_appends_to_a_report_is_ignored() -> None:
+    payload = msgspec.msgpack.encode([VERSION, 5, 0, 0, [], [["id", 10, 4, 0.5, "more"]], "and more"])
+
+    assert (ReuseReport("id", 10, 4, 0.5),) == decode(payload).reports

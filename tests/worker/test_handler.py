@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,7 @@ from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict
 from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.errors import InvalidRequest, Unavailable
 from vswa_plugin.publishing.healing import Claim
+from vswa_plugin.wire.events import ReuseReport
 from vswa_plugin.worker.handler import RequestHandler
 
 USAGE = {"prompt_tokens": 4, "prompt_tokens_details": {"cached_tokens": 2}}
@@ -52,6 +54,10 @@ class Claims:
         self.engine_events = events
         self.claims: list[Claim] = []
         self.prompts: list[tuple[Any, ...]] = []
+        self.reports: list[ReuseReport] = []
+
+    def report(self, report: ReuseReport) -> None:
+        self.reports.append(report)
 
     def prompt(self, *prompt: Any) -> None:
         self.prompts.append(prompt)
@@ -393,3 +399,40 @@ def test_an_engine_that_holds_no_prompts_has_nothing_to_release() -> None:
             await served.request(**{RELEASE: ["ticket"]})
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("steps", "reported"),
+    [
+        (
+            [{"token_ids": [5]}, {"finish_reason": "stop", "completion_usage": USAGE}],
+            [ReuseReport("r1", 4, 2)],
+        ),
+        (
+            [
+                {"token_ids": [5], WORKER_ONLY: {"dp_rank": 1, "queue_s": 0.25}},
+                {"finish_reason": "length", "completion_usage": USAGE},
+            ],
+            [ReuseReport("r1", 4, 2, 0.25)],
+        ),
+        # The worker that computed the prompt reports it.
+        ([{WORKER_ONLY: {"transferred_tokens": 4}, "finish_reason": "stop", "completion_usage": USAGE}], []),
+        ([{"finish_reason": "stop"}], []),
+        ([{"finish_reason": "stop", "completion_usage": {"prompt_tokens": 4}}], []),
+        ([{"finish_reason": "cancelled", "completion_usage": USAGE}], []),
+        ([{"completion_usage": USAGE}, Unavailable("gone")], []),
+    ],
+)
+def test_what_a_completed_request_reused_is_reported_by_its_rank(
+    steps: list[ChunkDict | Exception], reported: list[ReuseReport]
+) -> None:
+    served = Served(Scripted(*steps), ranks=2)
+
+    async def body() -> None:
+        with contextlib.suppress(Unavailable):
+            await served.request(routing={"dp_rank": 1})
+        await asyncio.sleep(0)
+
+    asyncio.run(body())
+
+    assert [[], reported] == [each.reports for each in served.publishers.values()]

@@ -15,7 +15,7 @@ from vswa_plugin.errors import ConfigError, PluginError
 from vswa_plugin.worker.__main__ import main
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import WorkerArgs, parse, with_engine_name
-from vswa_plugin.worker.engine_args import load_engine_args
+from vswa_plugin.worker.engine_args import load_engine_args, shipped_configs
 
 ROOT = Path(__file__).parents[2]
 STANDIN = "vswa_plugin.testing.engine"
@@ -360,3 +360,37 @@ def test_a_reuse_rule_goes_to_whichever_engine_it_is(tmp_path: Path) -> None:
 
     assert {"vswa": {"reuse_rule": "trtllm_v1", "allow_unknown": True}} == settings.options
     assert f"--reuse-rule and {file}" == settings.options_source
+
+
+def test_an_engine_config_is_named(model_dir: Path) -> None:
+    settings = parse(["--model-path", str(model_dir), "--engine-config", "gemma3/vswa_prefill"]).settings
+    file = ROOT / "engine_configs" / "gemma3" / "vswa_prefill.yaml"
+
+    assert load_engine_args(str(file), None)[0] == settings.options
+    assert "gemma3/vswa_prefill" == settings.options_source
+
+
+def test_a_file_replaces_single_options_of_a_named_engine_config(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("kv_cache_config: {tokens_per_block: 16}\n")
+    argv = ["--model-path", str(model_dir), "--engine-config", "gemma3/vswa_agg"]
+    settings = parse([*argv, "--extra-engine-args", str(file)]).settings
+    named = parse(argv).settings.options["kv_cache_config"]
+
+    assert {**named, "tokens_per_block": 16} == settings.options["kv_cache_config"]
+    assert f"gemma3/vswa_agg and {file}" == settings.options_source
+
+
+def test_every_engine_config_of_the_tree_can_be_named() -> None:
+    files = (ROOT / "engine_configs").rglob("*.yaml")
+
+    assert {f"{file.parent.name}/{file.stem}" for file in files} == set(shipped_configs())
+
+
+def test_an_unknown_engine_config_lists_those_that_there_are(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "--model-path", str(model_dir), "--engine-config", "gemma3/vswa_ag")
+
+    assert "--engine-config: unknown configuration 'gemma3/vswa_ag': did you mean 'gemma3/vswa_agg'?" in said
+    assert "gemma3/vswa_decode_27b" in said

@@ -21,21 +21,6 @@ static int chain_blocks(PyObject **tokens, Py_ssize_t blocks, Py_ssize_t size, u
     return 0;
 }
 
-static PyObject *packed_as_list(PyObject *packed, Py_ssize_t count) {
-    const u64 *hashes = (const u64 *)(void *)PyBytes_AS_STRING(packed);
-    PyObject *list = PyList_New(count);
-    for (Py_ssize_t i = 0; list != NULL && i < count; i++) {
-        u64 hash;
-        memcpy(&hash, hashes + i, sizeof hash);
-        PyObject *number = PyLong_FromUnsignedLongLong(hash);
-        if (number == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, i, number);
-    }
-    return list;
-}
-
 /* Blocks of up to this many tokens are gathered on the stack. */
 #define STACK_BLOCK 256
 
@@ -60,23 +45,16 @@ static PyObject *hash_tokens(PyObject *sequence, Py_ssize_t size) {
     return packed;
 }
 
-PyDoc_STRVAR(sequence_hashes_doc,
-             "sequence_hashes(token_ids, block_size, packed=False) -> list of int, or bytes\n\n"
-             "Sequence hashes of the full blocks; packed: as native u64, for Table.score.");
+PyDoc_STRVAR(sequence_hashes_doc, "sequence_hashes(token_ids, block_size) -> bytes\n\n"
+                                  "Sequence hashes of the full blocks, as native u64.");
 static PyObject *sequence_hashes(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
-    if (nargs != 2 && nargs != 3) return PyErr_Format(PyExc_TypeError, "expected 2 or 3 arguments, got %zd", nargs);
+    if (nargs != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", nargs);
     Py_ssize_t size = PyLong_AsSsize_t(args[1]);
     if (size == -1 && PyErr_Occurred()) return NULL;
     if (size < 1) return PyErr_Format(PyExc_ValueError, "expected a positive block size, got %zd", size);
-    int as_bytes = nargs == 3 ? PyObject_IsTrue(args[2]) : 0;
-    if (as_bytes < 0) return NULL;
     PyObject *sequence = PySequence_Fast(args[0], "expected a sequence of token ids");
     if (sequence == NULL) return NULL;
     PyObject *result = hash_tokens(sequence, size);
-    if (result != NULL && !as_bytes) {
-        PyObject *list = packed_as_list(result, PyBytes_GET_SIZE(result) / (Py_ssize_t)sizeof(u64));
-        Py_SETREF(result, list);
-    }
     Py_DECREF(sequence);
     return result;
 }

@@ -4,7 +4,7 @@
 #include "score.h"
 
 /* Raised when what vswa_plugin.blocks.kernel relies on changes: an old build is then left aside. */
-#define VSWA_KERNEL_VERSION 3
+#define VSWA_KERNEL_VERSION 4
 
 static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"groups", NULL};

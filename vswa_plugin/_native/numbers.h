@@ -79,17 +79,15 @@ static inline int vswa_as_u32(PyObject *o, u32 *out) {
     return 0;
 }
 
-/* Hashes as given by the caller: a sequence of ints, or u64 in memory: array("Q"), or the bytes that
- * sequence_hashes packs. */
+/* Hashes as given by the caller: a sequence of ints, or u64 in memory, as an array("Q") has them. */
 typedef struct {
-    PyObject *sequence; /* owned; NULL where packed */
+    PyObject *sequence; /* owned; NULL where they are in memory */
     Py_buffer buffer;
     Py_ssize_t count;
 } vswa_hashes;
 
-static inline int vswa_is_packed(PyObject *source, const Py_buffer *buffer) {
-    return PyBytes_CheckExact(source) ||
-           (buffer->itemsize == sizeof(u64) && buffer->format != NULL && strcmp(buffer->format, "Q") == 0);
+static inline int vswa_is_packed(const Py_buffer *buffer) {
+    return buffer->itemsize == sizeof(u64) && buffer->format != NULL && strcmp(buffer->format, "Q") == 0;
 }
 
 static int vswa_hashes_open(vswa_hashes *h, PyObject *source) {
@@ -97,7 +95,7 @@ static int vswa_hashes_open(vswa_hashes *h, PyObject *source) {
     if (PyObject_CheckBuffer(source) &&
         PyObject_GetBuffer(source, &h->buffer, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) == 0) {
         h->count = h->buffer.len / (Py_ssize_t)sizeof(u64);
-        if (vswa_is_packed(source, &h->buffer)) return 0;
+        if (vswa_is_packed(&h->buffer)) return 0;
         PyBuffer_Release(&h->buffer);
     }
     PyErr_Clear(); /* a view with gaps is a sequence as any */

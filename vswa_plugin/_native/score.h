@@ -130,7 +130,7 @@ static int walk_and_settle(KernelTable *self, vswa_walk *k, const plan_numbers *
 PyDoc_STRVAR(score_doc, "score(hashes, plan, wanted, ranks) -> {rank: tokens}\n\n"
                         "For each rank of the mask `wanted` (bytes) the deepest boundary at which all groups hold\n"
                         "what they need, as min(boundary * plan.unit, plan.limit); ranks with 0 are left out.\n"
-                        "hashes: ints, an array('Q'), or the bytes of sequence_hashes(packed=True). plan: a\n"
+                        "hashes: ints, read in memory where they are an array('Q'). plan: a\n"
                         "vswa_plugin.index.plans.ScorePlan. ranks: list, by bit.");
 static PyObject *table_score(KernelTable *self, PyObject *const *args, Py_ssize_t nargs) {
     enum { HASHES, PLAN, WANTED, RANKS, ARGUMENTS };

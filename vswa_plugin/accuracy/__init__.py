@@ -3,6 +3,7 @@
 trace.py          what an engine did, as JSON Lines: open_trace, TraceWriter
 headers.py        its first line: cache groups of any kind; header_of
 scorers.py        ways to predict a request from the events before it; ours and others'
+forecasting.py    the scorer that looks at what is queued: what a prompt finds when its turn comes
 pipeline.py       the way of an event at one rank: adapter, ledger, wire bytes, scorers
 replay.py         replay: trace in, report out; predicted and actual of every request
 exceptions.py     the two cases that hashes cannot show

@@ -47,6 +47,8 @@ def exception_of(
 
 def _reuses_parts(rule: ReuseRule, layout: CacheLayout) -> bool:
     """Whether a prompt of two whole blocks is resumed inside the second."""
+    if not layout.plain:
+        return False  # what is held there is not counted in such blocks
     prompt_len = 2 * layout.block_size
     boundary = rule.boundaries(layout, prompt_len)
     return rule.tokens(layout, boundary, prompt_len) % layout.block_size != 0

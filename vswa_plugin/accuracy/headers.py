@@ -64,7 +64,7 @@ class TraceHeader(msgspec.Struct, frozen=True, tag="header", omit_defaults=True)
     :param format: of the events, e.g. ``trtllm`` or ``vllm``, as ``vswa_event_adapter`` gets it.
     :param groups: in the order of their ids.
     :param rule: reuse rule of the engine, where it is not the format's usual one.
-    :param config: for people: the model, or all that was set.
+    :param config: for people: the model, or all that was set; of an object `blocks` is read.
     :param layers: ``swa`` or ``global``, layer by layer.
     :param alignment: every reused prefix is a multiple of so many tokens; None: the least common multiple of
         all block sizes.
@@ -87,6 +87,18 @@ class TraceHeader(msgspec.Struct, frozen=True, tag="header", omit_defaults=True)
     partial_hits: bool = False
     lookahead: TraceLookahead | None = None
     replay_tokens: Natural = 0
+
+    @property
+    def blocks(self) -> int | None:
+        """Blocks of the engine's cache, where :attr:`config`, an object or the text of one, says it."""
+        config: object = self.config
+        if isinstance(config, str):
+            try:
+                config = msgspec.json.decode(config)
+            except msgspec.DecodeError:
+                return None
+        blocks = config.get("blocks") if isinstance(config, dict) else None
+        return blocks if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 1 else None
 
     @property
     def model(self) -> str:

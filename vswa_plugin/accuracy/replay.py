@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vswa_plugin.accuracy.exceptions import LAG
+from vswa_plugin.accuracy.forecasting import Forecasting
 from vswa_plugin.accuracy.pipeline import EventPipeline
 from vswa_plugin.accuracy.report import Outcome, Report, exceptions_in, scores_of
 from vswa_plugin.accuracy.scorers import DEFAULT_TTL, EXACT, Exact, built_in_scorers
@@ -52,6 +53,8 @@ def replay(
     :raises ConfigError: a record or event that cannot be read, with its line; an unknown rule or format.
     """
     layout = trace.layout(rule)
+    if scorers is None:
+        scorers = built_in_scorers(rules, blocks=trace.header.blocks)
     run = _Replay(layout, partial(adapter_for, trace.header.format, layout), rules, scorers)
     for line, record in trace.records(progress):
         try:
@@ -87,7 +90,7 @@ def replay_with(
     :param ttl: of the approximate scorer, in requests.
     """
     rules = host.reuse_rules()
-    scorers = built_in_scorers(rules, ttl)
+    scorers = built_in_scorers(rules, ttl, trace.header.blocks)
     scorers += host.accuracy_scorers(trace.layout(rule), rules, [each.name for each in scorers])
     return replay(trace, host.event_adapter, rule=rule, rules=rules, scorers=scorers, progress=progress)
 
@@ -112,10 +115,11 @@ class _Replay:
         layout: CacheLayout,
         new_adapter: Callable[[], EventAdapter],
         rules: Mapping[str, ReuseRule],
-        scorers: Sequence[Scorer] | None,
+        scorers: Sequence[Scorer],
     ) -> None:
         self._rule = rule_named(layout.rule, rules)
-        chosen = built_in_scorers(rules) if scorers is None else list(scorers)
+        chosen = list(scorers)
+        self._forecasts = [each for each in chosen if isinstance(each, Forecasting)]
         exact = next((each for each in chosen if isinstance(each, Exact)), None)
         self._exact = exact or Exact(rules)
         self._scorers = chosen if exact else [self._exact, *chosen]
@@ -150,7 +154,15 @@ class _Replay:
         """One request, predicted by all scorers, before its worker sees it."""
         self._follow(self._pipeline.settle())
         prompt = Prompt(request.token_ids, self._names(request))
-        predicted = {scorer.name: scorer.predict(prompt) for scorer in self._scorers}
+        # A request that stands where it was matched waits for nothing.
+        waits = request.cached_tokens is None
+        predicted = {
+            scorer.name: scorer.predict(prompt)
+            for scorer in self._scorers
+            if waits or scorer not in self._forecasts
+        }
+        for forecast in self._forecasts if not waits else ():
+            predicted[forecast.name] = predicted[EXACT]
         if not request.reads_cache:
             predicted = dict.fromkeys(predicted, 0)
         waiting = Waiting(line, prompt, predicted, self._exact.explain(prompt))
@@ -163,6 +175,8 @@ class _Replay:
         if request.id in self._waiting:
             raise ConfigError(f"expected a request with an id of its own, got {request.id} again")
         self._waiting[request.id] = waiting
+        for forecast in self._forecasts:
+            forecast.sent(request.id, prompt, request.reads_cache)
 
     def end(self, result: TraceResult) -> None:
         """What came of a request."""
@@ -170,6 +184,10 @@ class _Replay:
         waiting = self._waiting.pop(result.id, None)
         if waiting is None:
             raise ConfigError(f"expected the result of a request before it, got id {result.id}")
+        for forecast in self._forecasts:
+            forecast.admitted(result.id, result.cached_tokens)
+            if result.seen is not None:  # of a recorder that writes it at the end of the request
+                forecast.ended(result.id)
         late = self._result(
             waiting, result.cached_tokens, self._events if result.seen is None else result.seen
         )

@@ -50,6 +50,7 @@ class Score(msgspec.Struct, frozen=True):
     :param under: requests of which fewer were.
     :param mean_abs_error: tokens per request.
     :param over_tokens: tokens promised and then computed again, in all.
+    :param under_tokens: tokens reused that were not promised, in all.
     """
 
     scorer: str
@@ -60,6 +61,7 @@ class Score(msgspec.Struct, frozen=True):
     under: int
     mean_abs_error: float
     over_tokens: int
+    under_tokens: int = 0
 
     @property
     def exact_share(self) -> float:
@@ -182,6 +184,7 @@ def _score(scorer: str, outcomes: Sequence[Outcome], block_size: int) -> Score:
         under=sum(each < 0 for each in blocks),
         mean_abs_error=sum(map(abs, errors)) / max(1, len(errors)),
         over_tokens=sum(each for each in errors if each > 0),
+        under_tokens=-sum(each for each in errors if each < 0),
     )
 
 
@@ -250,7 +253,7 @@ def summary(report: Report) -> str:
     )
 
 
-HEADINGS = ("scorer", "exact", "in tokens", "over", "under", "error", "broken tokens")
+HEADINGS = ("scorer", "exact", "in tokens", "over", "under", "error", "broken tokens", "missed tokens")
 
 
 def row(score: Score) -> tuple[str, ...]:
@@ -264,6 +267,7 @@ def row(score: Score) -> tuple[str, ...]:
         str(score.under),
         f"{score.mean_abs_error:.1f}",
         str(score.over_tokens),
+        str(score.under_tokens),
     )
 
 
@@ -298,7 +302,7 @@ td:last-child div{background:#4a7fb5;height:1rem}tr:nth-child(2){font-weight:bol
 <h1>Router accuracy</h1>
 <p>Share of requests whose reused whole blocks were predicted exactly; over and under: requests of which
 more or fewer whole blocks were promised than reused; error: mean, in tokens per request; broken tokens:
-promised, and computed again.</p>"""
+promised, and computed again; missed tokens: reused, and not promised.</p>"""
 
 
 #: Part of a bar -> its colour.

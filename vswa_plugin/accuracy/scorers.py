@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from vswa_plugin.accuracy.forecasting import Forecasting
 from vswa_plugin.blocks.hybrid import resumption_of
 from vswa_plugin.blocks.layout import FULL, CacheGroup, CacheLayout, Resumption
 from vswa_plugin.blocks.reuse import RULES, ReuseRule, rule_named
@@ -57,6 +58,21 @@ class Exact(_OfTheWire):
     def explain(self, prompt: Prompt) -> Explanation:
         """Which blocks of the prompt each group holds."""
         return self._index.explain(prompt.sequence_hashes, len(prompt.token_ids))[0]
+
+
+class AlwaysZero(_OfTheWire):
+    """Promises nothing: what a share of exact promises has to be compared with where little is reused."""
+
+    name = "always 0"
+
+    def begin(self, layout: CacheLayout) -> None:
+        """Do nothing: it needs no layout."""
+
+    def apply(self, event: Event) -> None:
+        """Do nothing: it uses no events."""
+
+    def predict(self, prompt: Prompt) -> int:
+        return 0
 
 
 class GlobalOnly(_OfTheWire):
@@ -174,13 +190,20 @@ class Approximate(_OfTheWire):
             del self._last[oldest]
 
 
-def built_in_scorers(rules: Mapping[str, ReuseRule] = RULES, ttl: int = DEFAULT_TTL) -> list[Scorer]:
-    """New ones, ours first."""
+def built_in_scorers(
+    rules: Mapping[str, ReuseRule] = RULES, ttl: int = DEFAULT_TTL, blocks: int | None = None
+) -> list[Scorer]:
+    """New ones, ours first.
+
+    :param blocks: of the engine's cache, where that is known.
+    """
     return [
         Exact(rules),
+        Forecasting(rules, blocks),
         GlobalOnly(rules),
         MixedGroups(rules),
         MinOfLastBoundaries(rules),
+        AlwaysZero(),
         Approximate(ttl, rules),
     ]
 

@@ -5,6 +5,8 @@ hashing.py   block and sequence hashes, equal to Dynamo's, and the names of pref
 kernel.py    the compiled kernel, where one was built
 reuse.py     the rules by which engines resume a prompt
 hybrid.py    the rule for groups of any kind and block size
+memory.py    Memory and Pool: the sizes of a rank's pools, and the order in which it evicts
+search.py    the same where only the engine's own search says what is reused
 """
 
 from vswa_plugin.blocks.hashing import (
@@ -25,6 +27,7 @@ from vswa_plugin.blocks.layout import (
     Naming,
     Resumption,
 )
+from vswa_plugin.blocks.memory import TRTLLM_V1, TRTLLM_V2, VLLM, Memory, Pool
 from vswa_plugin.blocks.reuse import RULES, Held, HybridRule, Needs, ReuseRule, checked, resumable, rule_named
 
 __all__ = [
@@ -34,13 +37,18 @@ __all__ = [
     "RECURRENT",
     "RULES",
     "SLIDING",
+    "TRTLLM_V1",
+    "TRTLLM_V2",
+    "VLLM",
     "CacheGroup",
     "CacheLayout",
     "Held",
     "HybridRule",
+    "Memory",
     "Naming",
     "Need",
     "Needs",
+    "Pool",
     "Resumption",
     "ReuseRule",
     "block_hashes",

@@ -60,16 +60,17 @@ def sequence_hashes(blocks: Iterable[int], parent: int | None = None) -> list[in
     return chained
 
 
-def sequence_hashes_of_tokens(token_ids: Sequence[int], block_size: int) -> list[int]:
+def sequence_hashes_of_tokens(token_ids: Sequence[int], block_size: int) -> array[int]:
     """Sequence hashes of all full blocks of ``token_ids`` from the root on, compiled where that is there.
+
+    An array, which the index reads faster than Python's numbers.
 
     :raises OverflowError: a token id of a full block is not 0 <= id < 2**32.
     """
     if _kernel is not None:
-        hashes: list[int] = _kernel.sequence_hashes(token_ids, block_size)
-        return hashes
+        return array("Q", _kernel.sequence_hashes(token_ids, block_size))
     whole = len(token_ids) - len(token_ids) % block_size
-    return sequence_hashes(block_hashes(token_ids[:whole], block_size))
+    return array("Q", sequence_hashes(block_hashes(token_ids[:whole], block_size)))
 
 
 def lookahead_name(sequence_hash: int, next_tokens: Sequence[int]) -> int:
@@ -81,7 +82,7 @@ def lookahead_name(sequence_hash: int, next_tokens: Sequence[int]) -> int:
     return xxh3_64_intdigest(packed, SEED)
 
 
-def prefix_names(token_ids: Sequence[int], unit: int, lookahead: int = 0) -> list[int]:
+def prefix_names(token_ids: Sequence[int], unit: int, lookahead: int = 0) -> Sequence[int]:
     """Names of the prefixes that end at multiples of ``unit`` tokens, as far as the prompt has them.
 
     :param lookahead: so many tokens after a prefix are a part of its name; 0: names are sequence hashes.
@@ -90,12 +91,15 @@ def prefix_names(token_ids: Sequence[int], unit: int, lookahead: int = 0) -> lis
     return with_lookahead(sequence_hashes_of_tokens(token_ids, unit), token_ids, unit, lookahead)
 
 
-def with_lookahead(hashes: Sequence[int], token_ids: Sequence[int], unit: int, lookahead: int) -> list[int]:
-    """Names out of the sequence hashes of ``token_ids``, in blocks of ``unit`` tokens."""
+def with_lookahead(
+    hashes: Sequence[int], token_ids: Sequence[int], unit: int, lookahead: int
+) -> Sequence[int]:
+    """Names out of the sequence hashes of blocks of ``unit`` tokens; these themselves without a lookahead."""
     if not lookahead:
-        return list(hashes)
+        return hashes
     ends = range(unit, len(token_ids) - lookahead + 1, unit)
-    return [
+    names = (
         lookahead_name(each, token_ids[end : end + lookahead])
         for each, end in zip(hashes, ends, strict=False)
-    ]
+    )
+    return array("Q", names)

@@ -18,6 +18,7 @@ from vswa_plugin.blocks.layout import (
     CacheLayout,
     Resumption,
 )
+from vswa_plugin.blocks.search import Holds, found_by_turns, looks_once, searches
 from vswa_plugin.errors import ConfigError
 
 
@@ -79,7 +80,7 @@ def need(layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int)
         case "recurrent":  # one state, and nothing before it
             return Need(range(length, length + 1))
         case "sliding":
-            return _sliding(group, length, reach)
+            return _sliding(layout, group, length, reach)
         case "chunked":
             assert group.chunk_size is not None
             return Need(_ends(length // group.chunk_size * group.chunk_size, reach, size))
@@ -88,14 +89,14 @@ def need(layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int)
             last = _peek(layout, prompt_len) if group.drops_last else prompt_len - 1
             inside = range(reach, min(whole + size, last) + 1, where.hash_block_size)
             return Need(_ends(0, whole, size), inside if whole < reach else None)
-        case "full":
+        case (
+            _
+        ):  # full, or a kind of a later version: none needs more than all blocks and one that is given up
             return Need(_ends(0, reach, size))
-        case _:  # a kind of a later version: none needs more than all blocks and one that is given up
-            return Need(_ends(0, length + size, size))
 
 
-def _sliding(group: CacheGroup, length: int, reach: int) -> Need:
-    first = max(0, length // group.block_size - window_blocks(group))
+def _sliding(layout: CacheLayout, group: CacheGroup, length: int, reach: int) -> Need:
+    first = max(0, length // group.block_size - window_blocks(layout, group))
     return Need(_ends(first * group.block_size, reach, group.block_size))
 
 
@@ -111,54 +112,71 @@ def blocks_after(group: CacheGroup) -> int:
     return int(group.drops_last or group.kind not in KINDS)
 
 
-def window_blocks(group: CacheGroup) -> int:
-    """Blocks before a block's edge that the token after it can see, one at least."""
+def window_blocks(layout: CacheLayout, group: CacheGroup) -> int:
+    """Blocks before a block's edge that must be held: those that the token after it can see.
+
+    A window of one token sees none. One block is needed all the same, as a proof, but where the one behind
+    the edge is that proof.
+    """
     assert group.window_size is not None
-    return max(1, -(-(group.window_size - 1) // group.block_size))
+    least = 0 if group.drops_last and looks_once(layout) else 1
+    return max(least, -(-(group.window_size - 1) // group.block_size))
 
 
-def trailing_blocks(group: CacheGroup) -> int | None:
+def trailing_blocks(layout: CacheLayout, group: CacheGroup) -> int | None:
     """Blocks that must be held before any boundary that is an edge of a block; None: all from block 0."""
     if group.kind == SLIDING:
-        return window_blocks(group)
+        return window_blocks(layout, group)
     return 1 if group.kind == RECURRENT else None
+
+
+def chunk_blocks(group: CacheGroup) -> int | None:
+    """Blocks of a chunk; None: the group has no chunks."""
+    if group.kind != CHUNKED:
+        return None
+    assert group.chunk_size is not None
+    return group.chunk_size // group.block_size
 
 
 def reused(layout: CacheLayout, boundary: int) -> int:
     """Tokens that are reused where ``boundary`` is the deepest at which all groups hold what they need."""
     where = resumption_of(layout)
     length = boundary * where.alignment
-    if any(_gives_up_twice(group, length, where) for group in layout.groups):
+    if not searches(layout) and any(_gives_up_twice(layout, group, length) for group in layout.groups):
         length -= where.alignment
     return length if length > where.least_tokens else 0
+
+
+def searched(layout: CacheLayout, holds: Holds, prompt_len: int) -> int:
+    """The boundary that the engine's search comes to, in layouts where that is no matter of needs alone."""
+    where = resumption_of(layout)
+    return found_by_turns(layout, where, holds, prompt_len) // where.alignment
 
 
 def shortens(layout: CacheLayout) -> bool:
     """Whether :func:`reused` may be less than the boundary has tokens."""
     where = resumption_of(layout)
-    fine = any(
-        group.drops_last and group.kind == SLIDING and group.block_size != where.alignment
-        for group in layout.groups
-    )
-    return fine or where.least_tokens > 0
+    return where.least_tokens > 0 or any(_may_give_up_twice(group, where) for group in layout.groups)
 
 
-def _gives_up_twice(group: CacheGroup, length: int, where: Resumption) -> bool:
+def _may_give_up_twice(group: CacheGroup, where: Resumption) -> bool:
+    return group.drops_last and group.kind == SLIDING and group.block_size != where.alignment
+
+
+def _gives_up_twice(layout: CacheLayout, group: CacheGroup, length: int) -> bool:
     """Near the start of a prompt the engine shortens such a group's prefix a second time."""
-    return (
-        group.drops_last
-        and group.kind == SLIDING
-        and group.block_size != where.alignment
-        and 0 < length // group.block_size < window_blocks(group)
-    )
+    blocks = length // group.block_size
+    return _may_give_up_twice(group, resumption_of(layout)) and 0 < blocks < window_blocks(layout, group)
 
 
 def check_kinds(layout: CacheLayout) -> None:
     """:raises ConfigError: the layout combines what no engine does, so that its rule is not known."""
     where = resumption_of(layout)
-    odd = [group for group in layout.groups if group.kind in (SLIDING, CHUNKED)]
+    unit = where.hash_block_size
+    odd = [each for each in layout.groups if each.kind in (SLIDING, CHUNKED) and each.block_size != unit]
     if where.partial and odd:
-        kinds = ", ".join(f"{group.group_id} ({group.kind})" for group in odd)
+        shown = ", ".join(f"{group.group_id} ({group.kind} of {group.block_size} tokens)" for group in odd)
         raise ConfigError(
-            f"expected only {FULL} and {RECURRENT} groups where prefixes end inside blocks, got {kinds}"
+            f"expected only {FULL} and {RECURRENT} groups where prefixes end inside blocks, and others whose "
+            f"blocks are hash units ({unit} tokens), got {shown}"
         )

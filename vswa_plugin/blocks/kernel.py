@@ -15,7 +15,7 @@ from vswa_plugin.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 #: Must equal the VERSION of the built module: an editable install can carry an old build.
-VERSION = 3
+VERSION = 4
 SWITCH = "VSWA_KERNEL"
 REBUILD = "install the package again with a C compiler at hand (pip install .)"
 

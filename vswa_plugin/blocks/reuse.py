@@ -22,7 +22,8 @@ import msgspec
 
 from vswa_plugin.blocks import hybrid
 from vswa_plugin.blocks.hybrid import Need
-from vswa_plugin.blocks.layout import CHUNKED, CacheGroup, CacheLayout
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.search import Holds, searches
 from vswa_plugin.errors import ConfigError, unknown_choice
 
 #: Which blocks of one prompt a group holds: by index, or a function of it. Beyond the end: not held.
@@ -92,6 +93,23 @@ class HybridRule(ReuseRule, Protocol):
 
     def need(self, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
         """What ``group`` must hold at ``boundary``, in place of :meth:`first_needed`."""
+
+
+class SearchingRule(HybridRule, Protocol):
+    """A rule whose engine searches, in some layouts, so that no list of blocks says what it reuses."""
+
+    def searches(self, layout: CacheLayout) -> bool:
+        """Whether that is so in this layout; :meth:`needs` is then None."""
+
+    def search(self, layout: CacheLayout, holds: Holds, prompt_len: int) -> int:
+        """The boundary that the search comes to."""
+
+
+def searching(rule: ReuseRule, layout: CacheLayout) -> SearchingRule | None:
+    """The rule, where only its search says what is reused."""
+    if not isinstance(rule, VllmHybrid):  # rules of plugins say it by needs
+        return None
+    return rule if rule.searches(layout) else None
 
 
 def is_hybrid(rule: ReuseRule) -> TypeGuard[HybridRule]:
@@ -242,7 +260,7 @@ class Vllm:
 
     @staticmethod
     def _trailing(group: CacheGroup) -> int | None:
-        return hybrid.trailing_blocks(group)
+        return hybrid.trailing_blocks(CacheLayout((group,), Vllm.name, ""), group)
 
 
 class VllmHybrid:
@@ -260,6 +278,12 @@ class VllmHybrid:
     def need(self, layout: CacheLayout, group: CacheGroup, boundary: int, prompt_len: int) -> Need:
         return hybrid.need(layout, group, boundary, prompt_len)
 
+    def searches(self, layout: CacheLayout) -> bool:
+        return searches(layout)
+
+    def search(self, layout: CacheLayout, holds: Holds, prompt_len: int) -> int:
+        return hybrid.searched(layout, holds, prompt_len)
+
     def first_needed(self, group: CacheGroup, boundary: int, prompt_len: int) -> int:
         """For a layout of this group alone."""
         needed = hybrid.need(CacheLayout((group,), self.name, ""), group, boundary, prompt_len).all_of
@@ -267,16 +291,11 @@ class VllmHybrid:
 
     def needs(self, layout: CacheLayout, prompt_len: int) -> Needs | None:
         hybrid.check_kinds(layout.check())
-        if layout.resumption is not None and layout.resumption.partial:
+        if self.searches(layout) or (layout.resumption is not None and layout.resumption.partial):
             return None
-        trailing = tuple(map(hybrid.trailing_blocks, layout.groups))
-        chunks = tuple(
-            None
-            if group.chunk_size is None or group.kind != CHUNKED
-            else group.chunk_size // group.block_size
-            for group in layout.groups
-        )
-        return Needs(trailing, trailing, chunks, tuple(hybrid.blocks_after(group) for group in layout.groups))
+        trailing = tuple(hybrid.trailing_blocks(layout, group) for group in layout.groups)
+        chunks = tuple(map(hybrid.chunk_blocks, layout.groups))
+        return Needs(trailing, trailing, chunks, tuple(map(hybrid.blocks_after, layout.groups)))
 
 
 def _one_block_size(layout: CacheLayout, rule: str) -> int:
@@ -351,6 +370,8 @@ def resumable(rule: ReuseRule, layout: CacheLayout, held: Mapping[int, Held], pr
     rule.needs(layout, prompt_len)
     unit = layout.hash_block_size
     holds = {group.group_id: _as_function(held.get(group.group_id, ())) for group in layout.groups}
+    if (by_search := searching(rule, layout)) is not None:
+        return rule.tokens(layout, by_search.search(layout, holds, prompt_len), prompt_len)
     for boundary in range(rule.boundaries(layout, prompt_len), 0, -1):
         needs = [
             (holds[group.group_id], need_of(rule, layout, group, boundary, prompt_len))

@@ -8,13 +8,21 @@ main.py             finds the subcommand, runs it, turns errors into a line and 
 parsers.py          the parsers of all commands and programs
 accuracy.py         ``vswa accuracy``
 accuracy_route.py   ``vswa accuracy route``
+choice.py           ``vswa explain --choice``
 brokers.py          ``vswa brokers``
 completion.py       ``vswa completion``
+doctor.py           ``vswa doctor``
+envoy_config.py     ``vswa envoy-config``
 events.py           ``vswa events``
 explain.py          ``vswa explain``
+explained.py        the picture of ``vswa explain``
+prompts.py          the tokens of its prompt
 index.py            ``vswa index``
+new_plugin.py       ``vswa new-plugin``
+pages.py            what ``vswa index`` reads of workers and routers over HTTP
 plugins.py          ``vswa plugins``
 serve.py            ``vswa serve``
+top.py              the live display of ``vswa index``
 local.py            what ``serve`` and ``demo`` share
 demo                ``vswa demo``
 """
@@ -36,20 +44,27 @@ BUILT_IN: Mapping[str, str] = {
     "brokers": "run an embedded nats-server and etcd on loopback, for a laptop; never for production",
     "completion": "print a script that completes commands, options and values in bash or zsh",
     "demo": "run the whole system once, with a few requests, and show the events of every window",
+    "doctor": "look at what a deployment needs here: versions, brokers, workers, ports, GPUs, clocks",
+    "envoy-config": "print a configuration of Envoy for Dynamo's frontend and a picker",
     "events": "follow the KV block events of every worker and window",
     "explain": "show what every rank could reuse of a prompt, and which missing block prevents more",
     "index": "show live what every rank holds, per window and tier",
+    "new-plugin": "write a new plugin package, whose tests pass, for you to change",
     "plugins": "list the plugins: version, hooks, origin, and why one is not loaded",
     "serve": "run the demo's servers until a signal, for your own requests",
 }
 
 #: Built-in commands that load no plugins; what they start has options of its own for them.
-WITHOUT_PLUGINS = frozenset({"brokers", "demo", "events", "serve"})
+WITHOUT_PLUGINS = frozenset({"brokers", "demo", "envoy-config", "events", "new-plugin", "serve"})
 
 #: Built-in commands in which no plugin acts, so that options of plugins would do nothing.
 WITHOUT_OPTIONS = WITHOUT_PLUGINS | {"completion"}
 
-_MODULES = {"demo": "vswa_plugin.cli.demo.run"}
+_MODULES = {
+    "demo": "vswa_plugin.cli.demo.run",
+    "envoy-config": "vswa_plugin.cli.envoy_config",
+    "new-plugin": "vswa_plugin.cli.new_plugin",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,12 @@ class ProgramEntry:
 PROGRAMS: Mapping[str, ProgramEntry] = {
     "frontend": ProgramEntry("run Dynamo's OpenAI-compatible HTTP frontend", "vswa_plugin.frontend"),
     "launch": ProgramEntry("run a whole deployment in the foreground", "vswa_plugin.launch.__main__"),
+    "picker": ProgramEntry(
+        "choose the workers of an Envoy gateway's requests, whose answers do not pass it",
+        "vswa_plugin.router.__main__",
+        "main_picker",
+        "picker_parser",
+    ),
     "relay": ProgramEntry(
         "publish and register workers that are not ours, such as Dynamo's own vLLM workers",
         "vswa_plugin.relay.__main__",

@@ -65,8 +65,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("traces", nargs="+", metavar="TRACE", help="an engine trace, .jsonl or .jsonl.gz")
-    parser.add_argument("--rule", help="reuse rule of the engine (trtllm: trtllm_v2, vllm: vllm)")
+    parser.add_argument(
+        "traces", nargs="+", metavar="TRACE", help="an engine trace, .jsonl, .jsonl.gz or .jsonl.xz"
+    )
+    parser.add_argument(
+        "--rule", help="reuse rule of the engine (trtllm: trtllm_v2, vllm: vllm or vllm_hybrid)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every request")
     parser.add_argument(
         "--min-exact",

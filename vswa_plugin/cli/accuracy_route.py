@@ -114,7 +114,8 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
     add(
         "--policies",
         metavar="P,...",
-        help="policies of routers, of which every scorer is one "
+        help="policies of routers, of which every scorer is one; also placement, dynamo, sglang, preble, "
+        "lbgr, and one cache with the blocks of all ranks "
         f"(default: {', '.join(DEFAULT_POLICIES)}; the projection only where all groups are windows "
         "or global, in blocks of one size)",
     )
@@ -130,6 +131,26 @@ def configure_route(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="the rate of a made-up workload, instead of --rate: seconds of prefill that arrive per second "
         f"and rank if nothing were cached (default: {plan.load})",
+    )
+    add(
+        "--slow-rank",
+        type=positive,
+        default=plan.slow_rank,
+        metavar="FACTOR",
+        help="the first rank takes so many times as long to compute (default: %(default)g)",
+    )
+    add(
+        "--small-rank",
+        type=real,
+        default=plan.small_rank,
+        metavar="SHARE",
+        help="the first rank has this share of the others' blocks (default: %(default)g)",
+    )
+    add(
+        "--restart-after",
+        type=at_least_one,
+        metavar="N",
+        help="the first rank begins anew, empty, when N requests have come (default: never)",
     )
     for name, unit, help_ in _COST_OPTIONS:
         option = f"--cost-{name.removesuffix('_s').replace('_', '-')}"
@@ -203,6 +224,9 @@ def _plan(args: argparse.Namespace, workload: str) -> Plan:
         sliding_share=args.sliding_share,
         rate=args.rate,
         load=Plan(workload).load if args.load is None else args.load,
+        slow_rank=args.slow_rank,
+        small_rank=args.small_rank,
+        restart_after=args.restart_after,
         cost=CostModel(**{name: getattr(args, name) for name, _, _ in _COST_OPTIONS}),
     ).check()
 

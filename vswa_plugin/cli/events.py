@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup
-from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError, shown
+from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError, one_line, plain, shown
 from vswa_plugin.program.args import nats_server
 from vswa_plugin.program.options import at_least_one, whole_number
 from vswa_plugin.registry import Entry
@@ -116,7 +116,8 @@ class Follower:
     def lines(self, source: Source, seen: Seen) -> list[str]:
         """Readable lines; first, whether something was missed before it."""
         gap = [f"  gap: {seen.missed} events were missed"] if seen.missed else []
-        return gap + [f"  {event_id:>6}  {self._describe(source, event)}" for event_id, event in seen.events]
+        described = [(event_id, plain(self._describe(source, event))) for event_id, event in seen.events]
+        return gap + [f"  {event_id:>6}  {' '.join(what.splitlines())}" for event_id, what in described]
 
     def label(self, source: Source, group_id: int | None) -> str:
         if group_id is None:
@@ -174,7 +175,7 @@ async def _follow(args: argparse.Namespace) -> int:
         try:
             batch = decode(payload)
         except ProtocolError as error:
-            sys.stderr.write(f"{source}: {error}\n")
+            sys.stderr.write(f"{source}: {one_line(str(error))}\n")
             return
         try:
             left -= _print(follower, source, batch, args)

@@ -10,23 +10,27 @@ from pathlib import Path
 import msgspec
 
 from vswa_plugin.blocks.hashing import prefix_names
+from vswa_plugin.cli.choice import show_choice
+from vswa_plugin.cli.explained import show
 from vswa_plugin.cli.index import check_namespace, fleet_for
+from vswa_plugin.cli.prompts import chat_text, messages_of, text_of, tokens_of
 from vswa_plugin.errors import ConfigError, shown
-from vswa_plugin.files import read_bounded
 from vswa_plugin.following.fleet import Fleet
-from vswa_plugin.index import Explanation
-from vswa_plugin.program.options import seconds, whole_number
+from vswa_plugin.program.options import excludes, requires, seconds, whole_number
 from vswa_plugin.registry import Entry
 from vswa_plugin.router.http.messages import ExplanationAnswer
 
 _EXAMPLES = """\
 examples:
   vswa explain "Once upon a time ..."       as sent to /v1/completions: no <bos>, no chat template
+  vswa explain --chat "Once upon a time ..."       as the message of a user, in the model's chat template
+  vswa explain --chat --file messages.json  all messages of a chat, as a request has them
   vswa explain --file prompt.txt --model gemma
   vswa explain --token-ids 2,105,2364       no tokenizer needed
+  vswa explain --choice --router http://127.0.0.1:8090 "Once upon a time ..."
 
-A prompt given as text is tokenized with the model's own tokenizer.json; needs the package tokenizers and
-the model's directory at the path that its workers registered.
+A prompt given as text is tokenized with the model's own tokenizer.json, which is read at the path that its
+workers registered.
 """
 
 
@@ -38,17 +42,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; - is standard input")
     prompt.add_argument("--token-ids", metavar="N,N,...", help="the prompt's token ids")
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is the message of a user, or in a FILE that ends in .json a list of messages",
+    )
+    parser.add_argument(
         "--model", help="the name by which clients ask for the model (default: the only one that is served)"
     )
     parser.add_argument("--namespace", help="ask only about workers of this Dynamo namespace")
+    parser.add_argument(
+        "--choice",
+        action="store_true",
+        help="show what the router at --router would choose, and what each rank would cost it",
+    )
+    parser.add_argument("--router", metavar="URL", help="the HTTP API of a router (its --http-port)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--timeout", type=seconds, default=10.0, help="seconds to wait for the workers (10)")
 
 
 def run(args: argparse.Namespace) -> int:
     check_namespace(args)
+    excludes("--chat", args.chat, "--token-ids", args.token_ids)
     if args.token_ids is not None:
         _token_ids(args.token_ids)  # refused now rather than after a wait for the workers
+    requires("--router", args.router, "--choice", args.choice)
+    if args.choice and args.router is None:
+        raise ConfigError(
+            "--choice: expected --router with the URL of a router's HTTP API, which knows what is under way; "
+            "got none. Start the router with --http-port"
+        )
     return asyncio.run(_run(args))
 
 
@@ -62,6 +84,8 @@ async def _run(args: argparse.Namespace) -> int:
         entry = _entry_of(fleet, args.model)
         tokens = _tokens(args, entry)
         unit = entry.naming.hash_block_size
+        if args.choice:
+            return await show_choice(args.router, tokens, entry, args.timeout, args.json)
         hashes = prefix_names(tokens, unit, entry.naming.lookahead)
         found = fleet.index.explain(hashes, len(tokens), entry.served_model_name)
     finally:
@@ -70,8 +94,7 @@ async def _run(args: argparse.Namespace) -> int:
         print(msgspec.json.encode([ExplanationAnswer.of(each) for each in found]).decode())
     else:
         print(f"{len(tokens)} tokens, {len(hashes)} whole blocks of {unit}")
-        for explanation in sorted(found, key=lambda each: -each.cached_tokens):
-            _show(explanation)
+        show(found, len(tokens))
     return 0
 
 
@@ -91,24 +114,12 @@ def _entry_of(fleet: Fleet, model: str | None) -> Entry:
 def _tokens(args: argparse.Namespace, entry: Entry) -> list[int]:
     if args.token_ids is not None:
         return _token_ids(args.token_ids)
-    text = args.prompt if args.file is None else _text_of(args.file)
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ConfigError(
-            "expected the package tokenizers for a prompt in words: install it, or give --token-ids"
-        ) from error
-    path = Path(entry.model_path) / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(f"expected the model's tokenizer at {path}, got nothing there; give --token-ids")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise ConfigError(
-            f"{path}: expected a tokenizer, got: {str(error)[:200]}; give --token-ids"
-        ) from error
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    model_dir = Path(entry.model_path)
+    text = args.prompt if args.file is None else text_of(args.file)
+    if args.chat:
+        is_json = args.file is not None and args.file.endswith(".json")
+        text = chat_text(model_dir, messages_of(text, is_json))
+    return tokens_of(model_dir, text)
 
 
 def _token_ids(text: str) -> list[int]:
@@ -121,24 +132,3 @@ def _token_ids(text: str) -> list[int]:
             )
         ids.append(number)
     return ids
-
-
-def _text_of(file: str) -> str:
-    try:
-        return sys.stdin.read() if file == "-" else read_bounded(file, "a prompt").decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--file: expected text in UTF-8 in {file}, got {error}") from error
-
-
-def _show(found: Explanation) -> None:
-    scored = "" if found.scored else "  (not scored: stale or silent)"
-    print(f"\nrank {found.rank}: {found.cached_tokens} tokens, rule {found.rule}{scored}")
-    if found.failed is not None:
-        print(f"  nothing is promised, because its rule has failed: {found.failed}")
-    print(f"  resumes at block {found.boundary} of {found.boundaries}")
-    for group in found.groups:
-        held = ", ".join(f"{first}..{end - 1}" for first, end in group.held) or "none"
-        line = f"  window {group.group.label:>7}: holds blocks {held}"
-        if group.spoilt is not None:
-            line += f"; block {group.spoilt} is missing for the next boundary"
-        print(line)

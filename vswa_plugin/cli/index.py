@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from vswa_plugin.errors import ConfigError, one_line, shown
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.host.loading import load_host
 from vswa_plugin.index import WindowIndex
@@ -19,7 +20,7 @@ from vswa_plugin.program.options import excludes, port, requires, seconds
 from vswa_plugin.program.status import StatusServer
 from vswa_plugin.registry.opening import registry_from_env
 from vswa_plugin.tasks import Tasks
-from vswa_plugin.wire.events import id_text, source_as_json
+from vswa_plugin.wire.events import source_as_json
 from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.wire.transport import Transport
 
@@ -29,6 +30,11 @@ examples:
   vswa index --once              the table once, when every rank is known exactly
   vswa index --once --json       the same for scripts
   vswa index --status-port 9091  also serve /health, /ready and /metrics of reader and index
+  vswa index --router http://127.0.0.1:8090   also how many promises that router kept
+
+Of each rank and window: the blocks that it holds (device, + slower tiers) and how full it is; events a
+second; of workers with a status port their load and the share of prompt tokens that was reused (hit).
+Green is right, yellow is out of date, red gets no requests. NO_COLOR=1 turns colours off.
 
 Where there is no worker, or the registry cannot be read, it says so and ends with exit code 1; with
 --status-port it waits.
@@ -36,6 +42,8 @@ NATS_SERVER and ETCD_ENDPOINTS (or VSWA_REGISTRY) say where the deployment is.
 """
 
 
+#: Between two looks of the live display.
+REFRESH_S = 1.0
 #: Columns of a table that goes to no terminal, which need not fit a window.
 _FILE_WIDTH = 200
 
@@ -57,6 +65,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how long NATS and the registry may take to answer, and with --once every rank (10)",
     )
     parser.add_argument(
+        "--router", metavar="URL", help="also show the promises that this router kept, by its HTTP API"
+    )
+    parser.add_argument(
         "--status-port", type=port, metavar="PORT", help="serve /health, /ready and /metrics, not with --once"
     )
 
@@ -66,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     requires("--json", args.json, "--once", args.once)
     requires("--check", args.check, "--once", args.once)
     excludes("--status-port", args.status_port, "--once", args.once)
+    excludes("--router", args.router, "--once", args.once)
+    if args.router is not None and not args.router.startswith(("http://", "https://")):
+        raise ConfigError(f"--router: expected a URL such as http://127.0.0.1:8090, got {shown(args.router)}")
     return asyncio.run(_run(args))
 
 
@@ -105,8 +119,8 @@ async def _once(fleet: Fleet, args: argparse.Namespace) -> int:
         fleet.index.check()
     statuses, stats = fleet.statuses(time.time_ns()), fleet.index.stats()
     if args.json:
-        shown = {"exact": exact, "ranks": [_as_json(status) for status in statuses], "index": stats}
-        print(msgspec.json.encode(shown).decode())
+        report = {"exact": exact, "ranks": [_as_json(status) for status in statuses], "index": stats}
+        print(msgspec.json.encode(report).decode())
     else:
         from rich.console import Console
 
@@ -130,6 +144,7 @@ class _Live(Program):
         from vswa_plugin.program.metrics import About, Page
 
         self._args = args
+        self._tasks = life.tasks
         self._fleet = fleet_for(args, life.tasks)
         self._server = StatusServer(
             life.status, Page(lambda: About("index"), lambda: fleet_families(self._fleet)).render
@@ -144,14 +159,24 @@ class _Live(Program):
         from rich.console import Console
         from rich.live import Live
 
+        from vswa_plugin.cli.pages import Pages
+        from vswa_plugin.cli.top import Rates, display
+
         fleet, console = self._fleet, Console(highlight=False)
+        pages, rates = Pages(fleet.entries, self._args.router), Rates()
         if self._args.status_port is None:  # a program that is scraped waits for its deployment
             fleet.check_found()
-        with Live(console=console, auto_refresh=False, transient=False) as live:
-            while True:
-                table = _table(fleet.statuses(time.time_ns()), fleet.index.stats(), terminal=True)
-                live.update(table, refresh=True)
-                await asyncio.sleep(0.5)
+        reading = self._tasks.start(pages.follow(), "read status pages")
+        try:
+            with Live(console=console, auto_refresh=False, transient=False) as live:
+                while True:
+                    statuses, stats = fleet.statuses(time.time_ns()), fleet.index.stats()
+                    now = rates.of(statuses)
+                    content = display(statuses, stats, fleet.entries, now, pages.workers, pages.kept)
+                    live.update(content, refresh=True)
+                    await asyncio.sleep(REFRESH_S)
+        finally:
+            await self._tasks.stop([reading])
 
     async def end(self) -> None:
         await self._server.stop()
@@ -161,13 +186,13 @@ class _Live(Program):
 def _table(statuses: list[RankStatus], stats: Any, *, terminal: bool) -> Any:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     kernel = "compiled kernel" if stats.kernel else "pure Python"
     left_out = f", {stats.left_out} blocks left out for lack of room" if stats.left_out else ""
     caption = f"{stats.ranks} ranks, {stats.nbytes / 1e6:.1f} MB, {kernel}{left_out}"
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, caption=caption)
     for heading in (
-        "worker",
         "rank",
         "model",
         "state",
@@ -180,19 +205,20 @@ def _table(statuses: list[RankStatus], stats: Any, *, terminal: bool) -> Any:
     ):
         table.add_column(heading, justify="right" if heading in ("blocks", "lag", "next id") else "left")
     # Ids of one deployment differ in their last digits only: never shorten them.
-    table.columns[0].min_width = max((len(id_text(each.source.worker_id)) for each in statuses), default=0)
+    table.columns[0].min_width = max((len(str(each.source.rank)) for each in statuses), default=0)
     for status in statuses:
         for number, (window, tiers) in enumerate(status.blocks.items() or [("-", {})]):
             first = number == 0
             lag = "" if status.lag_ms is None else f"{status.lag_ms:.0f} ms"
-            slow = " ".join(f"{tier} {count}" for tier, count in tiers.items() if count)
-            whose = (id_text(status.source.worker_id), str(status.source.dp_rank), status.model, status.state)
+            slow = one_line(" ".join(f"{tier} {count}" for tier, count in tiers.items() if count))
+            model = Text(one_line(status.model))  # others name it: no markup, and nothing for the terminal
+            whose = (str(status.source.rank), model, status.state)
             stream = (lag, str(status.epoch), str(status.next_event_id))
             table.add_row(
-                *(whose if first else [""] * 4),
+                *(whose if first else [""] * 3),
                 window,
                 str(sum(tiers.values())),
-                slow,
+                Text(slow),
                 *(stream if first else [""] * 3),
             )
     return table

@@ -23,7 +23,7 @@ from vswa_plugin.cli import (
     built_in_owners,
 )
 from vswa_plugin.errors import ConfigError, PluginFailed, VswaError, unknown_choice
-from vswa_plugin.program.run import run_program
+from vswa_plugin.program.run import log_plainly, run_program
 
 if TYPE_CHECKING:
     from vswa_plugin.hookspecs.commands import Command
@@ -76,7 +76,7 @@ def _set_up_logging(level: str | None) -> None:
     from vswa_plugin.host.loading import tracing
 
     chosen = level.upper() if level else logging.INFO if tracing(os.environ) else logging.WARNING
-    logging.basicConfig(format="vswa: %(message)s")
+    log_plainly("vswa: %(message)s")
     logging.getLogger().setLevel(chosen)
 
 

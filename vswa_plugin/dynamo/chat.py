@@ -6,9 +6,10 @@ Where something of it lacks, a model that is shown for chat never appears, not e
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vswa_plugin.errors import ConfigError
-from vswa_plugin.files import read_json_object
+from vswa_plugin.files import read_bounded, read_json_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 #: Files that hold nothing but the template, beside the key ``chat_template`` of the file above.
@@ -38,6 +39,20 @@ def chat_obstacle(model_dir: str | Path) -> str | None:
     if template or _separate_template(directory):
         return None
     return f"expected a {_KEY} in {path}, or {TEMPLATE_JINJA} or {TEMPLATE_JSON} beside it, got none"
+
+
+def chat_template(model_dir: Path) -> tuple[str, dict[str, Any]]:
+    """The template of a model without an obstacle, and its tokenizer's configuration.
+
+    :raises ConfigError: a file cannot be read.
+    """
+    config = read_json_object(model_dir / TOKENIZER_CONFIG)
+    if isinstance(template := config.get(_KEY), str) and template:
+        return template, config
+    jinja = model_dir / TEMPLATE_JINJA
+    if jinja.is_file():
+        return read_bounded(jinja, "a chat template").decode(), config
+    return str(read_json_object(model_dir / TEMPLATE_JSON)[_KEY]), config
 
 
 def _separate_template(directory: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,16 @@ import msgspec
 from vswa_plugin.blocks.hashing import sequence_hashes, sequence_hashes_of_tokens
 from vswa_plugin.dynamo.bursts import joined
 from vswa_plugin.dynamo.names import RELEASE, EndpointName
-from vswa_plugin.dynamo.runtime import dynamo_error, leave_discovery, serve_endpoint, text_surfaces
+from vswa_plugin.dynamo.runtime import (
+    dynamo_error,
+    leave_discovery,
+    request_ids,
+    serve_endpoint,
+    text_surfaces,
+)
 from vswa_plugin.engine.contract import ChunkDict, RequestDict
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
+from vswa_plugin.tracing import REQUEST
 
 _HOST = re.compile(r"(?:tcp://)?(?:\[([^\]]+)\]|([^\s:/\[\]]+)):\d+(?:/|$)")
 
@@ -99,9 +107,12 @@ class FrontEndpoint:
 
         # Dynamo looks the parameters up by these names.
         async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[ChunkDict]:
+            ids = request_ids(context)
+            REQUEST.set(ids)
             try:
                 async for chunk in front(request, Call(context)):
                     yield chunk
+                    REQUEST.set(ids)  # Dynamo asks for each chunk in a task of its own
             except RequestError as error:
                 raise _to_dynamo(error) from None  # Dynamo prints the whole chain
 
@@ -248,7 +259,7 @@ def namespaced_sequence_hashes(
     blocks: list[int] = compute_block_hash_for_seq(
         list(token_ids), block_size, lora_name=lora_name or None, cache_namespace=cache_salt or None
     )
-    return sequence_hashes(blocks)
+    return array("Q", sequence_hashes(blocks))
 
 
 async def shut_down(runtime: Any, endpoints: Iterable[FrontEndpoint]) -> None:

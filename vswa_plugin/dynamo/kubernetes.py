@@ -42,7 +42,8 @@ async def reach_kubernetes(endpoint: Any, timeout_s: float, *, writes: bool) -> 
         return
     deadline = time.monotonic() + timeout_s
     try:
-        await asyncio.wait_for(endpoint.client(), timeout_s)  # returns with the first lists
+        async with asyncio.timeout(timeout_s):
+            await endpoint.client()  # returns with the first lists
     except TimeoutError as error:
         raise _no_answer(f"lists nothing within {timeout_s:g} s", _LACKS_READ) from error
     while writes:

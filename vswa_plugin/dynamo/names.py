@@ -32,6 +32,11 @@ TOOL_CALL_PARSER, REASONING_PARSER = "--dyn-tool-call-parser", "--dyn-reasoning-
 #: How Dynamo's frontend chooses workers -> the name of that in its ``RouterMode``.
 ROUTER_MODES = {"round-robin": "RoundRobin", "random": "Random", "kv": "KV", "direct": "Direct"}
 
+#: What the headers begin with that Dynamo's frontend reads for itself; behind that, those that say something
+#: of the request and not of its way; and the names without that prefix that it still takes.
+OWN_HEADERS, HEADERS_OF_CLIENTS = "x-dynamo-", ("meta-", "session-")
+HEADER_ALIASES = ("x-worker-", "x-prefill-", "x-dp-", "x-data-parallel-")
+
 #: Key of a request that is none: a router returns to a prefill worker the ``disaggregated_params`` of a
 #: prompt that no decode worker will fetch. Dynamo's frontend never sends it, whatever a client writes.
 RELEASE = "vswa_release"

@@ -18,6 +18,7 @@ import msgspec
 
 from vswa_plugin.blocks.hashing import block_hash
 from vswa_plugin.dynamo.names import TOOL_CALL_PARSER, EndpointName
+from vswa_plugin.dynamo.reports import log_reports
 from vswa_plugin.engine.contract import ChunkDict, EngineInfo, RequestDict
 from vswa_plugin.errors import (
     ConfigError,
@@ -29,6 +30,7 @@ from vswa_plugin.errors import (
     one_line,
     unknown_choice,
 )
+from vswa_plugin.tracing import REQUEST, RequestIds
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +104,18 @@ def run_on_uvloop(main: Coroutine[Any, Any, int]) -> int:
     return code
 
 
-def connect() -> Any:
+def connect(discovery: str | None = None, request_plane: str | None = None) -> Any:
     """Dynamo's distributed runtime on this event loop.
 
     Blocks the loop and retries for two minutes where etcd or NATS are away: probe them before.
 
+    :param discovery: by default what DYN_DISCOVERY_BACKEND says; ``request_plane``: DYN_REQUEST_PLANE.
     :raises ConfigError: it refuses a variable; another VswaError: it cannot start.
     """
     from dynamo.runtime import DistributedRuntime
 
-    discovery = os.environ.get("DYN_DISCOVERY_BACKEND", "etcd")
-    request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
+    discovery = discovery or os.environ.get("DYN_DISCOVERY_BACKEND", "etcd")
+    request_plane = request_plane or os.environ.get("DYN_REQUEST_PLANE", "tcp")
     try:
         return DistributedRuntime(asyncio.get_running_loop(), discovery, request_plane)
     except Exception as error:  # Dynamo raises plain Exception
@@ -195,9 +198,12 @@ class WorkerEndpoint:
 
         # Dynamo looks the parameters up by these names.
         async def generate(request: dict[str, Any], context: Any) -> AsyncIterator[ChunkDict]:
+            ids = request_ids(context)
+            REQUEST.set(ids)
             try:
-                async for chunk in handler(request, context.id(), context.async_killed_or_stopped()):
+                async for chunk in handler(request, ids.request_id, context.async_killed_or_stopped()):
                     yield chunk
+                    REQUEST.set(ids)  # Dynamo asks for each chunk in a task of its own
             except Exception as error:
                 raise dynamo_error(error) from None  # Dynamo prints the whole chain
 
@@ -254,8 +260,15 @@ class WorkerEndpoint:
             await asyncio.wait({self._serving}, timeout=10)
 
 
+def request_ids(context: Any) -> RequestIds:
+    """The ids of a request, out of Dynamo's context of it."""
+    headers = context.trace_headers() or {}
+    return RequestIds(str(context.id()), context.trace_id, context.span_id, headers.get("traceparent"))
+
+
 async def serve_endpoint(endpoint: Any, generate: Callable[..., AsyncIterator[ChunkDict]]) -> None:
     """Serve requests with ``generate`` until the runtime ends. Raises what :func:`runtime_error` makes."""
+    log_reports()
     try:
         await endpoint.serve_endpoint(generate, graceful_shutdown=True)
     except Exception as error:  # Dynamo raises plain Exception
@@ -284,7 +297,8 @@ async def leave_discovery(endpoint: Any, name: EndpointName) -> None:
 
     for step in (unregister_model(endpoint), endpoint.unregister_endpoint_instance()):
         try:
-            await asyncio.wait_for(step, 5)
+            async with asyncio.timeout(5):
+                await step
         except Exception as error:  # Dynamo raises plain Exception
             logger.warning("%s: could not leave Dynamo's discovery, its lease will end it: %s", name, error)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.memory import Memory
 
 #: An engine's own name of a block; opaque to us, unique per token prefix within one engine.
 EngineHash: TypeAlias = int | str
@@ -29,8 +30,8 @@ ChunkDict: TypeAlias = dict[str, Any]
 
 #: What a worker may be: it serves whole requests, or one of their two phases.
 MODES = ("agg", "prefill", "decode")
-#: Which router a worker may work behind: ours, or the one in Dynamo's frontend.
-ROUTERS = ("exact", "stock")
+#: Which router a worker may work behind: ours, ours beside an Envoy, or the one in Dynamo's frontend.
+ROUTERS = ("exact", "picker", "stock")
 #: The variable in which the launcher names it to workers.
 ROUTER_ENV = "VSWA_ROUTER"
 
@@ -41,9 +42,10 @@ ROUTER_ENV = "VSWA_ROUTER"
 ANY_ENGINE = "vswa"
 
 #: Key of a request's first chunk for what only the worker reads; it is taken off before Dynamo sees the
-#: chunk. A mapping that may hold ``dp_rank``, the rank that serves the request, and ``transferred_tokens``,
+#: chunk. A mapping that may hold ``dp_rank``, the rank that serves the request; ``transferred_tokens``,
 #: the prompt tokens that another worker computed and this one received (``cached_tokens`` is then that
-#: worker's count, not this one's).
+#: worker's count, not this one's); ``queue_s``, the seconds that the request waited to be admitted; and
+#: ``transfer_s``, the seconds that those tokens took to come.
 WORKER_ONLY = "vswa"
 
 
@@ -90,6 +92,23 @@ class EngineInfo(msgspec.Struct, frozen=True):
     totals: frozenset[str] = frozenset()
     #: Where no engine was named: why this one answers, for operators.
     reason: str = ""
+    #: Pools and order of eviction of one rank; None: the engine does not say, so that readers learn what they
+    #: can from its events.
+    memory: Memory | None = None
+
+    @property
+    def capacity(self) -> dict[str, int]:
+        """Window label (``512``, ``global``) -> blocks that one rank's device has for it, for operators.
+
+        A window whose pool others share, or whose size is not known, is left out.
+        """
+        labels = {group.group_id: group.label for group in self.layout.groups}
+        blocks: dict[str, int] = {}
+        for pool in self.memory.pools if self.memory is not None else ():
+            if len(pool.group_ids) == 1 and pool.blocks is not None:
+                label = labels[pool.group_ids[0]]
+                blocks[label] = blocks.get(label, 0) + pool.blocks
+        return blocks
 
 
 class Engine(Protocol):

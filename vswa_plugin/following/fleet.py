@@ -15,6 +15,7 @@ import msgspec
 from vswa_plugin.errors import ConnectError, VswaError
 from vswa_plugin.following.subscriber import Subscriber, SubscriberOptions
 from vswa_plugin.following.view import View
+from vswa_plugin.forecast import Forecasts
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Connected, Disconnected, Entry, Joined, Left, Registry, Updated
 from vswa_plugin.tasks import Tasks
@@ -63,12 +64,18 @@ class Fleet:
         options: SubscriberOptions | None = None,
         index: WindowIndex | None = None,
         tasks: Tasks | None = None,
+        forecasts: Forecasts | None = None,
     ) -> None:
         self.index = index if index is not None else WindowIndex()
         #: Where the long-lived tasks of a fleet are watched.
         self.tasks = tasks if tasks is not None else Tasks()
         self.subscriber = Subscriber(
-            transport, self.index, namespace=namespace, options=options, tasks=self.tasks
+            transport,
+            self.index,
+            namespace=namespace,
+            options=options,
+            tasks=self.tasks,
+            forecasts=forecasts,
         )
         #: Live workers by registry key.
         self.entries: dict[str, Entry] = {}
@@ -100,10 +107,12 @@ class Fleet:
         :raises ConnectError: NATS cannot be reached.
         """
         await self._transport.connect(timeout)
+        self.subscriber.announced_only = True  # from now on the registry says which ranks there are
         await self.subscriber.start()
         self._watching = self.tasks.start(self._watch(), "watch the registry")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._listed.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._listed.wait()
 
     async def stop(self) -> None:
         if self._watching is not None:
@@ -135,7 +144,7 @@ class Fleet:
                     source=view.source,
                     model=view.layout.model if view.layout else "",
                     state=view.state,
-                    reason=view.stale_reason if view.stale_since is not None else view.broken or view.remark,
+                    reason=view.reason,
                     registered=view.registered,
                     epoch=reader.epoch,
                     next_event_id=reader.next_event_id,

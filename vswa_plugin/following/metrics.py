@@ -41,6 +41,11 @@ _SUBSCRIBER = {
     "messages": ("messages", "Messages that arrived on subjects of events."),
     "malformed": ("malformed_messages", "Messages that could not be read."),
     "foreign_subjects": ("foreign_messages", "Messages on subjects that are not those of a followed rank."),
+    "unregistered": ("unregistered_messages", "Messages of ranks that the registry does not list."),
+    "implausible_epochs": (
+        "implausible_epochs",
+        "Messages of epochs that lie too far ahead to be anybody's.",
+    ),
     "requests": ("repair_requests", "Requests for a replay or a part of a snapshot."),
     "errors": ("given_up_ranks", "Times that a rank was given up until its next epoch after a failure here."),
 }

@@ -135,8 +135,11 @@ class Reader:
         self._repair: _Repair | None = None
         self._waiting: list[Batch] = []
         self._waiting_events = 0
-        #: Ids below this one are known to exist: a heartbeat, a waiting batch or an answer said so.
+        #: Ids below this one exist: a heartbeat, a waiting batch or an answer said so.
         self._promised_id = 0
+        #: The same, of what was said since the first request was sent that may still be answered.
+        self._promised_since = 0
+        self._unanswered = False
 
     @property
     def stale(self) -> bool:
@@ -159,10 +162,10 @@ class Reader:
         effects: list[Effect] = []
         if batch.epoch > self.epoch:
             effects += self._begin_epoch(batch.epoch)
-            if batch.first_event_id > 0:
-                effects += self._start_repair("joined after the first event", by_snapshot=True)
-        self.last_published_at_ns = max(self.last_published_at_ns, batch.published_at_ns)
         self._promise(batch.next_event_id)
+        self.last_published_at_ns = max(self.last_published_at_ns, batch.published_at_ns)
+        if self.next_event_id == 0 and batch.first_event_id > 0 and self._repair is None:
+            effects += self._start_repair("joined after the first event", by_snapshot=True)
         if self._repair is not None:
             return effects + self._wait(batch)
         if batch.first_event_id > self.next_event_id:
@@ -188,16 +191,16 @@ class Reader:
         """The answer to an :class:`Ask`. One that is not awaited any more is ignored."""
         if self._repair is None or self._repair.pending != request:
             return []
-        self._repair.pending = None
+        self._repair.pending, self._unanswered = None, False
         if reply.epoch > self.epoch:
             effects = self._begin_epoch(reply.epoch)
             return effects + self._start_repair("the publisher has begun a new epoch", by_snapshot=True)
         match reply:
             case Replay():
-                self._promise(reply.end_event_id)
+                self._end_is(reply.end_event_id)
                 return self._on_replay(reply, now)
             case SnapshotHead():
-                self._promise(reply.end_event_id)
+                self._end_is(reply.end_event_id)
                 return self._on_head(reply)
             case SnapshotPart():
                 return self._on_part(reply, now)
@@ -232,8 +235,8 @@ class Reader:
 
     def _begin_epoch(self, epoch: int) -> list[Effect]:
         self.stats.epochs += 1
-        self.epoch, self.next_event_id, self._promised_id = epoch, 0, 0
-        self._repair, self.unreadable = None, False
+        self.epoch, self.next_event_id, self._promised_id, self._promised_since = epoch, 0, 0, 0
+        self._repair, self._unanswered, self.unreadable = None, False, False
         self._forget_waiting()
         return [Reset()]
 
@@ -261,9 +264,21 @@ class Reader:
 
     # -- repairing ---------------------------------------------------------------------------------
 
-    def _promise(self, end_event_id: int | None) -> None:
-        """The publisher has assigned all ids below this one."""
-        self._promised_id = max(self._promised_id, end_event_id or 0)
+    def _promise(self, end_event_id: int) -> None:
+        """A batch says that the publisher has assigned all ids below this one."""
+        self._promised_id = max(self._promised_id, end_event_id)
+        self._promised_since = max(self._promised_since, end_event_id)
+
+    def _end_is(self, end_event_id: int | None) -> None:
+        """The publisher itself gives the next id that it will assign; an older one does not.
+
+        Batches that came before the request and state a higher one were not the publisher's.
+        """
+        if end_event_id is None:
+            return
+        self._promised_id = max(end_event_id, self._promised_since)
+        self._waiting = [each for each in self._waiting if each.next_event_id <= self._promised_id]
+        self._waiting_events = sum(len(each.events) for each in self._waiting)
 
     def _start_repair(self, reason: str, *, by_snapshot: bool = False) -> list[Effect]:
         self._repair = _Repair(by_snapshot=by_snapshot)
@@ -280,6 +295,8 @@ class Reader:
     def _ask(self, request: Request) -> list[Effect]:
         assert self._repair is not None
         self._repair.pending = request
+        if not self._unanswered:
+            self._promised_since, self._unanswered = 0, True
         return [Ask(request)]
 
     def _wait(self, batch: Batch) -> list[Effect]:

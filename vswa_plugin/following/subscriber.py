@@ -9,32 +9,26 @@ once do not flood the broker. What goes wrong with one rank costs that rank alon
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
 import random
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Protocol
-
-import msgspec
 
 from vswa_plugin.blocks.layout import CacheLayout
 from vswa_plugin.errors import ConfigError, ConnectError, ProtocolError, VswaError
 from vswa_plugin.following.due import Due
-from vswa_plugin.following.reader import (
-    Apply,
-    Ask,
-    BecameLive,
-    BecameStale,
-    Effect,
-    ReaderOptions,
-    Reset,
-    Unreadable,
-)
-from vswa_plugin.following.view import Attention, View, ViewOptions
+from vswa_plugin.following.options import SubscriberOptions, SubscriberStats
+from vswa_plugin.following.reader import Apply, Ask, BecameLive, BecameStale, Effect, Reset, Unreadable
+from vswa_plugin.following.slots import Slots
+from vswa_plugin.following.view import Attention, View
+from vswa_plugin.forecast import Forecasts
 from vswa_plugin.tasks import Tasks
 from vswa_plugin.wire import control
 from vswa_plugin.wire.control import Request
-from vswa_plugin.wire.events import Event, Layout, Rank, Source, decode
+from vswa_plugin.wire.events import Batch, Cleared, Event, Layout, Rank, ReuseReport, Source, decode
+from vswa_plugin.wire.numbering import is_plausible
 from vswa_plugin.wire.subjects import events_of, source_of, subject
 from vswa_plugin.wire.transport import Transport
 
@@ -48,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 #: However short the heartbeats of a publisher are, the clock is looked at no more often.
 LEAST_TICK_S = 0.02
+FAR_AHEAD = "too far ahead of this clock and of the registry, and ignored"
 
 
 class Index(Protocol):
@@ -60,39 +55,17 @@ class Index(Protocol):
     def set_scored(self, rank: Rank, scored: bool) -> None: ...
 
 
-class SubscriberOptions(msgspec.Struct, frozen=True):
-    """Limits of a subscriber.
-
-    :param request_timeout_s: how long an answer to a replay or snapshot request may take.
-    :param requests: how many such requests may be out at a time.
-    """
-
-    view: ViewOptions = ViewOptions()
-    reader: ReaderOptions = ReaderOptions()
-    request_timeout_s: float = 2.0
-    requests: int = 16
-
-
-class SubscriberStats(msgspec.Struct):
-    """Counters since start, over all ranks.
-
-    :param foreign_subjects: messages on subjects that are not those of a rank that we follow.
-    :param errors: times that a rank was given up until its next epoch because something unforeseen happened.
-    """
-
-    messages: int = 0
-    malformed: int = 0
-    foreign_subjects: int = 0
-    requests: int = 0
-    errors: int = 0
+#: Called with the rank and a report of one of its requests.
+OnReport = Callable[[Rank, ReuseReport], None]
 
 
 class Subscriber:
     """Keeps ``index`` equal to what the publishers of a namespace hold.
 
-    :param namespace: Dynamo namespace, or None for all.
-    :param component: Dynamo component, or None for all.
+    :param namespace: Dynamo namespace, and ``component``, or None for all.
     :param tasks: where its long-lived task is watched.
+    :param clock_ns: wall clock, by which epochs are judged.
+    :param forecasts: gets the same events as the index; None: nothing is forecast.
     """
 
     def __init__(
@@ -104,15 +77,23 @@ class Subscriber:
         component: str | None = None,
         options: SubscriberOptions | None = None,
         tasks: Tasks | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+        forecasts: Forecasts | None = None,
     ) -> None:
         self.options = options or SubscriberOptions()
         self.stats = SubscriberStats()
+        self.announced_only = False  # set where a registry lists the ranks
         #: Set when a rank became live, was given up or left, for tasks that wait for that.
         self.changed = asyncio.Event()
+        #: Is given the reports of ended requests, also of workers that drain; must not raise.
+        self.on_report: OnReport | None = None
         self._transport = transport
         self._index = index
+        self._forecasts = forecasts
         self._namespace = namespace
         self._component = component
+        self._clock_ns = clock_ns
+        self._bounds_lag = self.options.view.max_lag_s < math.inf
         self._views: dict[Rank, View] = {}
         #: Views of ranks that have left the registry and still send: workers that drain.
         self._departed: dict[Rank, View] = {}
@@ -121,7 +102,7 @@ class Subscriber:
         self._attention = Attention(4 * self.options.view.tick_s)
         self._due = Due()
         self._tick_s = self.options.view.tick_s
-        self._requests = asyncio.Semaphore(self.options.requests)
+        self._slots = Slots(self.options.requests, self.options.request_patience_s)
         self._tasks = tasks if tasks is not None else Tasks()
         self._asking: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
@@ -156,11 +137,10 @@ class Subscriber:
     def announce(self, source: Source, epoch: int) -> None:
         """The registry says that this rank lives, in that epoch: fetch what it holds if we have not."""
         former = self._departed.get(source.rank) or self._views.get(source.rank)
-        # One that has left begins anew; one of another source spoke under this number first.
-        if former is not None and (former.departed or former.source != source):
+        if former is not None and former.is_over(source, epoch):
             self._forget(former)
         view = self._follow(source)
-        view.registered = True
+        view.registered, view.announced_epoch = True, epoch
         self._take(view, view.reader.on_announced(epoch))
 
     def withdraw(self, rank: Rank) -> None:
@@ -169,7 +149,7 @@ class Subscriber:
         if view is None:
             return
         self._repairing.pop(rank, None)
-        self._index.drop(rank)
+        self._drop(rank)
         view.layout, view.departed, view.registered = None, True, False
         self._departed[rank] = view
         self._due.add(view)
@@ -182,34 +162,63 @@ class Subscriber:
         view = self._by_subject.get(event_subject) or self._first_from(event_subject)
         if view is None:
             return
-        if view.departed:  # it drains: only the sign of life counts
-            with contextlib.suppress(ProtocolError):
-                self._heard(view, decode(payload).epoch)
-            return
         now = self._now()
         try:
             batch = decode(payload)
         except ProtocolError as error:
-            self.stats.malformed += 1
-            if view.reader.stats.malformed == 0:
-                logger.warning("%s: %s (further ones are only counted)", view.source, error)
-            effects = view.reader.on_malformed(now)
-        else:
-            was_silent = self._heard(view, batch.epoch)
-            effects = view.reader.on_batch(batch, now)
-            if not effects and not was_silent:
-                return
-        self._take(view, effects)
+            if not view.departed:
+                self._malformed(view, error, now)
+            return
+        if not self._is_plausible(view, batch.epoch):
+            return
+        changed = self._heard(view, batch, now)
+        self._reported(view, batch)
+        if view.departed:  # it drains: only the sign of life counts
+            return
+        effects = view.reader.on_batch(batch, now)
+        if effects or changed:
+            self._take(view, effects)
 
-    def _heard(self, view: View, epoch: int) -> bool:
-        """Note a message, no sign of life where its epoch is over; returns whether it ends a silence."""
-        if epoch < view.reader.epoch:
+    def _malformed(self, view: View, error: ProtocolError, now: float) -> None:
+        self.stats.malformed += 1
+        if view.reader.stats.malformed == 0:
+            logger.warning("%s: %s (further ones are only counted)", view.source, error)
+        self._take(view, view.reader.on_malformed(now))
+
+    def _reported(self, view: View, batch: Batch) -> None:
+        if self.on_report is not None:
+            for report in batch.reports:
+                self.on_report(view.source.rank, report)
+
+    def _is_plausible(self, view: View, epoch: int) -> bool:
+        """Whether a publisher of this rank can have begun that epoch."""
+        if epoch <= view.reader.epoch:
+            return True
+        if is_plausible(epoch, view.announced_epoch, self._clock_ns(), self.options.max_epoch_ahead_s):
+            return True
+        self.stats.implausible_epochs += 1
+        if self.stats.implausible_epochs == 1:
+            logger.warning("%s: epoch %d is %s: check clocks and permissions", view.source, epoch, FAR_AHEAD)
+        return False
+
+    def _heard(self, view: View, batch: Batch | None, now: float) -> bool:
+        """Note a message of the current epoch or a later one, or an answer; others are no sign of life.
+
+        Returns whether that changes whether the rank is scored.
+        """
+        if batch is not None and batch.epoch < view.reader.epoch:
             return False
-        silent = view.silent
+        was_silent = view.silent
+        if not self._bounds_lag and not was_silent and view.current:  # as it is with almost all messages
+            view.heard()
+            return False
+        before = view.scored(now)
+        if batch is not None:
+            view.note_lag(batch.epoch, batch.published_at_ns, now)
         view.heard()
-        if silent:
+        if was_silent:
             self._due.add(view)
-        return silent
+        return view.scored(now) != before
 
     def _first_from(self, event_subject: str) -> View | None:
         """The view for a subject that is new here; None where the subject is not that of a rank of ours."""
@@ -221,6 +230,9 @@ class Subscriber:
         view = self._views.get(source.rank) or self._departed.get(source.rank)
         if view is not None and view.source != source:
             self._foreign(f"{event_subject} names a rank that publishes as {view.source}")
+            return None
+        if self.announced_only:
+            self.stats.unregistered += 1  # not worth a log line: each worker publishes before it registers
             return None
         return self._follow(source)
 
@@ -249,7 +261,7 @@ class Subscriber:
             return
         del self._views[rank]
         self._repairing.pop(rank, None)
-        self._index.drop(rank)
+        self._drop(rank)
         self.changed.set()
 
     # -- effects -----------------------------------------------------------------------------------
@@ -297,6 +309,8 @@ class Subscriber:
                     self._join(view, event)
                 else:
                     self._index.apply(view.source.rank, event)
+                if self._forecasts is not None:
+                    self._forecasts.apply(view.source.rank, event)
             except VswaError as error:
                 logger.error("%s: not scored until its next epoch: %s", view.source, error)
                 self._give_up(view, str(error))
@@ -316,13 +330,20 @@ class Subscriber:
         """Drop the rank's blocks and do not score it until its next epoch."""
         view.broken = reason
         view.layout = None
-        self._index.drop(view.source.rank)
+        self._drop(view.source.rank)
         self.changed.set()
+
+    def _drop(self, rank: Rank) -> None:
+        self._index.drop(rank)
+        if self._forecasts is not None:
+            self._forecasts.drop(rank)
 
     def _reset(self, view: View) -> None:
         view.broken = None
         if view.layout is not None:
             self._index.clear(view.source.rank)
+            if self._forecasts is not None:
+                self._forecasts.apply(view.source.rank, Cleared())
 
     def _became_stale(self, view: View, reason: str) -> None:
         if view.stale_since is None:
@@ -339,26 +360,33 @@ class Subscriber:
 
     def _settle_scored(self, view: View) -> None:
         if view.layout is not None:
-            self._index.set_scored(view.source.rank, view.scored(self._now()))
+            scored = view.scored(self._now())
+            self._index.set_scored(view.source.rank, scored)
+            if self._forecasts is not None:
+                self._forecasts.set_scored(view.source.rank, scored)
 
     # -- outgoing and time -------------------------------------------------------------------------
 
     async def _ask(self, view: View, request: Request) -> None:
-        async with self._requests:
-            self.stats.requests += 1
-            to_subject = subject(view.source, "control")
-            timeout = self.options.request_timeout_s
-            try:
+        to_subject, timeout = subject(view.source, "control"), self.options.request_timeout_s
+        reply, reason = None, FAR_AHEAD
+        try:
+            async with self._slots.one(first=view.answers):
+                self.stats.requests += 1
                 payload = await self._transport.request(to_subject, control.encode(request), timeout)
-                reply = control.decode_reply(payload)
-            except (ConnectError, ProtocolError) as error:
-                effects = view.reader.on_failure(request, str(error), self._now())
-                logger.info("%s: repair is tried again: %s", view.source, error)
-            else:
-                self._heard(view, reply.epoch)
-                effects = view.reader.on_reply(request, reply, self._now())
-        if self._views.get(view.source.rank) is view:
-            self._take(view, effects)
+            reply = control.decode_reply(payload)
+        except (ConnectError, ProtocolError) as error:
+            reason = str(error)
+            logger.info("%s: repair is tried again: %s", view.source, error)
+        if self._views.get(view.source.rank) is not view:
+            return  # it was forgotten meanwhile, and another may have its place
+        view.answers, now = reply is not None, self._now()
+        if reply is None or not self._is_plausible(view, reply.epoch):
+            self._take(view, view.reader.on_failure(request, reason, now))
+            return
+        if reply.epoch >= view.reader.epoch:
+            self._heard(view, None, now)
+        self._take(view, view.reader.on_reply(request, reply, now))
 
     async def _tick_forever(self) -> None:
         while True:
@@ -380,10 +408,15 @@ class Subscriber:
             self._due.add(view)
             if not view.departed:
                 self._take(view, [])
+            if view.registered and view.silent and view.announced_epoch < view.reader.epoch:
+                self.announce(view.source, view.announced_epoch)
         for rank, view in list(self._repairing.items()):
             if not view.reader.stale:
                 del self._repairing[rank]
             self._take(view, view.reader.on_tick(now))
+        if self._attention.is_grace_over(now, self.options.view.stale_grace_s):
+            for view in list(self._views.values()):
+                self._take(view, [])
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

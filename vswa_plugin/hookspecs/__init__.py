@@ -41,6 +41,9 @@ from vswa_plugin.hookspecs.observers import (
     vswa_request_finished,
 )
 from vswa_plugin.hookspecs.routing import (
+    vswa_choice_terms,
+    vswa_load_changed,
+    vswa_rank_changed,
     vswa_reuse_rules,
     vswa_score,
     vswa_select_worker,
@@ -48,6 +51,7 @@ from vswa_plugin.hookspecs.routing import (
 from vswa_plugin.hookspecs.tools import (
     vswa_accuracy_scorers,
     vswa_register_commands,
+    vswa_simulated_choosers,
     vswa_simulated_rank,
 )
 from vswa_plugin.hookspecs.worker import (
@@ -70,6 +74,9 @@ HOOKS = (
     vswa_reuse_rules,
     vswa_score,
     vswa_select_worker,
+    vswa_load_changed,
+    vswa_rank_changed,
+    vswa_choice_terms,
     vswa_kv_batch,
     vswa_kv_stored,
     vswa_engine_events,
@@ -79,6 +86,7 @@ HOOKS = (
     vswa_stopping,
     vswa_accuracy_scorers,
     vswa_simulated_rank,
+    vswa_simulated_choosers,
     vswa_register_commands,
 )
 

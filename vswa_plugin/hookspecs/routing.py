@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from vswa_plugin.hookspecs.marks import hookspec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from vswa_plugin.blocks.reuse import ReuseRule
-    from vswa_plugin.selection import RoutedRequest, Scored
-    from vswa_plugin.wire.events import Rank
+    from vswa_plugin.selection import Booked, RoutedRequest, Scored
+    from vswa_plugin.wire.events import Event, Rank
 
 
 @hookspec
@@ -71,6 +71,64 @@ def vswa_select_worker(request: RoutedRequest, candidates: Sequence[Scored]) -> 
     :param request: the request as ``vswa_score`` gets it; it is frozen.
     :param candidates: the candidates with all adjustments in their costs; they are frozen.
     :returns: the rank of one of the candidates, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_load_changed(model: str, key: Hashable, step: str, request: Booked) -> None:
+    """Observe what becomes of a request after the choice: on which rank it is, and when it computes and ends.
+
+    Called: A router's event loop calls it when a request is given to a rank, when its prompt is computed, and
+        when it has ended. A cancelled request has no first token. Requests of the other routers of the same
+        model come too. This is a hot path: do no I/O, and do not wait.
+    Order: Plugins are called in the order of their names, after the router has counted the step itself.
+    Combine: There is no answer.
+    Errors: A failure is counted, and logged once per plugin and minute.
+
+    :param model: the name under which the model is served.
+    :param key: names the request from ``sent`` to ``ended``; it is never used again.
+    :param step: ``sent``, ``first_token`` or ``ended``.
+    :param request: its rank, sequence hashes, prompt tokens, and what was cached; never token ids. The router
+        goes on using it.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_rank_changed(rank: Rank, event: Event | None) -> None:
+    """Observe what the ranks hold, as a router follows it: each event after the index has taken it.
+
+    Called: A router's event loop calls it for each event of each rank that it follows, in their order. A
+        layout comes before all other events of a rank, and again where all begins anew with nothing resident.
+        This is a hot path: do no I/O, and do not wait.
+    Order: Plugins are called in the order of their names.
+    Combine: There is no answer.
+    Errors: A failure is counted, and logged once per plugin and minute.
+
+    :param rank: the rank whose event it is.
+    :param event: ``Layout``, ``Stored``, ``Removed``, ``Moved`` or ``Cleared``; None: the rank has gone.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec(firstresult=True)
+def vswa_choice_terms(
+    request: RoutedRequest, candidates: Sequence[Scored]
+) -> Mapping[Rank, Mapping[str, float]] | None:
+    """Say what the cost of each candidate consists of, for ``vswa explain --choice``.
+
+    Called: A router's event loop calls it when it is asked what it would choose. Nothing is chosen.
+    Order: The calls stop at the first answer.
+    Combine: The first answer that is not None is shown.
+    Errors: A plugin that fails has no answer. The failure is counted, and logged once per plugin and minute.
+
+    :param request: the request as ``vswa_score`` gets it; it is frozen.
+    :param candidates: the candidates with the router's own costs; they are frozen.
+    :returns: by rank, what is to be shown: names and numbers, in the order in which they are shown.
 
     .. versionadded:: 0.1
     """

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from vswa_plugin.hookspecs.marks import hookspec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vswa_plugin.blocks.layout import CacheLayout
     from vswa_plugin.blocks.reuse import ReuseRule
     from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
     from vswa_plugin.hookspecs.commands import Commands
+    from vswa_plugin.selection import Chooser
 
 
 @hookspec
@@ -48,6 +49,23 @@ def vswa_simulated_rank(setup: RankSetup) -> SimulatedRank | None:
 
     :param setup: the cache groups, the reuse rule and the blocks of each group; it is frozen.
     :returns: an object with the shape of ``vswa_plugin.engine.predicted.SimulatedRank``, or None.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vswa_simulated_choosers(clock: Callable[[], float]) -> Mapping[str, Chooser] | None:
+    """Add ways to choose ranks, to be compared in simulations of routing.
+
+    Called: ``vswa accuracy route`` calls it for each run. Return new ones each time, because they keep state.
+    Order: Plugins are called in the order of their names, after the built-in policies.
+    Combine: The result is all policies. A plugin that adds a name that is taken loses its policies.
+    Errors: All policies of a plugin that fails are left out. The failure is counted, and logged once per
+        plugin and minute. What a policy raises later ends the command.
+
+    :param clock: the simulated time, in seconds.
+    :returns: by name, objects with the shape of ``vswa_plugin.selection.Chooser``; or None.
 
     .. versionadded:: 0.1
     """

@@ -20,6 +20,7 @@ from vswa_plugin.engine.contract import Engine, EventAdapter
 from vswa_plugin.engine.predicted import Scorer, SimulatedRank
 from vswa_plugin.engine.sources import EventSource
 from vswa_plugin.errors import PluginError
+from vswa_plugin.selection import Chooser
 from vswa_plugin.wire.events import Rank
 
 #: Hook name -> names of its arguments, in order.
@@ -225,6 +226,34 @@ def check_scorers(answer: object, taken: Collection[str]) -> None:
         if scorer.name in names:
             raise PluginError(f"scorer {scorer.name!r} is there already; choose another name")
         names.append(scorer.name)
+
+
+def check_choosers(answer: object, taken: Collection[str]) -> None:
+    """Refuse what does not map names to objects with the shape of ``vswa_plugin.selection.Chooser``.
+
+    :param taken: names that other policies have.
+    """
+    check_answer(answer)
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"expected a mapping from names to policies, got {type(answer).__name__}")
+    for name, chooser in answer.items():
+        _check_parts(chooser, Chooser)
+        if name in taken:
+            raise PluginError(f"policy {name!r} is there already; choose another name")
+
+
+def check_terms(answer: object, ranks: Set[Rank]) -> None:
+    """Refuse what does not map ranks of candidates to names and finite numbers."""
+    check_answer(answer)
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"expected a mapping from ranks to terms, got {type(answer).__name__}")
+    for rank, terms in answer.items():
+        check_rank(rank, ranks)
+        if not isinstance(terms, Mapping):
+            raise TypeError(f"expected a mapping from names to numbers, got {type(terms).__name__}")
+        for name, number in terms.items():
+            if not (isinstance(name, str) and isinstance(number, int | float) and math.isfinite(number)):
+                raise ValueError(f"expected names with finite numbers, got {name!r}: {number!r}")
 
 
 #: Of one plugin; a page of metrics is read whole every few seconds.

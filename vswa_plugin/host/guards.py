@@ -190,20 +190,20 @@ def _numbers(blocks: object, groups: int) -> bool:
     )
 
 
-class GuardedEngine:
-    """An engine of a plugin. Its health is its own word: where that fails, the engine has failed."""
+class _Guarded:
+    """What an engine and the source of a relayed worker have in common."""
 
-    def __init__(self, engine: Engine, guard: Guard) -> None:
-        self._engine = engine
+    def __init__(self, guarded: Engine | EventSource, guard: Guard) -> None:
+        self._guarded = guarded
         self._guard = guard
-        self.event_format = engine.event_format
+        self.event_format = guarded.event_format
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine states. PluginFailed where it fails to, or states something else."""
+        """What the plugin states. PluginFailed where it fails to, or states something else."""
 
         def info() -> object:
-            return self._engine.info
+            return self._guarded.info
 
         stated = self._guard.call(VswaError, info)
         if not isinstance(stated, EngineInfo):
@@ -211,13 +211,21 @@ class GuardedEngine:
             raise self._guard.failed("info", wrong) from None
         return stated
 
-    def start(self, on_events: EventSink) -> None:
-        self._guard.call(VswaError, self._engine.start, on_events)
-
     def stop(self) -> None:
         """Never raises: what comes after it must happen all the same."""
         with suppress(PluginFailed):  # counted and logged already
-            self._guard.call(PluginFailed, self._engine.stop)
+            self._guard.call(PluginFailed, self._guarded.stop)
+
+
+class GuardedEngine(_Guarded):
+    """An engine of a plugin. Its health is its own word: where that fails, the engine has failed."""
+
+    def __init__(self, engine: Engine, guard: Guard) -> None:
+        super().__init__(engine, guard)
+        self._engine = engine
+
+    def start(self, on_events: EventSink) -> None:
+        self._guard.call(VswaError, self._engine.start, on_events)
 
     async def generate(self, request: RequestDict) -> AsyncIterator[ChunkDict]:
         try:
@@ -262,27 +270,13 @@ class GuardedEngine:
         return stats
 
 
-class GuardedSource:
+class GuardedSource(_Guarded):
     """The events of a relayed worker, read by a plugin. One that fails to say how far it is has ended."""
 
     def __init__(self, source: EventSource, guard: Guard) -> None:
+        super().__init__(source, guard)
         self._source = source
-        self._guard = guard
-        self.event_format = source.event_format
         self.caveats = source.caveats
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the source states. PluginFailed where it fails to, or states something else."""
-
-        def info() -> object:
-            return self._source.info
-
-        stated = self._guard.call(VswaError, info)
-        if not isinstance(stated, EngineInfo):
-            wrong = TypeError(f"expected an EngineInfo, got {type(stated).__name__}")
-            raise self._guard.failed("info", wrong) from None
-        return stated
 
     def start(self, on_events: EventSink, on_change: Callable[[], None]) -> None:
         self._guard.call(VswaError, self._source.start, on_events, on_change)
@@ -306,11 +300,6 @@ class GuardedSource:
         except VswaError:
             return {}
         return stats
-
-    def stop(self) -> None:
-        """Never raises: what comes after it must happen all the same."""
-        with suppress(PluginFailed):  # counted and logged already
-            self._guard.call(PluginFailed, self._source.stop)
 
 
 class GuardedScorer:

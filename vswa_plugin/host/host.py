@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from vswa_plugin.engine.records import RequestRecord
     from vswa_plugin.engine.sources import EventSource, SourceSettings
     from vswa_plugin.hookspecs import WorkerContext
-    from vswa_plugin.selection import RoutedRequest, Scored
-    from vswa_plugin.wire.events import Batch, Rank, Source
+    from vswa_plugin.selection import Booked, Chooser, RoutedRequest, Scored
+    from vswa_plugin.wire.events import Batch, Event, Rank, Source
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,35 @@ class PluginHost(PluginSet):
         check = partial(plugin_checks.check_rank, ranks={each.rank for each in candidates})
         arguments = {"request": request, "candidates": candidates}
         return cast("Rank | None", self._ask_first("vswa_select_worker", arguments, check)[0])
+
+    def load_changed(self, model: str, key: Hashable, step: str, request: Booked) -> None:
+        """Show a step of a request to all observers: ``vswa_load_changed``. Never raises."""
+        if self._calls["vswa_load_changed"]:
+            arguments = {"model": model, "key": key, "step": step, "request": request}
+            self._show("vswa_load_changed", arguments)
+
+    def rank_changed(self, rank: Rank, event: Event | None) -> None:
+        """Show an event of a rank to all observers: ``vswa_rank_changed``. Never raises."""
+        if self._calls["vswa_rank_changed"]:
+            self._show("vswa_rank_changed", {"rank": rank, "event": event})
+
+    def choice_terms(
+        self, request: RoutedRequest, candidates: Sequence[Scored]
+    ) -> Mapping[Rank, Mapping[str, float]]:
+        """What the costs consist of; empty where no plugin says it: ``vswa_choice_terms``. Never raises."""
+        check = partial(plugin_checks.check_terms, ranks={each.rank for each in candidates})
+        arguments = {"request": request, "candidates": candidates}
+        return self._ask_first("vswa_choice_terms", arguments, check)[0] or {}
+
+    def simulated_choosers(self, clock: Callable[[], float], taken: Collection[str]) -> dict[str, Chooser]:
+        """New policies for one simulation, those of all plugins: ``vswa_simulated_choosers``."""
+        choosers: dict[str, Chooser] = {}
+        names = set(taken)
+        check = partial(plugin_checks.check_choosers, taken=names)
+        for _, added in self._answers("vswa_simulated_choosers", {"clock": clock}, check):
+            choosers.update(added)
+            names.update(added)
+        return choosers
 
     def accuracy_scorers(
         self, layout: CacheLayout, rules: Mapping[str, ReuseRule], taken: Collection[str] = ()

@@ -75,8 +75,14 @@ def package_of(entry: metadata.EntryPoint) -> str:
 
 
 def local_name(where: str) -> str:
-    """The plugin name of a ``--plugin`` argument: a file's stem, or the module's dotted name."""
-    return Path(where).stem if _is_file(where) else where
+    """The plugin name of a ``--plugin`` argument: a file's stem, or the module's dotted name.
+
+    A package that is given by its ``__init__.py`` has the name of its folder.
+    """
+    if not _is_file(where):
+        return where
+    path = Path(where)
+    return path.stem if path.stem != "__init__" else path.resolve().parent.name
 
 
 def load_local(where: str) -> ModuleType:

@@ -6,14 +6,16 @@ Held blocks are masks of ranks, one for each name of the prompt: ``masks[group][
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from operator import and_
 
 from vswa_plugin.blocks.hybrid import Need
 from vswa_plugin.blocks.layout import FULL, CacheGroup, CacheLayout
-from vswa_plugin.blocks.reuse import ReuseRule, check_applicable, need_of
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, SearchingRule, need_of, searching
+from vswa_plugin.index.tables import bits_of
 
 Masks = Sequence[Sequence[int]]
 
@@ -36,19 +38,35 @@ class Boundaries:
 
     def deepest(self, masks: Masks, wanted: int) -> dict[int, int]:
         """Rank's bit -> the deepest boundary at which it could resume; ranks without one are left out."""
+        by_search = searching(self.rule, self.layout)
+        if by_search is not None:
+            found = {bit: self._search(by_search, masks, bit) for bit in bits_of(wanted)}
+            return {bit: boundary for bit, boundary in found.items() if boundary}
         groups = [
             _GroupMasks(group, masks[index], self.layout.hash_block_size, wanted)
             for index, group in enumerate(self.layout.groups)
         ]
-        found: dict[int, int] = {}
-        end = min([self.count, *(each.reach() // self.layout.block_size for each in groups)])
+        found = {}
+        end = self.count
+        if self.rule is RULES.get(self.rule.name):  # a rule of a plugin may need less of a full group
+            reaches = [each.reach() for each in groups if each.group.kind == FULL]
+            end = min([end, *(reach // self.layout.block_size for reach in reaches)])
         for boundary in range(end, 0, -1):
             if not wanted:
                 break
             resumable = self._resumable(groups, boundary, wanted)
-            found.update(dict.fromkeys(_bits(resumable), boundary))
+            found.update(dict.fromkeys(bits_of(resumable), boundary))
             wanted &= ~resumable
         return found
+
+    def _search(self, rule: SearchingRule, masks: Masks, bit: int) -> int:
+        """The boundary for one rank."""
+
+        def of(group: Sequence[int]) -> Callable[[int], bool]:
+            return lambda unit: unit < len(group) and bool(group[unit] >> bit & 1)
+
+        holds = {group.group_id: of(each) for group, each in zip(self.layout.groups, masks, strict=True)}
+        return rule.search(self.layout, holds, self.prompt_len)
 
     def _resumable(self, groups: Sequence[_GroupMasks], boundary: int, wanted: int) -> int:
         evidence = False
@@ -68,17 +86,18 @@ class _GroupMasks:
         self.group = group
         self._masks = masks
         self._unit = unit
-        stride = group.block_size // unit
-        #: Ranks that hold a block and all before it.
-        self._from_start = list(accumulate(masks[stride - 1 :: stride], and_, initial=wanted))
+        self._wanted = wanted
+
+    @cached_property
+    def _from_start(self) -> list[int]:
+        """For each number of blocks, from 0 on, the ranks that hold so many; few groups need it."""
+        stride = self.group.block_size // self._unit
+        return list(accumulate(self._masks[stride - 1 :: stride], and_, initial=self._wanted))
 
     def reach(self) -> int:
-        """Tokens behind which no rank holds all that a full group needs; no bound for other groups."""
-        size = self.group.block_size
-        if self.group.kind != FULL:
-            return (len(self._masks) + 1) * self._unit
+        """Of a full group that needs all: tokens behind which no rank holds what it needs."""
         alive = next((i for i, mask in enumerate(self._from_start) if not mask), len(self._from_start))
-        return alive * size  # inside the block after the last one that is held, at most
+        return alive * self.group.block_size  # inside the block after the last one that is held, at most
 
     def satisfying(self, need: Need, wanted: int) -> int:
         """Of the ranks ``wanted`` those that hold what is needed."""
@@ -104,15 +123,6 @@ class _GroupMasks:
 
 
 def boundaries_for(rule: ReuseRule, layout: CacheLayout, prompt_len: int, known: int) -> Boundaries:
-    """The boundaries of a prompt of which the first ``known`` names are known.
-
-    :raises ConfigError: the rule cannot be applied to ``layout``.
-    """
-    check_applicable(rule, layout)
-    rule.needs(layout, prompt_len)
+    """The boundaries of a prompt of which the first ``known`` names are known; the rule takes ``layout``."""
     reach = known * layout.hash_block_size // layout.block_size
     return Boundaries(rule, layout, prompt_len, min(rule.boundaries(layout, prompt_len), reach))
-
-
-def _bits(mask: int) -> list[int]:
-    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]

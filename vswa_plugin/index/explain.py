@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 from vswa_plugin.errors import VswaError
-from vswa_plugin.index.boundaries import Boundaries, boundaries_for
+from vswa_plugin.index.boundaries import Boundaries, Masks, boundaries_for
 from vswa_plugin.index.part import Part
 from vswa_plugin.wire.events import Rank
+
+_Held: TypeAlias = list[list[bool]]
 
 
 class GroupExplanation(msgspec.Struct, frozen=True):
@@ -52,15 +55,24 @@ class Explanation(msgspec.Struct, frozen=True):
 
 def explain_part(part: Part, hashes: Sequence[int], prompt_len: int) -> list[Explanation]:
     """All ranks of a part, in order."""
-    ranks = sorted(part.members)
+    masks = part.masks(hashes)
+    bits = {rank: part.members[rank].bit for rank in sorted(part.members)}
     try:
+        part.rule.needs(part.layout, prompt_len)  # of no use here, but where it fails there is no score
         boundaries = boundaries_for(part.rule, part.layout, prompt_len, len(hashes))
-        return [_explain_rank(part, rank, part.masks_of(rank, hashes), boundaries) for rank in ranks]
+        deepest = boundaries.deepest(masks, sum(1 << bit for bit in bits.values()))
+        return [
+            _explain_rank(part, rank, _held(part.layout, masks, bit), boundaries, deepest.get(bit, 0))
+            for rank, bit in bits.items()
+        ]
     except VswaError as error:
-        return [_without_rule(part, rank, hashes, str(error)) for rank in ranks]
+        return [
+            _without_rule(part, rank, _held(part.layout, masks, bit), str(error))
+            for rank, bit in bits.items()
+        ]
 
 
-def _without_rule(part: Part, rank: Rank, hashes: Sequence[int], failed: str) -> Explanation:
+def _without_rule(part: Part, rank: Rank, held: _Held, failed: str) -> Explanation:
     return Explanation(
         rank=rank,
         model=part.layout.model,
@@ -70,15 +82,14 @@ def _without_rule(part: Part, rank: Rank, hashes: Sequence[int], failed: str) ->
         boundary=0,
         cached_tokens=0,
         groups=tuple(
-            GroupExplanation(group, _runs(_blocks(group, masks, part.layout)), None, None)
-            for group, masks in zip(part.layout.groups, part.masks_of(rank, hashes), strict=True)
+            GroupExplanation(group, _runs(blocks), None, None)
+            for group, blocks in zip(part.layout.groups, held, strict=True)
         ),
         failed=failed,
     )
 
 
-def _explain_rank(part: Part, rank: Rank, masks: list[list[int]], boundaries: Boundaries) -> Explanation:
-    boundary = boundaries.deepest(masks, 1).get(0, 0)
+def _explain_rank(part: Part, rank: Rank, held: _Held, boundaries: Boundaries, boundary: int) -> Explanation:
     return Explanation(
         rank=rank,
         model=part.layout.model,
@@ -88,8 +99,8 @@ def _explain_rank(part: Part, rank: Rank, masks: list[list[int]], boundaries: Bo
         boundary=boundary,
         cached_tokens=part.rule.tokens(part.layout, boundary, boundaries.prompt_len) if boundary else 0,
         groups=tuple(
-            _explain_group(group, _blocks(group, held, part.layout), boundaries, boundary)
-            for group, held in zip(part.layout.groups, masks, strict=True)
+            _explain_group(group, blocks, boundaries, boundary)
+            for group, blocks in zip(part.layout.groups, held, strict=True)
         ),
     )
 
@@ -114,10 +125,13 @@ def _needed(group: CacheGroup, boundaries: Boundaries, boundary: int) -> tuple[i
     return (positions[0] - 1) // group.block_size, -(-positions[-1] // group.block_size)
 
 
-def _blocks(group: CacheGroup, masks: Sequence[int], layout: CacheLayout) -> list[bool]:
-    """Which whole blocks of the group are held, out of what is held at each name."""
-    stride = group.block_size // layout.hash_block_size
-    return [bool(mask) for mask in masks[stride - 1 :: stride]]
+def _held(layout: CacheLayout, masks: Masks, bit: int) -> _Held:
+    """Per group, which of its whole blocks the rank of that bit holds."""
+    strides = [group.block_size // layout.hash_block_size for group in layout.groups]
+    return [
+        [bool(mask >> bit & 1) for mask in of_group[stride - 1 :: stride]]
+        for of_group, stride in zip(masks, strides, strict=True)
+    ]
 
 
 def _runs(held: Sequence[bool]) -> tuple[tuple[int, int], ...]:

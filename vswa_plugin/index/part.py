@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import ModuleType
 
 from vswa_plugin.blocks.layout import CacheLayout
@@ -11,7 +11,7 @@ from vswa_plugin.errors import InvariantError, StreamError, VswaError
 from vswa_plugin.index.boundaries import boundaries_for
 from vswa_plugin.index.plans import ScorePlan, plan_for
 from vswa_plugin.index.python_table import PythonTable
-from vswa_plugin.index.tables import Hashes, KernelTable, Table
+from vswa_plugin.index.tables import Hashes, KernelTable, Table, bits_of
 from vswa_plugin.wire.events import TIERS, Rank
 
 DEVICE = TIERS[0]
@@ -129,7 +129,7 @@ class Part:
             self._sweeping, self._waiting = self._waiting, 0
             self.table.rewind()
         if self.table.sweep(self._sweeping, budget):
-            self._free += _bits(self._sweeping)
+            self._free += bits_of(self._sweeping)
             self._sweeping = 0
         return not (self._sweeping or self._waiting)
 
@@ -155,17 +155,9 @@ class Part:
         except VswaError:
             return {}
 
-    def held(self, rank: Rank, hashes: Hashes) -> list[list[bool]]:
-        """Per group, which of the names ``hashes`` the rank holds."""
-        return [[bool(mask) for mask in masks] for masks in self.masks_of(rank, hashes)]
-
-    def masks_of(self, rank: Rank, hashes: Hashes) -> list[list[int]]:
-        """Per group and name 1 where the rank holds it, else 0."""
-        bit = self.members[rank].bit
-        return [
-            [mask >> bit & 1 for mask in self.table.masks(group, hashes)]
-            for group in range(len(self.layout.groups))
-        ]
+    def masks(self, hashes: Hashes) -> list[list[int]]:
+        """Per group and name the ranks that hold it, as bits."""
+        return [self.table.masks(group, hashes) for group in range(len(self.layout.groups))]
 
     def contents(self, rank: Rank) -> Iterator[tuple[int, dict[int, str]]]:
         """Per group: all that the rank holds there, hash -> tier."""
@@ -186,7 +178,7 @@ class Part:
         if wrong:
             raise InvariantError(f"window index, model {self.layout.model!r}: {wrong}")
         bits = [member.bit for member in self.members.values()]
-        dead = [*_bits(self._waiting), *_bits(self._sweeping)]
+        dead = [*bits_of(self._waiting), *bits_of(self._sweeping)]
         if sorted([*bits, *dead, *self._free]) != list(range(len(self._ranks))):
             raise InvariantError(f"window index: bits in use {bits}, dead {dead}, free {self._free}")
         if any(self._ranks[member.bit] != rank for rank, member in self.members.items()):
@@ -194,7 +186,7 @@ class Part:
         scored = sum(1 << member.bit for member in self.members.values() if member.scored)
         if self._wanted != scored:
             raise InvariantError(
-                f"window index: bits {_bits(self._wanted)} are scored, the ranks say {_bits(scored)}"
+                f"window index: bits {bits_of(self._wanted)} are scored, the ranks say {bits_of(scored)}"
             )
         for group in range(len(self.layout.groups)):
             self._check_group(group, sum(1 << bit for bit in (*bits, *dead)))
@@ -238,8 +230,7 @@ class Part:
     def _score_each(self, hashes: Hashes, prompt_len: int) -> dict[Rank, int]:
         """Call the rule at every boundary: for rules whose needs are no plain numbers."""
         boundaries = boundaries_for(self.rule, self.layout, prompt_len, len(hashes))
-        masks = [self.table.masks(group, hashes) for group in range(len(self.layout.groups))]
-        deepest = boundaries.deepest(masks, self._wanted)
+        deepest = boundaries.deepest(self.masks(hashes), self._wanted)
         by_rank = {self._ranks[bit]: boundary for bit, boundary in deepest.items()}
         return self._tokens({rank: at for rank, at in by_rank.items() if rank is not None}, prompt_len)
 
@@ -257,7 +248,3 @@ class Part:
 def check_tier(tier: str) -> None:
     if tier not in TIERS:
         raise StreamError(f"expected a tier of {', '.join(TIERS)}, got {tier!r}; update the older side")
-
-
-def _bits(mask: int) -> Sequence[int]:
-    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]

@@ -80,8 +80,11 @@ def plan_for(rule: ReuseRule, layout: CacheLayout, prompt_len: int) -> ScorePlan
         sys.maxsize if asks_tokens else prompt_len - 1,
         asks_tokens,
     )
-    if layout.plain:
-        return plan._replace(at_end=needs.at_prompt_end) if boundaries * size == prompt_len else plan
+    at_end = needs.at_prompt_end if boundaries * size == prompt_len else None
+    if layout.plain and not any(needs.chunks) and not any(needs.after):
+        return plan._replace(at_end=at_end)
+    if at_end not in (None, needs.trailing):
+        return None  # the table knows that of plain needs only
     unit = layout.hash_block_size
     return plan._replace(
         step=size // unit,

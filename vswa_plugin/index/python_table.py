@@ -16,7 +16,7 @@ from itertools import accumulate, repeat
 from operator import and_
 
 from vswa_plugin.index.plans import ScorePlan, check_plan
-from vswa_plugin.index.tables import ALL_GROUPS, Hashes, ranks_of
+from vswa_plugin.index.tables import ALL_GROUPS, Hashes, bits_of
 from vswa_plugin.wire.events import Rank
 
 _FIRST_CHUNK, _LAST_CHUNK = 16, 256
@@ -140,7 +140,8 @@ class PythonTable:
             self._rank_sets.clear()
         rank_set = self._rank_sets.get(mask)
         if rank_set is None:
-            rank_set = self._rank_sets[mask] = tuple(ranks_of(mask, ranks))
+            listed = (ranks[bit] for bit in bits_of(mask))
+            rank_set = self._rank_sets[mask] = tuple(rank for rank in listed if rank is not None)
         return rank_set
 
     def _share(self, ranks: int) -> int:

@@ -5,15 +5,14 @@ A rank is a bit. ``group`` is the index of a cache group in the layout. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 from vswa_plugin.index.plans import ScorePlan
 from vswa_plugin.wire.events import Rank
 
-#: Sequence hashes; the kernel also takes them packed, as its own ``sequence_hashes`` makes them, and reads an
-#: ``array("Q")`` faster than a list.
+#: Sequence hashes; the kernel reads those of an ``array("Q")`` in memory, and so faster than a list.
 Hashes: TypeAlias = Sequence[int]
 ALL_GROUPS = -1
 UNLIMITED = -1
@@ -76,15 +75,12 @@ def mask_bytes(mask: int) -> bytes:
     return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 
 
-def ranks_of(mask: int, ranks: Sequence[Rank | None]) -> Mapping[Rank, int]:
-    """The ranks of a mask, with their bits."""
-    bits = {}
+def bits_of(mask: int) -> list[int]:
+    """The bits that are set, the lowest first."""
+    bits = []
     while mask:
         low = mask & -mask
-        bit = low.bit_length() - 1
-        rank = ranks[bit]
-        if rank is not None:
-            bits[rank] = bit
+        bits.append(low.bit_length() - 1)
         mask ^= low
     return bits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -12,7 +13,7 @@ import msgspec
 from vswa_plugin.blocks.hashing import block_hashes, sequence_hashes, with_lookahead
 from vswa_plugin.blocks.kernel import load_kernel, require_kernel
 from vswa_plugin.blocks.layout import HASH_SCHEME, CacheLayout
-from vswa_plugin.blocks.reuse import RULES, ReuseRule, need_of, rule_named
+from vswa_plugin.blocks.reuse import RULES, ReuseRule, check_applicable, need_of, rule_named
 from vswa_plugin.errors import ConfigError, StreamError, VswaError
 from vswa_plugin.index.boundaries import boundaries_for
 from vswa_plugin.index.dump import DUMP_VERSION, GroupDump, IndexDump, RankDump
@@ -310,16 +311,18 @@ class WindowIndex:
 
     def _hashed(self, token_ids: Sequence[int], unit: int, lookahead: int) -> Hashes:
         if self._kernel is None:
-            return with_lookahead(sequence_hashes(block_hashes(token_ids, unit)), token_ids, unit, lookahead)
-        hashes: Hashes = self._kernel.sequence_hashes(token_ids, unit, not lookahead)
-        return with_lookahead(hashes, token_ids, unit, lookahead) if lookahead else hashes
+            hashes: Hashes = sequence_hashes(block_hashes(token_ids, unit))
+        else:
+            hashes = array("Q", self._kernel.sequence_hashes(token_ids, unit))
+        return with_lookahead(hashes, token_ids, unit, lookahead)
 
     def _part(self, layout: CacheLayout) -> Part:
         part = self._parts.get(layout)
         if part is None:
             rule = rule_named(layout.rule, self._rules)
-            layout.check()
             # Refuses a layout that it cannot be applied to, before the first prompt comes.
+            check_applicable(rule, layout)
+            rule.needs(layout, layout.block_size)
             trial = boundaries_for(rule, layout, layout.block_size + 1, layout.block_size)
             for group in layout.groups:
                 trial.need(group, trial.count)

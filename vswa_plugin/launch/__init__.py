@@ -11,6 +11,8 @@ reaper.py       the process that cleans up then
 logs.py         its log, bounded
 complaints.py   why the frontend does not serve a model, out of its log
 probe.py        the state of a deployment, read over HTTP
+targets.py      where the metrics of all programs are, for Prometheus
+envoy.py        Envoy's configuration, and its binary
 brokers.py      nats-server and etcd, embedded; never for production
 serving.py      a deployment kept until a signal
 """

@@ -44,7 +44,8 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
   SERVED_MODEL_NAME                         what clients call it (default: the name of directory or model)
   HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE     where a model of the Hub is kept, and whether to look there alone
   HF_TOKEN                                  the token of an account that may download a gated model
-  AGG_ENGINE_ARGS                           engine options of the workers, a YAML file
+  AGG_ENGINE_ARGS                           engine options of the workers: a YAML file, or the name of one of
+                                            this package such as gemma3/vswa_agg
   PREFILL_ENGINE_ARGS, DECODE_ENGINE_ARGS   the same for each kind of disaggregated workers
   PREFILL_CUDA_VISIBLE_DEVICES, DECODE_CUDA_VISIBLE_DEVICES   GPUs of each kind, of which every worker gets
                                             as many of its own as its parallel sizes need (default: those of
@@ -54,9 +55,9 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
   DYN_NAMESPACE                             Dynamo namespace of all of it (or --namespace)
   DYN_NAMESPACE_WORKER_SUFFIX               appended to that namespace with a hyphen
   VSWA_ENGINE                               the engine, as --engine of a worker
-  ROUTER                                    the router of agg_router and disagg_router: exact or stock
-                                            (or --router)
-  DYN_ROUTER_*                              cost options of exact routers, see their --help
+  ROUTER                                    the router of agg_router and disagg_router: exact, picker or
+                                            stock (or --router)
+  DYN_ROUTER_*                              cost options of exact routers and pickers, see their --help
   VSWA_DYNAMO_EVENTS                        which blocks the stock router is sent: boundary (default), or
                                             global as Dynamo does today
   VSWA_TERMINATION_LOG                      a file for the reason why this program ended
@@ -64,8 +65,7 @@ environment, as the guide "Gemma3 Sliding Window" sets it:
 example:
   vswa make-model /tmp/gemma
   export MODEL_PATH=/tmp/gemma SERVED_MODEL_NAME=gemma
-  export PREFILL_ENGINE_ARGS=engine_configs/gemma3/vswa_prefill.yaml
-  export DECODE_ENGINE_ARGS=engine_configs/gemma3/vswa_decode.yaml
+  export PREFILL_ENGINE_ARGS=gemma3/vswa_prefill DECODE_ENGINE_ARGS=gemma3/vswa_decode
   python -m vswa_plugin.launch disagg --decode-workers 2 -- --heartbeat 0.5
 
 Every worker gets the options that follow --. Exact routers get --heartbeat, --registry and plugins of them.

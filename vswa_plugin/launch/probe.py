@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from vswa_plugin.launch.settings import ClusterSettings, router_endpoint
+from vswa_plugin.router.http.guard import token_from
 
 #: A router shows it once per rank to which it sends requests (docs/metrics.md).
 USED_METRIC = "vswa_router_load_requests"
@@ -26,6 +29,8 @@ class Probe:
     def __init__(self, settings: ClusterSettings, url: str) -> None:
         self._settings = settings
         self._url = url
+        token = token_from(os.environ)
+        self._token = {"Authorization": f"Bearer {token}"} if token else {}
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_TIMEOUT_S))
 
     async def __aenter__(self) -> Probe:
@@ -60,17 +65,19 @@ class Probe:
         """Ids of the workers to which that router sends requests for the model."""
         labels = [
             sample.labels
-            for family in text_string_to_metric_families(await self._get(f"{router_url}/metrics"))
+            for family in text_string_to_metric_families(
+                await self._get(f"{router_url}/metrics", self._token)
+            )
             for sample in family.samples
             if sample.name == USED_METRIC
         ]
         name = self._settings.served_model_name
         return {int(each["worker"]) for each in labels if each["model"] == name}
 
-    async def _get(self, url: str) -> str:
+    async def _get(self, url: str, headers: Mapping[str, str] | None = None) -> str:
         """The answer's text; nothing while there is none."""
         try:
-            async with self._session.get(url) as answer:
+            async with self._session.get(url, headers=headers) as answer:
                 return await answer.text()
         except (aiohttp.ClientError, OSError):
             return ""

@@ -140,7 +140,8 @@ class Child:
             between = ":" if code > 0 else ", its last words:"
             say(f"{self.name} {_ended(code)}{between} {words}; starting it again in {pause:g} s")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
             if self._stopping.is_set():  # also where it was set as the pause ended
                 return
             await self._start()
@@ -155,7 +156,8 @@ class Child:
         async with self._starting:  # a process that is just being started is there after this
             self.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
         except TimeoutError:
             logger.warning("%s (pid %d) did not end in %g s: killed", self.name, self.pid, grace_s)
             self.kill()

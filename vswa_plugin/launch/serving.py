@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from vswa_plugin.dynamo.chat import chat_obstacle
 from vswa_plugin.launch.cluster import Cluster, Progress
+from vswa_plugin.launch.targets import TARGETS
 from vswa_plugin.program.life import Life, Program
 
 #: What a first request asks, where the model can chat and where it cannot.
@@ -82,9 +83,14 @@ def how_to_use(cluster: Cluster) -> str:
     chat = chat_obstacle(cluster.settings.model_path) is None
     url = f"{cluster.url}/v1/{'chat/' if chat else ''}completions"
     asked = _CHAT if chat else _COMPLETION
-    apis = f" Routers: {' '.join(cluster.router_urls)} (docs/router-api.md)." if cluster.router_urls else ""
+    apis = (
+        f" Routers, each with a live page: {' '.join(cluster.router_urls)} (docs/router-api.md)."
+        if cluster.router_urls
+        else ""
+    )
     return f"""
-Serving {name!r} on {cluster.url}; logs are in {cluster.folder}.{apis} Try:
+Serving {name!r} on {cluster.url}; logs are in {cluster.folder}.{apis}
+Where Prometheus finds their metrics (docs/operations.md): {cluster.folder / TARGETS}. Try:
 
   curl -s {url} -H 'Content-Type: application/json' \\
     -d '{{"model": "{name}", "max_tokens": 20, {asked}}}'

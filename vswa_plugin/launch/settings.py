@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 
 from vswa_plugin.dynamo.names import DEFAULT_NAMESPACE, ROUTER_COMPONENT, EndpointName, default_endpoint
 from vswa_plugin.engine import ROUTER_ENV
 from vswa_plugin.errors import ConfigError
+from vswa_plugin.launch.envoy import find_envoy
 from vswa_plugin.launch.gpus import gpus_needed, with_gpus
 from vswa_plugin.launch.logs import LOG_BYTES
 from vswa_plugin.launch.topologies import Routing, WorkerGroup
 from vswa_plugin.router import args as router_args
+from vswa_plugin.router.picker import args as picker_args
 from vswa_plugin.router.pools import slug_of
 from vswa_plugin.worker import args as worker_args
+from vswa_plugin.worker.engine_args import CONFIG_OPTION, FILE_OPTION, shipped_configs
+
+MAX_PORT = 65_535
 
 
 class ClusterSettings(msgspec.Struct, frozen=True):
@@ -26,8 +32,9 @@ class ClusterSettings(msgspec.Struct, frozen=True):
     :param engine: as ``--engine`` of a worker; empty: the default of the plugins, whatever VSWA_ENGINE says.
     :param namespace: of everything that is started, whatever DYN_NAMESPACE says.
     :param http_port: port of the frontend; 0 for a free one.
-    :param routing: ``exact``: routers of ours in front of hidden workers; ``stock``: the frontend's own, fed
-        with the workers' blocks. Neither: the frontend chooses by ``router_mode``.
+    :param routing: ``exact``: routers of ours in front of hidden workers; ``picker``: Envoy before the
+        frontend, and pickers of ours that choose for it; ``stock``: the frontend's own, fed with the workers'
+        blocks. Neither: the frontend chooses by ``router_mode``.
     :param worker_options: added to the command line of every worker; ``router_options``: of every router.
     :param keep: start frontend, routers and workers again when they fail, and wait for them without end.
     :param log_bytes: about how large the log of a process may grow while it runs; see logs.py.
@@ -54,10 +61,19 @@ def worker_arguments(settings: ClusterSettings, group: WorkerGroup) -> list[str]
     arguments += ["--served-model-name", settings.served_model_name]
     arguments += ["--endpoint", f"dyn://{default_endpoint(group.mode, settings.namespace)}"]
     if group.engine_args:
-        arguments += ["--extra-engine-args", group.engine_args]
+        shipped = group.engine_args in shipped_configs() and not Path(group.engine_args).is_file()
+        arguments += [CONFIG_OPTION if shipped else FILE_OPTION, group.engine_args]
     if group.override:
         arguments += ["--override-engine-args", json.dumps(group.override)]
     return [*arguments, *settings.worker_options]
+
+
+def status_port(settings: ClusterSettings, number: int) -> int | None:
+    """The port of the ``number``-th worker's status, from 0: the one that the workers' command line has for
+    the first, and those after it for the others; 0: any, each time that the worker starts; None: not stated.
+    """
+    first = _parsed(settings)[0].status_port
+    return first + number if first else first
 
 
 def settings_with_gpus(
@@ -76,9 +92,11 @@ def router_endpoint(settings: ClusterSettings) -> EndpointName:
 
 
 def router_arguments(settings: ClusterSettings) -> list[str]:
-    """The command line of a router of ours, each of which stands for all the others."""
-    arguments = ["--endpoint", f"dyn://{router_endpoint(settings)}"]
-    arguments += ["--namespace", settings.namespace, "--served-model-name", settings.served_model_name]
+    """The command line of a router or picker of ours, each of which stands for all the others."""
+    arguments = ["--namespace", settings.namespace]
+    if settings.routing.router != "picker":
+        arguments += ["--endpoint", f"dyn://{router_endpoint(settings)}"]
+        arguments += ["--served-model-name", settings.served_model_name]
     workers = _parsed(settings)[0]
     arguments += ["--heartbeat", f"{workers.heartbeat_s:g}"]
     if workers.registry:
@@ -96,8 +114,15 @@ def named_registry(settings: ClusterSettings) -> str | None:
 
 def router_address(settings: ClusterSettings) -> tuple[str, int]:
     """Host and port of a router's HTTP API; port 0: a free one."""
-    http = router_args.parse(router_arguments(settings)).http
+    http = _parsed_router(settings).http
     return http.host, http.port or 0
+
+
+def _parsed_router(settings: ClusterSettings) -> router_args.RouterArgs:
+    arguments = router_arguments(settings)
+    if settings.routing.router == "picker":
+        return picker_args.parse_picker(arguments)[0]
+    return router_args.parse(arguments)
 
 
 def routing_environment(routing: Routing) -> dict[str, str]:
@@ -122,8 +147,16 @@ def check_settings(settings: ClusterSettings) -> None:
                 )
                 + "; leave it at auto"
             )
-    if hidden:
-        router_args.parse(router_arguments(settings))
+    count = sum(group.count for group in settings.groups)
+    if (last := status_port(settings, count - 1)) is not None and last > MAX_PORT:
+        raise ConfigError(
+            f"--status-port: expected room for {count} workers, each with a port of its own, got "
+            f"{last - count + 1} for the first, which makes {last} the last"
+        )
+    if settings.routing.router == "picker":
+        find_envoy()
+    if settings.routing.router in ("exact", "picker"):
+        _parsed_router(settings)
 
 
 def _parsed(settings: ClusterSettings) -> list[worker_args.WorkerArgs]:

@@ -48,7 +48,7 @@ TOPOLOGIES: Mapping[str, Topology] = {
 class WorkerGroup(msgspec.Struct, frozen=True):
     """Workers that are started alike.
 
-    :param engine_args: engine options as a YAML file, or None.
+    :param engine_args: engine options: a YAML file, the name of one that this package has, or None.
     :param override: engine options laid over the file.
     :param gpus: CUDA_VISIBLE_DEVICES of each worker; empty: as that of the launcher.
     """
@@ -62,7 +62,7 @@ class WorkerGroup(msgspec.Struct, frozen=True):
 
 class Routing(msgspec.Struct, frozen=True):
     """:param router: one of ``ROUTERS``, or None.
-    :param count: how many exact routers stand side by side.
+    :param count: how many routers or pickers of ours stand side by side.
     """
 
     router: str | None = None
@@ -101,11 +101,15 @@ def add_router(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         metavar="|".join(ROUTERS),
-        help="agg_router, disagg_router: our router, by what every window holds, or the one in Dynamo's "
-        f"frontend, by events of our workers (default: {GUIDE_ENV}, else exact)",
+        help="agg_router, disagg_router: our router, by what every window holds; picker: the same choice "
+        "beside an Envoy, so that answers do not pass it; stock: the router in Dynamo's frontend, by events "
+        f"of our workers (default: {GUIDE_ENV}, else exact)",
     )
     parser.add_argument(
-        "--routers", type=at_least_one, metavar="N", help="exact: how many routers side by side (1)"
+        "--routers",
+        type=at_least_one,
+        metavar="N",
+        help="exact, picker: how many routers side by side (1)",
     )
 
 
@@ -126,9 +130,11 @@ def chosen_router(args: argparse.Namespace, topology: Topology, environ: Mapping
         )
     if topology.routed and router is None:
         router = "exact"
-    if args.routers is not None and router != "exact":
+    if args.routers is not None and router not in ("exact", "picker"):
         chosen = "none" if router is None else repr(router)
-        raise ConfigError(f"--routers: only {GUIDE_ENV}=exact has routers of ours, got {chosen}")
+        raise ConfigError(
+            f"--routers: only {GUIDE_ENV}=exact and {GUIDE_ENV}=picker have routers of ours, got {chosen}"
+        )
     return Routing(router, args.routers or 1)
 
 

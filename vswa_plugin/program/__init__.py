@@ -6,6 +6,7 @@ disk.py       where temporary files go, and what to say where a disk is full
 options.py  types of options, and options that need or exclude each other
 model_path.py  a model by its path, or by its name on the Hugging Face Hub
 run.py      one log format, and one way from an error to a line and an exit code
+logs.py     the lines of the log, readable or JSON
 life.py     signals, watched tasks, draining
 metrics.py  the page of metrics of a program
 status.py   /health, /ready and /metrics

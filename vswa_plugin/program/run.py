@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from vswa_plugin.errors import ConfigError, InvariantError, VswaError, one_line
+from vswa_plugin.errors import ConfigError, InvariantError, VswaError, one_line, plain
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +119,29 @@ def record_end(reason: str) -> None:
         logger.warning("%s: expected a file that can be written, got %s: %s", TERMINATION_ENV, path, error)
 
 
+class PlainFormatter(logging.Formatter):
+    """What others say, such as the names in a message of the event stream, must not steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
 def set_up_logging(level: str) -> None:
-    """Log ``level`` (one of :data:`LEVELS`) and above to standard error."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", force=True
-    )
+    """Log ``level`` (one of :data:`LEVELS`) and above to standard error; see logs.py."""
+    from vswa_plugin.program.logs import formatter  # not for commands that end before they log
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter(os.environ))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # nats-py reports each reconnect attempt there; transport.py says it once.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
+
+
+def log_plainly(line: str, *, force: bool = False) -> None:
+    """Write log records to standard error, in this format; ``force``: in place of what there is."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter(line))
+    logging.basicConfig(handlers=[handler], force=force)
 
 
 def run_program(name: str, body: Callable[[], int]) -> int:
@@ -206,6 +222,7 @@ def _say(name: str, error: Exception) -> int:
         message = f"cannot use {error.filename}: {error.strerror}; {step}"
     if user:
         message = one_line(message)
+    message = plain(message)
     if _traceback_wanted():
         traceback.print_exception(error)
     message = "; ".join((message, *getattr(error, "__notes__", ())))

@@ -14,6 +14,10 @@ from vswa_plugin.program.addresses import check_address, http_url
 logger = logging.getLogger(__name__)
 
 
+#: A connection on which no request comes, or only a part of one, ends.
+IDLE_TIMEOUT_S = 10.0
+
+
 class Status(msgspec.Struct):
     """What a process says of itself.
 
@@ -57,7 +61,7 @@ class StatusServer:
                 web.get("/metrics", self._show_metrics),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_TIMEOUT_S)
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
         bound: int = self._runner.addresses[0][1]

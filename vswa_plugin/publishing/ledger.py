@@ -14,12 +14,13 @@ from typing import NamedTuple
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheLayout
+from vswa_plugin.blocks.memory import Memory
 from vswa_plugin.engine.contract import BlocksRemoved, BlocksStored, EngineEvent, Node
 from vswa_plugin.errors import VswaError
 from vswa_plugin.publishing.healing import Claim, Healing
 from vswa_plugin.publishing.history import History, HistoryOptions
 from vswa_plugin.publishing.residency import Residency, Restart
-from vswa_plugin.wire.events import Batch, Event, encode, layout_event
+from vswa_plugin.wire.events import Batch, Event, ReuseReport, encode, layout_event
 from vswa_plugin.wire.numbering import Numbering, split
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,13 @@ class LedgerOptions(msgspec.Struct, frozen=True):
     """:param batch_bytes: larger batches are split; an answer to a reader holds no more either.
     :param heartbeat_s: seconds between the publisher's heartbeats, as the layout gives them; None: left out.
     :param history: limits of what readers can ask for.
+    :param memory: of the rank, as the layout gives it; None: left out.
     """
 
     batch_bytes: int = 256 << 10
     heartbeat_s: float | None = None
     history: HistoryOptions = HistoryOptions()
+    memory: Memory | None = None
 
 
 class LedgerStats(msgspec.Struct):
@@ -147,9 +150,9 @@ class Ledger:
             published.append(Published(batch, payload))
         return published
 
-    def heartbeat(self) -> bytes:
-        """An encoded batch without events, which names the id that comes next."""
-        return encode(self._numbering.batch())
+    def heartbeat(self, reports: Sequence[ReuseReport] = ()) -> bytes:
+        """An encoded batch without events, which names the id that comes next, and may bring reports."""
+        return encode(self._numbering.batch(reports=reports))
 
     def _restart(self, reason: str) -> None:
         """Begin a new epoch; what was gathered before it is void. Its first event is the layout."""
@@ -165,7 +168,7 @@ class Ledger:
         self._changes.append(self._layout_event(self.layout))
 
     def _layout_event(self, layout: CacheLayout) -> Event:
-        return layout_event(layout, self._options.heartbeat_s)
+        return layout_event(layout, self._options.heartbeat_s, self._options.memory)
 
     def _names_of(self, event: BlocksStored) -> tuple[Node, ...]:
         """The names of its leading blocks; the others could not be named."""

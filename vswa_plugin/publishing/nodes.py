@@ -103,20 +103,25 @@ class NodeTable:
         if existing is not None:
             return existing
         before = None if parent is None else self._nodes.get(parent)
-        units = _units(block, unit, lookahead)
-        if units is None or (before is None and parent is not None):
+        if before is None and parent is not None:
             return None
-        prefix: int | None = None
-        if parent is not None and before is not None:
-            prefix = self._chained.get(parent, before.sequence_hash)
-        for tokens in units:
-            above, prefix = prefix, chain(prefix, self.hasher(tokens, cache_salt, lora_name))
-        assert prefix is not None, "a block has one unit at least"
-        position = len(units) - 1 if before is None else before.position + len(units)
-        node = Node(prefix, position, above)
-        if lookahead:
-            self._chained[block.hash] = prefix
-            node = _with_lookahead(node, units[-1], block.next_token_ids)
+        position, prefix = (-1, None) if before is None else (before.position, before.sequence_hash)
+        if unit is None:
+            named = chain(prefix, self.hasher(block.token_ids, cache_salt, lora_name))
+            node = Node(named, position + 1, prefix)
+        else:
+            units = _units(block, unit, lookahead)
+            if not units:
+                return None
+            if lookahead and parent is not None:
+                prefix = self._chained.get(parent, prefix)
+            for tokens in units:
+                above, prefix = prefix, chain(prefix, self.hasher(tokens, cache_salt, lora_name))
+            assert prefix is not None, "a block has one unit at least"
+            node = Node(prefix, position + len(units), above)
+            if lookahead:
+                self._chained[block.hash] = prefix
+                node = _with_lookahead(node, units[-1], block.next_token_ids)
         self._nodes[block.hash] = node
         if self._reverse is not None:
             self._reverse[node.sequence_hash] = block.hash
@@ -148,13 +153,11 @@ class NodeTable:
         return len(dropped)
 
 
-def _units(block: EngineBlock, unit: int | None, lookahead: int) -> Sequence[tuple[int, ...]] | None:
-    """The tokens of the block, unit by unit; None where it is no whole number of them, or cannot be named."""
+def _units(block: EngineBlock, unit: int, lookahead: int) -> list[tuple[int, ...]]:
+    """The tokens of the block, unit by unit; none where it is no whole number of them, or has no name."""
     tokens = block.token_ids
-    if unit is None:
-        return (tokens,)
-    if not tokens or len(tokens) % unit or len(block.next_token_ids) != lookahead:
-        return None
+    if len(tokens) % unit or len(block.next_token_ids) != lookahead:
+        return []
     return [tokens[at : at + unit] for at in range(0, len(tokens), unit)]
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 
 import msgspec
 
+from vswa_plugin.blocks.memory import Memory
 from vswa_plugin.engine.contract import (
     BlocksStored,
     EngineEvent,
@@ -32,12 +33,15 @@ from vswa_plugin.errors import ConnectError, InvariantError, ProtocolError, Stre
 from vswa_plugin.publishing.healing import Claim
 from vswa_plugin.publishing.ledger import Ledger, LedgerOptions
 from vswa_plugin.publishing.residency import Residency
-from vswa_plugin.wire.events import Batch, Source, decode
+from vswa_plugin.wire.events import Batch, ReuseReport, Source, decode
+from vswa_plugin.wire.numbering import is_plausible
 
 logger = logging.getLogger(__name__)
 
 #: Engine events turned into wire events before the event loop gets a turn.
 PASS_EVENTS = 2_000
+#: Reports in one message; they are short.
+REPORTS = 500
 
 
 class PublisherOptions(msgspec.Struct, frozen=True):
@@ -64,6 +68,7 @@ class PublisherStats(msgspec.Struct):
     bytes: int = 0
     dropped_batches: int = 0
     send_errors: int = 0
+    implausible_epochs: int = 0
 
 
 class Superseded(StreamError):
@@ -89,6 +94,8 @@ class Publisher:
     :param ready: whether ``send`` would return without waiting, which saves a turn of the loop.
     :param observe_stored: called with each event that stored blocks and the names of its leading blocks,
         before ``observe`` gets its batch (the hook ``vswa_kv_stored``); must not raise.
+    :param memory: of the rank, as its engine states it.
+    :param clock_ns: wall clock; ``clock``: monotonic seconds.
     """
 
     def __init__(
@@ -102,6 +109,9 @@ class Publisher:
         last_epoch: int = 0,
         ready: Callable[[], bool] = _never,
         observe_stored: Callable[[Source, BlocksStored, Sequence[Node]], None] | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
+        memory: Memory | None = None,
     ) -> None:
         self.source = source
         self.options = options or PublisherOptions()
@@ -109,12 +119,13 @@ class Publisher:
         self.ledger = Ledger(
             str(source),
             residency,
-            LedgerOptions(self.options.batch_bytes, self.options.heartbeat_s),
-            clock_ns=time.time_ns,
-            clock=time.monotonic,
+            LedgerOptions(self.options.batch_bytes, self.options.heartbeat_s, memory=memory),
+            clock_ns=clock_ns,
+            clock=clock,
             last_epoch=last_epoch,
             observe_stored=None if observe_stored is None else self._show_stored,
         )
+        self._clock_ns = clock_ns
         self._superseded: Batch | None = None
         self._adapter = with_prompts(adapter)
         #: Whether events were fed to the adapter of which more may follow.
@@ -124,6 +135,7 @@ class Publisher:
         self._observe = observe
         self._observe_stored = observe_stored
         self._inbox: deque[RawEvent | Claim] = deque()
+        self._reports: list[ReuseReport] = []
         self._overflowed = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
@@ -165,9 +177,19 @@ class Publisher:
         except ProtocolError as error:
             logger.warning("%s: another publisher uses the subject of this one: %s", self.source, error)
             return
-        if batch.epoch > self.ledger.epoch:
-            self._superseded = batch
-            self._wake()
+        if batch.epoch <= self.ledger.epoch:
+            return
+        if not is_plausible(batch.epoch, self.ledger.epoch, self._clock_ns()):
+            if not self.stats.implausible_epochs:
+                logger.warning(
+                    "%s: another publisher's epoch %d lies too far ahead of our clock, and is ignored "
+                    "(further ones are only counted)",
+                    *(self.source, batch.epoch),
+                )
+            self.stats.implausible_epochs += 1
+            return
+        self._superseded = batch
+        self._wake()
 
     @property
     def waiting(self) -> int:
@@ -189,6 +211,11 @@ class Publisher:
         if self.healing:
             self._inbox.append(claim)
             self._wake()
+
+    def report(self, report: ReuseReport) -> None:
+        """A request has ended: routers that do not see its answer learn what was reused. Event loop only."""
+        self._reports.append(report)
+        self._wake()
 
     async def run(self) -> None:
         """Publish until :meth:`close`. First is the layout, corrected by what is in the inbox already.
@@ -218,7 +245,7 @@ class Publisher:
                     await asyncio.sleep(0)
                     continue
                 await self._pause(next_heartbeat)
-            while self._inbox or self._overflowed:
+            while self._inbox or self._overflowed or self._reports:
                 self._drain()
         finally:
             self._closing = True
@@ -274,6 +301,9 @@ class Publisher:
     def _drain(self) -> None:
         self._read_inbox()
         self._publish()
+        while self._reports:
+            self._enqueue(self.ledger.heartbeat(self._reports[:REPORTS]))
+            del self._reports[:REPORTS]
 
     def _publish(self) -> None:
         for published in self.ledger.flush():
@@ -293,16 +323,16 @@ class Publisher:
                 continue
             ledger.healing.events += 1
             self._unsettled = True
-            self._enter(partial(self._adapter.feed, item))
+            self._enter(self._adapter.feed, item)
         if self._unsettled and not self._inbox:  # an engine offers all events of a step at once
             self._unsettled = False
             self._enter(self._adapter.settle)
 
-    def _enter(self, read: Callable[[], list[EngineEvent]]) -> None:
+    def _enter(self, read: Callable[..., list[EngineEvent]], *item: RawEvent) -> None:
         """Enter what the adapter makes of the engine's events."""
         ledger = self.ledger
         try:
-            events = read()
+            events = read(*item)
         except VswaError as error:
             ledger.reject(error)
             ledger.lose(f"an engine event could not be read: {error}")

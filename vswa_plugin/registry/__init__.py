@@ -18,6 +18,7 @@ threads.py          one thread for calls that block
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -67,6 +68,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     :param status_url: where the worker serves /health, /ready and /metrics; None: nowhere.
     :param version: of vswa-plugin; ``engine_version``: of the engine. Empty: not known.
     :param engine_reason: why the worker runs this engine.
+    :param capacity: window label -> blocks that one rank's device has for it; a window may be left out.
     :param visible: whether Dynamo's frontends see its model: then they send requests past any router of ours.
     """
 
@@ -96,6 +98,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     engine_version: str = ""
     engine_reason: str = ""
     resumption: Resumption | None = None
+    capacity: dict[str, int] = {}
 
     @property
     def naming(self) -> Naming:
@@ -203,6 +206,7 @@ def _too_much(entry: Entry) -> str | None:
         ("epochs", len(entry.epochs), _MAX_RANKS),
         ("groups", len(entry.groups), _MAX_GROUPS),
         ("taints", len(entry.taints), _MAX_TAINTS),
+        ("capacity", len(entry.capacity), _MAX_GROUPS),
     ):
         if size > most:
             return f"{what}: expected at most {most}, got {size}"
@@ -213,7 +217,8 @@ def _too_much(entry: Entry) -> str | None:
     groups = [(each.window_size or 0, each.block_size, each.chunk_size or 0) for each in entry.groups]
     where = entry.resumption or Resumption(entry.block_size, 1)
     tokens = (where.alignment, where.hash_block_size, where.lookahead, where.least_tokens)
-    for number in (entry.block_size, entry.context_length, entry.total_kv_blocks, *sum(groups, ()), *tokens):
+    blocks = (entry.total_kv_blocks, *entry.capacity.values())
+    for number in (entry.block_size, entry.context_length, *blocks, *sum(groups, ()), *tokens):
         if not 0 <= number <= _MAX_COUNT:
             return f"expected numbers of tokens and blocks from 0 to {_MAX_COUNT}, got {number}"
     if where.hash_block_size < 1 or entry.block_size % where.hash_block_size:
@@ -233,6 +238,15 @@ def last_epoch(entries: Iterable[Entry], rank: Rank) -> int:
     """
     epochs = (entry.epochs.get(rank.dp_rank, 0) for entry in entries if entry.worker_id == rank.worker_id)
     return max(epochs, default=0)
+
+
+def apart(epoch: int) -> int:
+    """A known epoch, if any, with less than a millisecond added at random.
+
+    So two processes of one worker id that follow the same epoch, with a clock that was set back, do not begin
+    the same one.
+    """
+    return epoch and epoch + random.getrandbits(19)
 
 
 def changed(entry: Entry | None, changes: dict[str, object]) -> Entry:

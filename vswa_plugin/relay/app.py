@@ -43,6 +43,8 @@ class Relay(Program):
         self._workers: dict[RelayedWorker, asyncio.Task[None]] = {}
         #: They begin and end workers as instances come and go.
         self._following: list[asyncio.Task[None]] = []
+        #: Held while they do: a worker that is cancelled once more would not end in order.
+        self._changing = asyncio.Lock()
         self._runtime: object = None
 
     async def start(self) -> None:
@@ -111,13 +113,15 @@ class Relay(Program):
                     found[number],
                 )
             left_out = others
-            await self._end([running.pop(number) for number in list(running) if number not in alone])
-            for number in alone.keys() - running.keys():
-                running[number] = self._begin(every.of_instance(number, alone[number]))
+            async with self._changing:
+                await self._end([running.pop(number) for number in list(running) if number not in alone])
+                for number in alone.keys() - running.keys():
+                    running[number] = self._begin(every.of_instance(number, alone[number]))
             await asyncio.sleep(TICK_S)
 
     async def leave(self) -> None:
-        await self._life.tasks.stop(self._following)
+        async with self._changing:
+            await self._life.tasks.stop(self._following)
         await self._end(list(self._workers))
 
     async def end(self) -> None:

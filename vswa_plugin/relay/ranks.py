@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -72,6 +71,7 @@ class Ranks:
             last_epoch=last,
             ready=lambda: self._transport.ready,
             observe_stored=host.kv_stored if host.implements("vswa_kv_stored") else None,
+            memory=source.info.memory,
         )
 
     def take(self, dp_rank: int, events: Sequence[RawEvent]) -> None:
@@ -124,8 +124,7 @@ class Ranks:
         for publisher in self.publishers.values():
             publisher.close()
         for task in self._running:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(asyncio.gather(task, return_exceptions=True)), 5)
+            await asyncio.wait({task}, timeout=5)
         await self._tasks.stop()
         for unsubscribe in self._unsubscribe:
             await unsubscribe()

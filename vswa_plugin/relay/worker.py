@@ -27,7 +27,7 @@ from vswa_plugin.engine import EngineInfo, EventSource
 from vswa_plugin.errors import ConnectError, VswaError
 from vswa_plugin.host.host import PluginHost
 from vswa_plugin.publishing.publisher import PublisherOptions
-from vswa_plugin.registry import Entry, Registry, last_epoch
+from vswa_plugin.registry import Entry, Registry, apart, last_epoch
 from vswa_plugin.relay.instances import Instances, instance_on
 from vswa_plugin.relay.listed import Listed
 from vswa_plugin.relay.ranks import Ranks
@@ -201,7 +201,7 @@ class RelayedWorker:
     def _published(self, worker_id: int, source: EventSource, known: list[Entry]) -> Ranks:
         endpoint, shared = self.listed.endpoint, self._shared
         last = {
-            rank: max(last_epoch(known, Rank(worker_id, rank)), self._epochs.get(rank, 0))
+            rank: apart(max(last_epoch(known, Rank(worker_id, rank)), self._epochs.get(rank, 0)))
             for rank in self._settings.dp_ranks
         }
         return Ranks(
@@ -240,6 +240,7 @@ class RelayedWorker:
             engine_version=info.engine_version,
             engine_reason="relayed: another process runs it",
             resumption=layout.resumption,
+            capacity=info.capacity,
         )
 
     async def _update(self, registry: Registry, ranks: Ranks) -> None:
@@ -300,5 +301,6 @@ class _Watch:
 
     async def _tick(self) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), TICK_S)
+            async with asyncio.timeout(TICK_S):
+                await self._changed.wait()
         self._changed.clear()

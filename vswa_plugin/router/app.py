@@ -10,19 +10,21 @@ from vswa_plugin.dynamo.client import namespaced_sequence_hashes, shut_down
 from vswa_plugin.dynamo.runtime import connect
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.subscriber import SubscriberOptions
+from vswa_plugin.forecast import Forecasts
 from vswa_plugin.host.host import PluginHost
-from vswa_plugin.index import WindowIndex
 from vswa_plugin.program.life import PLUGINS_END_S, Life, Program
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.router.args import RouterArgs
 from vswa_plugin.router.decide import Decider
 from vswa_plugin.router.forward import Forwarder
+from vswa_plugin.router.http.answers import choice_answers
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.models import Models
 from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.replicas.exchange import Replicas
+from vswa_plugin.router.watched import books_for, index_for
 from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -42,18 +44,24 @@ class Router(Program):
         self._registry = registry
         transport = Transport(args.nats_server, f"vswa router {args.endpoint}")
         self.replicas = Replicas(transport, args.namespace, life.tasks)
+        forecasts = Forecasts(host.reuse_rules()) if args.promise == "forecast" else None
         self.fleet = Fleet(
             transport,
             registry,
             namespace=args.namespace,
             options=SubscriberOptions(view=args.view),
-            index=WindowIndex(rules=host.reuse_rules()),
+            index=index_for(host),
             tasks=life.tasks,
+            forecasts=forecasts,
         )
-        self.promises = Promises()
         self.decider = Decider(
-            self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks()
+            self.fleet.index,
+            args.weights,
+            namespaced_sequence_hashes,
+            host.selection_hooks(),
+            forecasts=forecasts,
         )
+        self.promises = Promises(self.decider.recent.reported)
         self.forwarder = Forwarder(self.decider, self.promises, self.fleet.subscriber.live)
         counted = Counted(
             self.decider,
@@ -63,7 +71,14 @@ class Router(Program):
             replicas=self.replicas.load,
         )
         metrics = RouterMetrics("router", self.fleet, counted, host.metrics)
-        self.server = RouterServer(self.fleet, namespaced_sequence_hashes, life.status, metrics)
+        self.server = RouterServer(
+            self.fleet,
+            namespaced_sequence_hashes,
+            life.status,
+            metrics,
+            token=args.http.token,
+            explain_choice=lambda prompt: choice_answers(self.decider, self.forwarder.models, prompt),
+        )
         self._tasks = life.tasks
         self._models: Models | None = None
         self._runtime: Any = None
@@ -95,7 +110,7 @@ class Router(Program):
             args.endpoint,
             self.forwarder,
             only=args.served_model_name,
-            book=self.replicas.load.book,
+            book=books_for(self._host, self.replicas.load.book),
             silent=self.fleet.subscriber.silent,
             tasks=self._tasks,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from vswa_plugin.following.view import ViewOptions
 from vswa_plugin.host.loading import add_plugin_arguments
 from vswa_plugin.program.args import ENVIRONMENT_HELP, RunArgs, add_run_arguments, make_parser, run_args
 from vswa_plugin.program.options import encodable, excludes, integer, read_number, real, requires
+from vswa_plugin.router.http.guard import TOKEN_ENV, token_from
 from vswa_plugin.selection import Weights
 from vswa_plugin.wire.subjects import check_name
 
@@ -59,13 +61,16 @@ environment:
 
 exit codes: 0 after SIGTERM, 1 when broker or registry failed, 2 for what you can correct.
 """
+#: What ``--promise`` takes.
+PROMISES = ("score", "forecast")
 #: That of Dynamo's selection service.
 SELECTOR_PORT = 8092
 _DEFAULT_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.{ROUTER_COMPONENT}.generate"
 #: For ``--help`` of routers and selectors.
-_ENVIRONMENT = f"""\
+ENVIRONMENT = f"""\
 {ENVIRONMENT_HELP}  DYN_NAMESPACE    where no option names a namespace ({DEFAULT_NAMESPACE})
   DYN_NAMESPACE_WORKER_SUFFIX   appended to that of the workers with a hyphen, as Dynamo's workers do
+  {TOKEN_ENV}  a token that clients of the HTTP API must send, but for /health and /ready
 """
 #: Knob -> option of Dynamo's KV router, and what it does.
 _NUMBERS = {
@@ -115,11 +120,13 @@ _WORDS = {
 class HttpArgs(msgspec.Struct, frozen=True):
     """:param port: 0 takes a free one; None: no HTTP.
     :param selector_only: show no model and forward nothing, answer ``/select``.
+    :param token: that clients must send; None: anybody is answered.
     """
 
     host: str = "127.0.0.1"
     port: int | None = None
     selector_only: bool = False
+    token: str | None = None
 
 
 class RouterArgs(RunArgs, frozen=True, kw_only=True):
@@ -127,6 +134,7 @@ class RouterArgs(RunArgs, frozen=True, kw_only=True):
 
     :param served_model_name: the only model that is shown; None: all.
     :param namespace: of the workers; None: all.
+    :param promise: one of :data:`PROMISES`: what a rank has cached now, or when a request's turn comes.
     """
 
     endpoint: EndpointName
@@ -134,12 +142,16 @@ class RouterArgs(RunArgs, frozen=True, kw_only=True):
     namespace: str | None
     weights: Weights
     stale_grace_s: float
+    max_lag_s: float
     http: HttpArgs
+    promise: str = PROMISES[0]
 
     @property
     def view(self) -> ViewOptions:
         """How long what is doubtful of a worker is believed."""
-        return ViewOptions(heartbeat_s=self.heartbeat_s, stale_grace_s=self.stale_grace_s)
+        return ViewOptions(
+            heartbeat_s=self.heartbeat_s, stale_grace_s=self.stale_grace_s, max_lag_s=self.max_lag_s
+        )
 
 
 def parser(program: str = "python -m vswa_plugin.router") -> argparse.ArgumentParser:
@@ -147,7 +159,7 @@ def parser(program: str = "python -m vswa_plugin.router") -> argparse.ArgumentPa
         program,
         "Show the workers' models to Dynamo's frontend and send each request to the worker that "
         "reuses most of its prompt, by what every attention window really holds, and has least to do.",
-        _EXAMPLE.replace("{environment}", _ENVIRONMENT),
+        _EXAMPLE.replace("{environment}", ENVIRONMENT),
     )
     run = made.add_argument_group("how it runs")
     run.add_argument(
@@ -172,7 +184,7 @@ def parser(program: str = "python -m vswa_plugin.router") -> argparse.ArgumentPa
         help="show no model and forward nothing: answer /select for gateways that pin requests to workers "
         "which the frontend sees itself",
     )
-    _add_shared_arguments(made, run, http, f"with --selector-only {SELECTOR_PORT}, else off")
+    add_shared_arguments(made, run, http, f"with --selector-only {SELECTOR_PORT}, else off")
     return made
 
 
@@ -182,7 +194,7 @@ def selector_parser(program: str = "python -m vswa_plugin.router --selector-only
         program,
         "Answer /select: which worker reuses most of a prompt, by what every attention window really holds, "
         "and has least to do. It shows no model and forwards no request.",
-        _SELECTOR_EXAMPLE.replace("{environment}", _ENVIRONMENT),
+        _SELECTOR_EXAMPLE.replace("{environment}", ENVIRONMENT),
     )
     made.set_defaults(endpoint=None, served_model_name=None, selector_only=True)
     run = made.add_argument_group("how it runs")
@@ -192,11 +204,11 @@ def selector_parser(program: str = "python -m vswa_plugin.router --selector-only
     )
     add_run_arguments(run, drains=False)
     http = made.add_argument_group("HTTP API (docs/router-api.md)")
-    _add_shared_arguments(made, run, http, str(SELECTOR_PORT))
+    add_shared_arguments(made, run, http, str(SELECTOR_PORT))
     return made
 
 
-def _add_shared_arguments(
+def add_shared_arguments(
     made: argparse.ArgumentParser,
     run: argparse._ArgumentGroup,
     http: argparse._ArgumentGroup,
@@ -210,6 +222,20 @@ def _add_shared_arguments(
         metavar="SECONDS",
         help="how long a worker whose events are missing is scored as last seen (10)",
     )
+    run.add_argument(
+        "--max-lag",
+        type=real,
+        metavar="SECONDS",
+        help="do not score a worker while its events arrive later than that (no bound); clocks may differ",
+    )
+    run.add_argument(
+        "--promise",
+        choices=PROMISES,
+        default=PROMISES[0],
+        metavar="|".join(PROMISES),
+        help=f"score: expect what a worker has cached now; forecast: what it will have cached when the "
+        f"requests before have had their turn, for small loads only: docs/accuracy.md ({PROMISES[0]})",
+    )
     http.add_argument(
         "--http-port",
         type=integer,
@@ -219,7 +245,7 @@ def _add_shared_arguments(
     http.add_argument(
         "--http-host",
         metavar="HOST",
-        help=f"address of the HTTP API, which has no authentication ({HttpArgs().host})",
+        help=f"address of the HTTP API, which answers anybody unless {TOKEN_ENV} is set ({HttpArgs().host})",
     )
     _add_knobs(made.add_argument_group("what a worker costs, in blocks (names of Dynamo's KV router)"))
     add_plugin_arguments(made)
@@ -250,12 +276,17 @@ def parse(
 
     :param reader: :func:`parser` unless given.
     """
-    environ = os.environ if environ is None else environ
-    given = (reader or parser()).parse_args(argv)
+    return checked((reader or parser()).parse_args(argv), os.environ if environ is None else environ)
+
+
+def checked(given: argparse.Namespace, environ: Mapping[str, str]) -> RouterArgs:
+    """What a parser of this module has read; raises ConfigError."""
     _check_effects(given)
     run = run_args(given, environ)
     if not given.stale_grace >= 0:
         raise ConfigError(f"--stale-grace: expected 0 seconds or more, got {given.stale_grace:g}")
+    if given.max_lag is not None and not given.max_lag > 0:
+        raise ConfigError(f"--max-lag: expected more than 0 seconds, got {given.max_lag:g}")
     endpoint = _endpoint(given.endpoint, environ)
     namespace = given.namespace
     if namespace is None:
@@ -269,7 +300,9 @@ def parse(
         namespace=None if given.namespace == "all" else namespace,
         weights=_weights(given, environ),
         stale_grace_s=given.stale_grace,
-        http=_http_args(given),
+        max_lag_s=math.inf if given.max_lag is None else given.max_lag,
+        http=_http_args(given, environ),
+        promise=given.promise,
     )
 
 
@@ -314,7 +347,7 @@ def _check_effects(given: argparse.Namespace) -> None:
         requires("--http-host", given.http_host, "--http-port", given.http_port)
 
 
-def _http_args(given: argparse.Namespace) -> HttpArgs:
+def _http_args(given: argparse.Namespace, environ: Mapping[str, str]) -> HttpArgs:
     """Raises ConfigError."""
     port: int | None = given.http_port
     if port is None and given.selector_only:
@@ -322,4 +355,4 @@ def _http_args(given: argparse.Namespace) -> HttpArgs:
     if port is not None and not 0 <= port < 65_536:
         raise ConfigError(f"--http-port: expected a port from 0 to 65535, got {port}")
     host = HttpArgs().host if given.http_host is None else given.http_host
-    return HttpArgs(host, port, given.selector_only)
+    return HttpArgs(host, port, given.selector_only, token_from(environ))

@@ -38,7 +38,11 @@ class AvoidedWorkers:
         try:
             yield
         except Unavailable as error:
-            if worker_id not in self._until:
-                logger.warning("worker %d is avoided for %.0f s: %s", worker_id, AVOID_S, error)
-            self._until[worker_id] = asyncio.get_running_loop().time() + AVOID_S
+            self.lost(worker_id, str(error))
             raise
+
+    def lost(self, worker_id: int, reason: str) -> None:
+        """Avoid the worker for a while."""
+        if worker_id not in self._until:
+            logger.warning("worker %d is avoided for %.0f s: %s", worker_id, AVOID_S, reason)
+        self._until[worker_id] = asyncio.get_running_loop().time() + AVOID_S

@@ -72,7 +72,8 @@ class RequestCounts:
     async def idle(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False where some still are after the time-out."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

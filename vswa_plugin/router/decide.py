@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,8 +15,10 @@ from vswa_plugin.blocks.layout import Naming
 from vswa_plugin.engine.contract import RequestDict
 from vswa_plugin.engine.requests import Fields, reads_cache, unchecked_token_ids
 from vswa_plugin.errors import InvalidRequest
+from vswa_plugin.forecast import Forecasts
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.router.pools import Pool
+from vswa_plugin.router.recent import Choice, RecentChoices
 from vswa_plugin.router.tallies import Buckets, Names
 from vswa_plugin.router.wishes import constraints_of
 from vswa_plugin.selection import (
@@ -60,20 +63,25 @@ class PromptHashes(msgspec.Struct, frozen=True):
 
 
 def hashed_prompt(
-    hasher: Hasher, token_ids: Sequence[int], naming: Naming, salt: str | None, lora: str | None
+    hasher: Hasher,
+    token_ids: Sequence[int],
+    naming: Naming,
+    salt: str | None,
+    lora: str | None,
+    *,
+    scorable: bool = True,
 ) -> PromptHashes:
     """A prompt as models of that naming need it.
 
     :raises ValueError, TypeError: as ``hasher`` does.
     """
     hashes = hasher(token_ids, naming.block_size, salt, lora)
-    if naming.by_blocks:
-        return PromptHashes(len(token_ids), hashes, hashes)
-    fine = hashes
+    names = hashes
     if naming.hash_block_size != naming.block_size:
-        fine = hasher(token_ids, naming.hash_block_size, salt, lora)
-    names = with_lookahead(fine, token_ids, naming.hash_block_size, naming.lookahead)
-    return PromptHashes(len(token_ids), hashes, names)
+        names = hasher(token_ids, naming.hash_block_size, salt, lora)
+    names = with_lookahead(names, token_ids, naming.hash_block_size, naming.lookahead)
+    # The load book looks the hashes up one by one, the index reads the names in memory.
+    return PromptHashes(len(token_ids), list(hashes), names, scorable)
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -84,6 +92,7 @@ class Decision(msgspec.Struct, frozen=True):
     :param prompt: what was read of the request; the next choice for it need not read it again.
     :param busy: whether other requests were active there.
     :param in_flight: whether they were computing more of its prompt, which it may or may not find cached.
+    :param ranks: how many could have been chosen; ``scored_s``: how long their scores took, of ``took_s``.
     """
 
     key: int
@@ -94,10 +103,26 @@ class Decision(msgspec.Struct, frozen=True):
     busy: bool
     in_flight: bool
     model: str
+    ranks: int = 1
+    scored_s: float = 0.0
+    took_s: float = 0.0
 
     @property
     def prompt_len(self) -> int:
         return self.prompt.length
+
+
+class Weighed(NamedTuple):
+    """One candidate of a choice that is only explained.
+
+    :ivar added: what plugins add to its cost, in blocks.
+    :ivar terms: what a plugin says of its cost.
+    """
+
+    scored: Scored
+    added: float
+    chosen: bool
+    terms: Mapping[str, float]
 
 
 class Decider:
@@ -106,6 +131,8 @@ class Decider:
     :param index: what all ranks hold.
     :param hasher: as ``dynamo.client.namespaced_sequence_hashes``.
     :param rng: breaks ties and draws by temperature.
+    :param forecasts: of what each rank will have cached when the turn of a request comes, which is then what
+        is promised; None: what it has cached now.
     """
 
     def __init__(
@@ -115,15 +142,19 @@ class Decider:
         hasher: Hasher,
         hooks: SelectionHooks | None = None,
         rng: random.Random | None = None,
+        forecasts: Forecasts | None = None,
     ) -> None:
         #: Of the choices that were made, by model and phase.
         self.durations: dict[tuple[str, str], Buckets] = {}
+        #: The last choices, for people who look.
+        self.recent = RecentChoices()
         self._names = Names()
         self._index = index
         self._weights = weights
         self._hasher = hasher
         self._hooks = hooks if hooks is not None else NoHooks()
         self._rng = rng if rng is not None else random.Random()
+        self._forecasts = forecasts
         self._last_key = 0
 
     @property
@@ -167,7 +198,8 @@ class Decider:
             ranks = _preferred(ranks, avoided)
         if prompt is None:
             prompt = self._prompt(fields, routing, pool.naming)
-        candidates = self._scored(pool, ranks, prompt, weights, constraints)
+        offered = self._scored(pool, ranks, prompt, weights, constraints)
+        scored_s = time.perf_counter() - began
         routed = RoutedRequest(
             request_id,
             pool.model,
@@ -180,13 +212,45 @@ class Decider:
             # Where Dynamo's frontend puts the header X-Dynamo-Session-ID, and those of coding agents.
             fields.object("agent_context").text("session_id") if self.hooked else None,
         )
-        chosen = self._choose(routed, candidates, weights)
-        decision = self._book(pool, chosen, prompt, weights)
+        chosen, candidates, by_plugin = self._choose(routed, offered, weights)
+        decision = self._book(pool, chosen, prompt, weights, len(offered), (began, scored_s))
+        self.recent.add(
+            Choice(
+                at=time.time(),
+                key=decision.key,
+                request_id=request_id,
+                model=pool.model,
+                phase=pool.phase,
+                prompt_tokens=prompt.length,
+                block_size=pool.block_size,
+                chosen=chosen,
+                candidates=candidates,
+                by_plugin=by_plugin,
+                book=pool.book,
+            )
+        )
         key = self._names.label(pool.model), pool.phase
         if key not in self.durations:
             self.durations[key] = Buckets(DURATION_BOUNDS)
-        self.durations[key].observe(time.perf_counter() - began)
+        self.durations[key].observe(decision.took_s)
         return decision
+
+    def weighed(self, pool: Pool, prompt: PromptHashes) -> list[Weighed]:
+        """What a request with that prompt, and without any wish, would cost on each rank of ``pool`` now."""
+        weights = of_phase(self._weights, pool.phase)
+        candidates = self._scored(pool, pool.ranks, prompt, weights, Constraints())
+        routed = RoutedRequest(
+            "", pool.model, prompt.length, pool.block_size, prompt.hashes, phase=pool.phase
+        )
+        terms = self._hooks.choice_terms(routed, candidates)
+        chosen, _, _ = self._choose(
+            routed, candidates, msgspec.structs.replace(weights, router_temperature=0.0)
+        )
+        added = self._hooks.score(routed, candidates)
+        return [
+            Weighed(each, added.get(each.rank, 0.0), each.rank == chosen.rank, terms.get(each.rank, {}))
+            for each in candidates
+        ]
 
     def _prompt(self, request: Fields, routing: Fields, naming: Naming) -> PromptHashes:
         token_ids = unchecked_token_ids(request)
@@ -194,14 +258,13 @@ class Decider:
         scorable = reads_cache(request) and not images
         salt, lora = routing.text("cache_salt"), routing.text("lora_name")
         try:
-            hashed = hashed_prompt(self._hasher, token_ids, naming, salt, lora)
+            return hashed_prompt(self._hasher, token_ids, naming, salt, lora, scorable=scorable)
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"cache_salt or lora_name: expected text, got half of a surrogate: {error}"
             ) from error
         except (OverflowError, TypeError, ValueError) as error:
             raise InvalidRequest(f"expected token ids from 0 to 2**32 - 1: {error}") from error
-        return msgspec.structs.replace(hashed, scorable=scorable)
 
     def _scored(
         self,
@@ -214,9 +277,15 @@ class Decider:
         cached: Mapping[Rank, int] = {}
         if prompt.scorable:
             cached = self._index.score(prompt.names, prompt.length, pool.model)
+            if forecasts := self._forecasts_of(pool):
+                cached = forecasts.promises(cached, ranks, prompt.names, prompt.length)
         shared = weights.assume_kv_reuse
         candidates = [self._candidate(pool, rank, cached.get(rank, 0), prompt, shared) for rank in ranks]
         return scored(candidates, prompt.length, pool.block_size, weights, constraints.preferred_taints)
+
+    def _forecasts_of(self, pool: Pool) -> Forecasts | None:
+        """None where the load book has no names of blocks, and where prompts come from another worker."""
+        return self._forecasts if pool.naming.by_blocks and pool.phase != "decode" else None
 
     def _candidate(
         self, pool: Pool, rank: Rank, cached_tokens: int, prompt: PromptHashes, shared: bool
@@ -238,17 +307,30 @@ class Decider:
             pool.taints.get(rank.worker_id, _NO_TAINTS),
         )
 
-    def _choose(self, routed: RoutedRequest, candidates: Sequence[Scored], weights: Weights) -> Scored:
+    def _choose(
+        self, routed: RoutedRequest, candidates: Sequence[Scored], weights: Weights
+    ) -> tuple[Scored, Sequence[Scored], bool]:
+        """The one that is chosen, all with what plugins add to their costs, and whether a plugin chose."""
         candidates = adjusted(candidates, self._hooks.score(routed, candidates))
         wanted = self._hooks.select_worker(routed, candidates)
         for each in candidates if wanted is not None else ():
             if each.rank == wanted:
-                return each
-        return choose(candidates, weights.router_temperature, self._rng)
+                return each, candidates, True
+        return choose(candidates, weights.router_temperature, self._rng), candidates, False
 
-    def _book(self, pool: Pool, chosen: Scored, prompt: PromptHashes, weights: Weights) -> Decision:
+    def _book(
+        self,
+        pool: Pool,
+        chosen: Scored,
+        prompt: PromptHashes,
+        weights: Weights,
+        ranks: int,
+        times: tuple[float, float],
+    ) -> Decision:
+        """:param times: when the choice began, and how long the scores took."""
         candidate = chosen.candidate
         self._last_key += 1
+        pool.book.watcher = self._forecasts_of(pool)
         pool.book.add(
             self._last_key,
             candidate.rank,
@@ -267,6 +349,9 @@ class Decider:
             candidate.load.requests > 0,
             candidate.in_flight_tokens > 0,
             pool.model,
+            ranks,
+            times[1],
+            time.perf_counter() - times[0],
         )
 
 

@@ -28,6 +28,7 @@ from vswa_plugin.router.disagg import (
 from vswa_plugin.router.pools import Model, Pool
 from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.releases import Releases
+from vswa_plugin.router.spans import RequestSpans
 from vswa_plugin.wire.events import Rank
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,8 @@ class Forwarding:
         #: How it has ended, from when that is known; None where its answer is left before its end.
         self._outcome: str | None = None
         self._ended = False
+        self._spans = RequestSpans(model.name)
+        self._error: str | None = None
 
     async def chunks(self) -> AsyncIterator[ChunkDict]:
         """Chunks of the chosen worker, as they come; those of a burst come joined (bursts.py).
@@ -160,6 +163,7 @@ class Forwarding:
                 self._fail(FAILED)
         except Exception as error:
             self._fail(outcome_of_error(error))
+            self._error = str(error)
             if isinstance(error, RequestError) and not isinstance(error, Unavailable):
                 logger.info("request %s refused: %s", self._call.request_id, error)
             raise
@@ -269,6 +273,7 @@ class Forwarding:
             decision.cached_tokens,
             decision.prompt_len,
         )
+        self._spans.chose(decision, pool.phase)
         self._live = services.live(decision.rank)
         self._waiting = True
         return decision.rank
@@ -296,6 +301,7 @@ class Forwarding:
         assert self._decision is not None
         if self._waiting:
             self._waiting = False
+            self._spans.first_token()
             self._book.first_token(self._decision.key)
         if self._tracks_output:
             self._book.output(self._decision.key, tokens)
@@ -325,7 +331,9 @@ class Forwarding:
             self._ended = True
             self._leave()
             self._let_go()
-            self._services.counts.end(self._model.name, self._outcome or CANCELLED)
+            outcome = self._outcome or CANCELLED
+            self._services.counts.end(self._model.name, outcome)
+            self._spans.end(outcome, self._error)
 
     def _let_go(self) -> None:
         """Have the prefill worker free the prompt if no decode worker can have fetched it: none will."""

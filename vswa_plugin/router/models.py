@@ -66,7 +66,7 @@ def card_of(name: str, used: Sequence[Entry]) -> ModelCard:
     )
 
 
-def _same_for_clients(one: ModelCard, other: ModelCard) -> bool:
+def same_for_clients(one: ModelCard, other: ModelCard) -> bool:
     """Whether two cards differ at most in how much their workers can hold."""
     return (
         msgspec.structs.replace(
@@ -76,7 +76,7 @@ def _same_for_clients(one: ModelCard, other: ModelCard) -> bool:
     )
 
 
-def _as_here(card: ModelCard) -> tuple[ModelCard, str | None]:
+def card_here(card: ModelCard) -> tuple[ModelCard, str | None]:
     """``card``, for completions alone where this machine has no chat template of the model; why not for chat.
 
     :raises ConfigError: it lacks what showing the model takes at all.
@@ -282,10 +282,10 @@ class Models:
         try:
             of_group = self._groups[model.name].used
             used = tuple(entry for entry in of_group if entry.worker_id in model.clients)
-            card, obstacle = _as_here(card_of(model.name, used))
+            card, obstacle = card_here(card_of(model.name, used))
             model.provisional = model.missing() is not None
             if model.card is not None:
-                if _same_for_clients(model.card, card):
+                if same_for_clients(model.card, card):
                     return
                 await self._hide(model)
             model.endpoint = endpoint = model.endpoint or self._endpoint(model.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import msgspec
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: Upper bounds of the histograms of how many blocks too many or too few were promised.
 BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
+#: Why a promise was wrong: requests before it stored more than was promised, or what was promised was evicted
+#: before its turn came; the view of the rank was not live; or the rank had nothing else to do.
+CAUSES = ("queueing", "eviction", "lag", "other")
 #: How many requests of a worker are looked at, and how many of them are needed for a verdict.
 LOOKED_AT, LEAST = 100, 20
 #: Share of wrong ones above which an error is systematic, and below which it is over.
@@ -37,6 +41,8 @@ class Promise(Protocol):
     def in_flight(self) -> bool: ...
     @property
     def model(self) -> str: ...
+    @property
+    def key(self) -> Hashable: ...
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -58,6 +64,15 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     busy: bool = False
     in_flight: bool = False
     model: str = ""
+
+    @property
+    def cause(self) -> str:
+        """Of :data:`CAUSES`, the one that an error has most likely."""
+        if not self.live:
+            return "lag"
+        if not self.busy:
+            return "other"
+        return "eviction" if self.predicted > self.actual else "queueing"
 
     @property
     def error(self) -> int:
@@ -96,13 +111,17 @@ class Promises:
 
     :ivar ranks: of the workers that are there.
     :ivar gone: by model, of all ranks that have gone.
+    :ivar causes: by model and one of :data:`CAUSES`: tokens promised and not reused, or the reverse.
     :ivar errors: by model and ``over`` or ``under``: how many blocks too many, or too few, were promised.
+    :param reported: called for each promise of which an engine reports what it reused, with the tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reported: Callable[[Promise, int], None] | None = None) -> None:
+        self._reported = reported
         self.ranks: dict[Rank, RankPromises] = {}
         self.gone: dict[str, RankPromises] = {}
         self.errors: dict[tuple[str, str], Buckets] = {}
+        self.causes: dict[tuple[str, str], int] = {}
         self._names = Names()
         self._recent: dict[int, deque[Outcome]] = {}
         self._systematic: set[int] = set()
@@ -115,6 +134,8 @@ class Promises:
         if cached_tokens is None:
             self.unreported(promise.rank, promise.model)
             return
+        if self._reported is not None:
+            self._reported(promise, cached_tokens)
         self.record(
             Outcome(
                 promise.rank,
@@ -137,7 +158,10 @@ class Promises:
         counts.under += error < 0
         counts.predicted_tokens += outcome.predicted
         counts.actual_tokens += outcome.actual
+        for cause in CAUSES:
+            self.causes.setdefault((counts.model, cause), 0)
         if error:
+            self.causes[counts.model, outcome.cause] += abs(outcome.predicted - outcome.actual)
             self._errors(counts.model, "over" if error > 0 else "under").observe(abs(error))
         if not outcome.in_flight:
             self._judge(outcome)

@@ -6,7 +6,7 @@ book.py      the load that this router has put on each rank
 hooks.py     where plugins adjust or replace the choice
 """
 
-from vswa_plugin.selection.book import Booked, Load, LoadBook, Projection
+from vswa_plugin.selection.book import ENDED, FIRST_TOKEN, SENT, Booked, Load, LoadBook, Projection
 from vswa_plugin.selection.cost import (
     Candidate,
     Constraints,
@@ -18,13 +18,17 @@ from vswa_plugin.selection.cost import (
     eligible,
     scored,
 )
-from vswa_plugin.selection.hooks import NoHooks, RoutedRequest, SelectionHooks
+from vswa_plugin.selection.hooks import Chooser, NoHooks, RoutedRequest, SelectionHooks
 from vswa_plugin.selection.weights import MAX_WEIGHT, Override, Weights, of_phase, overridden
 
 __all__ = [
+    "ENDED",
+    "FIRST_TOKEN",
     "MAX_WEIGHT",
+    "SENT",
     "Booked",
     "Candidate",
+    "Chooser",
     "Constraints",
     "Load",
     "LoadBook",

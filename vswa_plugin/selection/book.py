@@ -6,7 +6,8 @@ blocks until the request ends. Every operation costs at most the blocks of one r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -117,13 +118,35 @@ class Booked(msgspec.Struct):
         return prompt - (-total // block_size) + (-self.prompt_len // block_size)
 
 
+class Watcher(Protocol):
+    """What is shown all changes of a load book."""
+
+    def sent(self, rank: Rank, key: Hashable, names: Sequence[int], prompt_len: int) -> None: ...
+    def first_token(self, key: Hashable) -> None: ...
+    def ended(self, key: Hashable) -> None: ...
+
+
+#: Step of a request: it has been given to a rank.
+SENT = "sent"
+#: Step of a request: its prompt is computed. One that is cancelled before has no such step.
+FIRST_TOKEN = "first_token"
+#: Step of a request: it has ended, or its worker has gone.
+ENDED = "ended"
+#: (key, one of these steps, the request): see :attr:`LoadBook.watch`.
+Watch = Callable[[Hashable, str, Booked], None]
+
+
 class LoadBook:
     """All requests under way, by a key that the caller chooses. Not thread safe.
 
     :param block_size: tokens per block.
+    :ivar watcher: is shown each request that is given to a rank, its first token and its end; None: nobody.
+    :ivar watch: called after each such step; None: nobody wants to know.
     """
 
     def __init__(self, block_size: int) -> None:
+        self.watcher: Watcher | None = None
+        self.watch: Watch | None = None
         self._block_size = block_size
         self._shelves: dict[Rank, _Shelf] = {}
         self._requests: dict[Hashable, Booked] = {}
@@ -183,16 +206,20 @@ class LoadBook:
         _count(shelf.shared, request.names)
         _count(shelf.computing, request.computing)
         self._changed(key, True)
+        self._tell(key, SENT, request)
 
     def first_token(self, key: Hashable) -> None:
         """The request's prompt is computed; again, or for a request that is gone, this does nothing."""
         request = self._requests.get(key)
-        if request is not None and request.prefill_tokens:
+        if request is None:
+            return
+        if request.prefill_tokens:
             shelf = self._shelves[request.rank]
             shelf.prefill_tokens -= request.prefill_tokens
             _uncount(shelf.computing, request.computing)
             request.prefill_tokens = 0
             self._changed(key)
+        self._tell(key, FIRST_TOKEN, request)
 
     def output(self, key: Hashable, tokens: int) -> None:
         """The request has generated so many tokens more."""
@@ -217,13 +244,24 @@ class LoadBook:
         if not shelf.keys:
             del self._shelves[request.rank]
         self._changed(key)
+        self._tell(key, ENDED, request)
 
     def drop(self, worker_id: int) -> None:
         """The worker is gone with all that was on it."""
         for rank in [rank for rank in self._shelves if rank.worker_id == worker_id]:
             for key in self._shelves.pop(rank).keys:
-                del self._requests[key]
+                request = self._requests.pop(key)
                 self._changed(key)
+                self._tell(key, ENDED, request)
+
+    def _tell(self, key: Hashable, step: str, request: Booked) -> None:
+        if self.watcher is not None:
+            if step == SENT:
+                self.watcher.sent(request.rank, key, request.hashes, request.prompt_len)
+            else:
+                (self.watcher.first_token if step == FIRST_TOKEN else self.watcher.ended)(key)
+        if self.watch is not None:
+            self.watch(key, step, request)
 
     def _changed(self, key: Hashable, new: bool = False) -> None:
         """A request has come (``new``), is further on, or is gone: for books whose changes are shared."""

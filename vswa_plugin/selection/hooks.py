@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
+from vswa_plugin.selection.book import Booked
 from vswa_plugin.selection.cost import Scored
-from vswa_plugin.wire.events import Rank
+from vswa_plugin.wire.events import Event, Rank
 
 
 class RoutedRequest(msgspec.Struct, frozen=True):
@@ -42,6 +43,30 @@ class SelectionHooks(Protocol):
     def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
         """One of the candidates, or None: the cheapest, as without plugins."""
 
+    def choice_terms(
+        self, request: RoutedRequest, candidates: Sequence[Scored]
+    ) -> Mapping[Rank, Mapping[str, float]]:
+        """What the costs consist of, by name, for people; empty where no plugin says it."""
+
+
+class Chooser(Protocol):
+    """A way to choose ranks that follows what the ranks hold and what becomes of requests.
+
+    What plugins offer to ``vswa accuracy route``; the methods are those of the hooks of the same names.
+    """
+
+    def score(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Mapping[Rank, float]:
+        """Blocks to add to the cost of some candidates; finite."""
+
+    def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
+        """One of the candidates, or None: the cheapest."""
+
+    def load_changed(self, model: str, key: Hashable, step: str, request: Booked) -> None:
+        """A request was given to a rank (``sent``), has its ``first_token``, or has ``ended``."""
+
+    def rank_changed(self, rank: Rank, event: Event | None) -> None:
+        """One event of a rank, in order; a layout is the first one, None the last: the rank has gone."""
+
 
 class NoHooks:
     """No plugin takes part in choices."""
@@ -51,3 +76,8 @@ class NoHooks:
 
     def select_worker(self, request: RoutedRequest, candidates: Sequence[Scored]) -> Rank | None:
         return None
+
+    def choice_terms(
+        self, request: RoutedRequest, candidates: Sequence[Scored]
+    ) -> Mapping[Rank, Mapping[str, float]]:
+        return {}

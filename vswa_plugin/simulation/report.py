@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: What exactness is measured against.
 BASELINE = "global only"
+#: What is measured against the oracle.
+PLACEMENT = "placement"
 #: Smaller differences are called none: of computed tokens, and of the time to first token.
 CLEAR_TOKENS, CLEAR_TTFT = 0.01, 0.05
 #: Share of promises or choices from which on the rest is not reported.
@@ -215,6 +217,7 @@ def as_data(reports: Sequence[Report]) -> dict[str, Any]:
                 "requests": report.runs[0].requests,
                 "refused": max(run.refused for run in report.runs),
                 "rows": msgspec.to_builtins(rows(report.runs)),
+                "runs": [_by_seed(run) for run in report.runs],
                 "exact_against_global_only": [
                     {**msgspec.to_builtins(each), "helps": each.helps, "hurts": each.hurts}
                     for each in comparisons(report.runs)
@@ -222,6 +225,19 @@ def as_data(reports: Sequence[Report]) -> dict[str, Any]:
             }
             for report in reports
         ]
+    }
+
+
+def _by_seed(run: Run) -> dict[str, Any]:
+    """What is compared seed by seed."""
+    return {
+        **msgspec.to_builtins(run.case),
+        "computed": run.computed_tokens,
+        "prompts": run.prompt_tokens,
+        **{
+            name: round(getattr(run, name), 5)
+            for name in ("recomputed", "ttft_p50_s", "ttft_p90_s", "imbalance")
+        },
     }
 
 
@@ -263,7 +279,11 @@ def conclusions(report: Report) -> list[str]:
             f"In brackets: where the mean of many seeds lies (95 % confidence, {seeds} seeds). Of cells "
             "without any difference up to one in ten is called better or worse, by chance."
         )
-    sentences = [chance] if compared else []
+    placed = comparisons(report.runs, PLACEMENT, ORACLE)
+    sentences = [chance] if compared or placed else []
+    for title, holds in _PLACED:
+        if cells := [each for each in placed if holds(each)]:
+            sentences += [title, *(f"  {each.sentence()}" for each in cells)]
     for title, holds, tell in _CONCLUSIONS:
         if cells := [each for each in compared if holds(each)]:
             sentences += [title, *(f"  {tell(each)}" for each in cells)]
@@ -286,6 +306,16 @@ _CONCLUSIONS: tuple[tuple[str, Callable[[Comparison], bool], Callable[[Compariso
         "Not significant, exact against global only:",
         lambda each: not (each.even or each.helps or each.hurts),
         _with_cause,
+    ),
+)
+
+
+_PLACED: tuple[tuple[str, Callable[[Comparison], bool]], ...] = (
+    ("Placement was better than the oracle's greedy choice:", lambda each: each.helps),
+    ("Placement was worse than the oracle's greedy choice:", lambda each: each.hurts),
+    (
+        "Placement against the oracle's greedy choice, within chance or no difference:",
+        lambda each: not (each.helps or each.hurts),
     ),
 )
 

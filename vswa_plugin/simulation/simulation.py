@@ -84,21 +84,52 @@ class _Server:
         self.busy_s = 0.0
 
 
+class Clock:
+    """The simulated time, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Faults(msgspec.Struct, frozen=True):
+    """What is wrong with the first rank.
+
+    :param slower: it takes so many times as long to compute.
+    :param restart_after: it begins anew when so many requests have come; None: never.
+    :param fresh: makes the rank that it is then.
+    """
+
+    slower: float = 1.0
+    restart_after: int | None = None
+    fresh: Callable[[], SimulatedRank] | None = None
+
+
 class Simulation:
-    """One policy in front of ``ranks``, which are alike and hold nothing yet. :meth:`run` once.
+    """One policy in front of ``ranks``, which hold nothing yet. :meth:`run` once.
 
     :param naming: how the prefixes of prompts are named and counted.
+    :param clock: shows the time to the policy.
     """
 
     def __init__(
-        self, ranks: Sequence[SimulatedRank], policy: Policy, cost: CostModel, naming: Naming
+        self,
+        ranks: Sequence[SimulatedRank],
+        policy: Policy,
+        cost: CostModel,
+        naming: Naming,
+        clock: Clock | None = None,
+        faults: Faults | None = None,
     ) -> None:
+        self._clock = clock or Clock()
+        self._faults = faults or Faults()
         self._servers = [_Server(rank) for rank in ranks]
         self._policy = policy
         self._cost = cost
         self._naming = naming
         self._block_size = naming.block_size
-        self._now = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._seen: set[int] = set()
@@ -113,26 +144,34 @@ class Simulation:
             self._tell(index)
         for key, arrival in enumerate(arrivals):
             self._run_until(arrival.at_s)
-            self._now = arrival.at_s
+            self._clock.now = arrival.at_s
+            if key == self._faults.restart_after:
+                self._restart()
             self._arrive(key, arrival)
             if key % 64 == 0:
                 progress(key)
         self._run_until(float("inf"))
         self.totals.busy_s = [server.busy_s for server in self._servers]
-        self.totals.end_s = self._now
+        self.totals.end_s = self._clock.now
         return self.totals
 
     def _run_until(self, at_s: float) -> None:
         while self._agenda and self._agenda[0][0] <= at_s:
-            self._now, _, action = heapq.heappop(self._agenda)
+            self._clock.now, _, action = heapq.heappop(self._agenda)
             action()
 
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._agenda, (self._now + delay_s, next(self._numbers), action))
+        heapq.heappush(self._agenda, (self._clock.now + delay_s, next(self._numbers), action))
+
+    def _restart(self) -> None:
+        """The first rank holds nothing any more. What it computes and generates goes on, on what was."""
+        assert self._faults.fresh is not None, "a restart needs another rank"
+        self._servers[0].rank = self._faults.fresh()
+        self._policy.restarted(0)
 
     def _arrive(self, key: int, arrival: Arrival) -> None:
         tokens = arrival.request.prompt
-        if not self._servers[0].rank.fits(len(tokens), len(arrival.request.output)):
+        if not all(server.rank.fits(len(tokens), len(arrival.request.output)) for server in self._servers):
             self.totals.refused += 1
             return
         prompt = Prompt(tokens, prefix_names(tokens, self._naming.hash_block_size, self._naming.lookahead))
@@ -180,7 +219,7 @@ class Simulation:
         if (promised := job.routed.promised) is not None:
             totals.kept += min(promised, cached)
             totals.kept_promises += promised // size == cached // size
-        took = self._cost.prefill_s(prompt_len, cached)
+        took = self._cost.prefill_s(prompt_len, cached) * (self._faults.slower if index == 0 else 1.0)
         server.busy = True
         server.busy_s += took
         self._tell(index)
@@ -190,7 +229,7 @@ class Simulation:
         sequence.compute_prompt()
         self._tell(index)
         self._policy.first_token(job.key)
-        self.totals.ttft_s.append(self._now - job.arrival.at_s)
+        self.totals.ttft_s.append(self._clock.now - job.arrival.at_s)
         self._later(self._cost.decode_s(len(job.request.output)), partial(self._ended, index, job, sequence))
         self._servers[index].busy = False
         self._next(index)

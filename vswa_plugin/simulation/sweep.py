@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vswa_plugin.accuracy.scorers import built_in_scorers
+from vswa_plugin.accuracy.scorers import EXACT, built_in_scorers
+from vswa_plugin.blocks.memory import Memory, Pool
 from vswa_plugin.engine.predicted import RankSetup, Scorer, SimulatedRank
 from vswa_plugin.engine.presets import preset_named, rank_setup
 from vswa_plugin.errors import ConfigError, unknown_choice
 from vswa_plugin.simulation.costs import CostModel
 from vswa_plugin.simulation.policies import (
+    ONE_CACHE,
     ORACLE,
     RANDOM,
     ROUND_ROBIN,
@@ -26,19 +28,21 @@ from vswa_plugin.simulation.policies import (
     Policy,
     Unaware,
 )
-from vswa_plugin.simulation.simulation import Simulation, Totals
+from vswa_plugin.simulation.research import PUBLISHED
+from vswa_plugin.simulation.simulation import Clock, Faults, Simulation, Totals
 from vswa_plugin.simulation.workloads import WORKLOADS, Arrival, made_up, mooncake, poisson
+from vswa_plugin.wire import Rank
 
 if TYPE_CHECKING:
     from vswa_plugin.host.host import PluginHost
 
 #: What is compared by default; the oracle is always among them.
 DEFAULT_POLICIES = (RANDOM, ROUND_ROBIN, "global only", "boundary projection", "exact", ORACLE)
-#: Its tree has one set of blocks of one size, so that it cannot show a layout that is not plain.
-_PLAIN_ONLY = "boundary projection"
 #: Requests from which the mean prompt is taken.
 _SAMPLE = 300
 _MAX_SEQ_LEN = 131_072
+#: Policies whose names no plugin may use.
+_BUILT_IN = (RANDOM, ROUND_ROBIN, ORACLE, ONE_CACHE, *PUBLISHED)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -49,6 +53,10 @@ class Plan(msgspec.Struct, frozen=True):
     :param rate: requests a second; None: by ``load``, or as the file says.
     :param block_size: tokens per block, where the engine leaves them to the user; None: the usual ones.
     :param load: seconds of prefill that arrive per second and rank, were nothing cached.
+    :param slow_rank: the first rank takes so many times as long as the others.
+    :param small_rank: the first rank has this share of the others' blocks.
+    :param restart_after: the first rank begins anew with nothing when so many requests have come.
+    :param stretch: the requests take so many times as long to come.
     """
 
     workload: str
@@ -59,6 +67,10 @@ class Plan(msgspec.Struct, frozen=True):
     rate: float | None = None
     load: float = 1.2
     cost: CostModel = CostModel()
+    slow_rank: float = 1.0
+    small_rank: float = 1.0
+    restart_after: int | None = None
+    stretch: float = 1.0
 
     def check(self) -> Plan:
         """Return self, or raise :class:`ConfigError` that names the value that cannot be used."""
@@ -67,12 +79,14 @@ class Plan(msgspec.Struct, frozen=True):
                 f"expected a workload, {', '.join(WORKLOADS)} or a file in Mooncake's format, got "
                 f"{self.workload!r}"
             )
-        for name in ("requests", "ranks", "block_size", "rate", "load"):
+        for name in ("requests", "ranks", "block_size", "rate", "load", "slow_rank", "restart_after"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
-        if not 0 < self.sliding_share <= 1:
-            raise ConfigError(f"--sliding-share: expected a share above 0, up to 1, got {self.sliding_share}")
+        for name in ("sliding_share", "small_rank"):
+            if not 0 < (share := getattr(self, name)) <= 1:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option}: expected a share above 0, up to 1, got {share}")
         self.cost.check()
         return self
 
@@ -178,18 +192,46 @@ class Bench:
 
         :raises ConfigError: no such preset or policy, or sizes that cannot work.
         """
-        plan = self.plan
-        events = case.policy not in (RANDOM, ROUND_ROBIN, ORACLE)
-        setup = rank_setup(
-            case.preset, case.blocks, plan.sliding_share, plan.block_size, _MAX_SEQ_LEN, events
+        if case.policy == ONE_CACHE:
+            return self._one_cache(case, progress)
+        plan, clock = self.plan, Clock()
+        setups = [self._setup(case, plan.small_rank)] + (plan.ranks - 1) * [self._setup(case)]
+        ranks = [self._host.simulated_rank(setup) for setup in setups]
+        policy = self._policy(case, setups, ranks, clock)
+        faults = Faults(
+            slower=plan.slow_rank,
+            restart_after=plan.restart_after,
+            fresh=lambda: self._host.simulated_rank(setups[0]),
         )
-        ranks = [self._host.simulated_rank(setup) for _ in range(plan.ranks)]
-        policy = self._policy(case, setup, ranks)
-        simulation = Simulation(ranks, policy, plan.cost, setup.layout.naming)
+        simulation = Simulation(ranks, policy, plan.cost, setups[0].layout.naming, clock, faults)
         return run_of(case, simulation.run(self.arrivals(case.seed), progress))
+
+    def _setup(self, case: Case, share: float = 1.0) -> RankSetup:
+        """One rank, with this share of the blocks."""
+        events = case.policy not in (RANDOM, ROUND_ROBIN, ORACLE, *PUBLISHED)
+        blocks = max(1, round(share * case.blocks))
+        share = self.plan.sliding_share
+        return rank_setup(case.preset, blocks, share, self.plan.block_size, _MAX_SEQ_LEN, events)
+
+    def _one_cache(self, case: Case, progress: Callable[[int], None]) -> Run:
+        """The same requests on one rank with all blocks, to which they come at the rate of one rank."""
+        plan = msgspec.structs.replace(
+            self.plan, ranks=1, stretch=self.plan.ranks * self.plan.stretch, slow_rank=1.0, small_rank=1.0
+        )
+        plan = msgspec.structs.replace(plan, restart_after=None)
+        count = self.plan.ranks - 1 + self.plan.small_rank
+        whole = Case(case.preset, round(count * case.blocks), ORACLE, case.seed)
+        return msgspec.structs.replace(Bench(plan, self._host).run(whole, progress), case=case)
 
     def arrivals(self, seed: int) -> Iterator[Arrival]:
         """The requests of every case with that seed."""
+        plan = self.plan
+        arrivals = self._arrivals(seed)
+        if plan.stretch == 1:
+            return arrivals
+        return (Arrival(plan.stretch * arrival.at_s, arrival.request) for arrival in arrivals)
+
+    def _arrivals(self, seed: int) -> Iterator[Arrival]:
         plan = self.plan
         if plan.workload not in WORKLOADS:
             return _at_rate(mooncake(Path(plan.workload), plan.requests), plan)
@@ -198,26 +240,39 @@ class Bench:
         if rate is None:
             sample = list(islice(made_up(plan.workload, seed), _SAMPLE))
             cold_s = sum(plan.cost.prefill_s(len(each.prompt), 0) for each in sample) / len(sample)
-            rate = plan.load * plan.ranks / cold_s
+            rate = plan.load * plan.ranks * plan.stretch / cold_s
         return poisson(requests, rate, seed)
 
-    def _policy(self, case: Case, setup: RankSetup, ranks: Sequence[SimulatedRank]) -> Policy:
+    def _policy(
+        self,
+        case: Case,
+        setups: Sequence[RankSetup],
+        ranks: Sequence[SimulatedRank],
+        clock: Callable[[], float],
+    ) -> Policy:
+        setup = setups[-1]
         rng = random.Random(f"policy {case.seed}")
         if case.policy == RANDOM:
             return Unaware(len(ranks), rng)
         if case.policy == ROUND_ROBIN:
             return Unaware(len(ranks), None)
-        views = None
-        if case.policy != ORACLE:
-            views = [
-                EventEstimator(
-                    setup.layout,
-                    partial(self._host.event_adapter, rank.event_format, setup.layout),
-                    self._scorer(case.policy, setup),
-                )
-                for rank in ranks
-            ]
-        return ByCost(len(ranks), views, setup.layout.naming, rng)
+        naming, chooser = setup.layout.naming, None
+        if case.policy in PUBLISHED:
+            chooser = PUBLISHED[case.policy](clock, self.plan.cost, case.blocks)
+        if case.policy == ORACLE or chooser is not None:
+            return ByCost(len(ranks), None, naming, rng, chooser=chooser)
+        chooser = self._host.simulated_choosers(clock, _BUILT_IN).get(case.policy)
+        views = [
+            EventEstimator(
+                setup.layout,
+                partial(self._host.event_adapter, rank.event_format, setup.layout),
+                self._scorer(EXACT if chooser is not None else case.policy, setup),
+                None if chooser is None else partial(chooser.rank_changed, Rank(index)),
+                _memory_of(setups[index]),
+            )
+            for index, rank in enumerate(ranks)
+        ]
+        return ByCost(len(ranks), views, naming, rng, chooser=chooser)
 
     def _scorer(self, name: str, setup: RankSetup) -> Scorer:
         scorers = built_in_scorers(self._rules)
@@ -226,8 +281,25 @@ class Bench:
         for scorer in scorers:
             if scorer.name == name:
                 return scorer
-        known = [RANDOM, ROUND_ROBIN, *(each.name for each in scorers), ORACLE]
+        choosers = self._host.simulated_choosers(lambda: 0.0, _BUILT_IN)
+        known = [
+            RANDOM,
+            ROUND_ROBIN,
+            *(each.name for each in scorers),
+            *choosers,
+            *PUBLISHED,
+            ORACLE,
+            ONE_CACHE,
+        ]
         raise ConfigError(unknown_choice("policy", name, known))
+
+
+def _memory_of(setup: RankSetup) -> Memory:
+    """The pools of a simulated rank, as its engine would state them."""
+    ids = [group.group_id for group in setup.layout.groups]
+    if setup.layout.rule in ("vllm", "vllm_hybrid"):
+        return Memory((Pool(tuple(ids), sum(setup.blocks)),))
+    return Memory(tuple(Pool((each,), blocks) for each, blocks in zip(ids, setup.blocks, strict=True)))
 
 
 def _at_rate(arrivals: Iterator[Arrival], plan: Plan) -> Iterator[Arrival]:
@@ -241,27 +313,21 @@ def _at_rate(arrivals: Iterator[Arrival], plan: Plan) -> Iterator[Arrival]:
     return (Arrival(arrival.at_s * stretch, arrival.request) for arrival in arrivals)
 
 
-def default_policies(preset: str) -> list[str]:
-    """What is compared for a model unless the user says it.
-
-    :raises ConfigError: no such model.
-    """
-    plain = preset_named(preset).layout(preset).plain
-    return [name for name in DEFAULT_POLICIES if plain or name != _PLAIN_ONLY]
-
-
 def cases(
     presets: Sequence[str], blocks: Sequence[int], names: Sequence[str] | None, seeds: Sequence[int]
 ) -> list[Case]:
     """All combinations; policies of one cell next to each other.
 
-    :param names: of policies; None: the default ones of each model.
+    :param names: of policies; None: the default ones.
     :raises ConfigError: no such model.
     """
+    if names is None:
+        for preset in presets:
+            preset_named(preset)
     return [
         Case(preset, count, policy, seed)
         for preset in presets
         for count in blocks
         for seed in seeds
-        for policy in (names or default_policies(preset))
+        for policy in (names or DEFAULT_POLICIES)
     ]

@@ -135,12 +135,38 @@ def _forks(rng: random.Random) -> Iterator[Request]:
         del tree[1:-12]
 
 
+def _burst(rng: random.Random) -> Iterator[Request]:
+    """Now and then most requests are about one document that nobody had before."""
+    calm = _documents(rng)
+    while True:
+        for _ in range(rng.randint(80, 120)):
+            yield next(calm)
+        hot = _words(rng, 3_000, 6_000)
+        for _ in range(60):
+            if rng.random() < 0.8:
+                yield _request(rng, hot + _words(rng, 20, 150), 50, 200)
+            else:
+                yield next(calm)
+
+
+def _tenants(rng: random.Random) -> Iterator[Request]:
+    """A loud tenant with new prompts behind one system prompt, and a quiet one whose documents come again."""
+    system, quiet = _words(rng, 400, 600), _documents(rng)
+    while True:
+        if rng.random() < 0.3:
+            yield next(quiet)
+        else:
+            yield _request(rng, system + _words(rng, 500, 3_000), 50, 200)
+
+
 #: Built-in workload -> its requests; docs/accuracy.md describes them.
 WORKLOADS: Mapping[str, Callable[[random.Random], Iterator[Request]]] = {
     "chat": _chat,
     "documents": _documents,
     "agents": _agents,
     "forks": _forks,
+    "burst": _burst,
+    "tenants": _tenants,
 }
 
 

@@ -171,7 +171,8 @@ class EngineLife:
 
     def _run(self, what: str, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         async def limited() -> T:
-            return await asyncio.wait_for(work, limit)
+            async with asyncio.timeout(limit):
+                return await work
 
         limit = self._timeout_s if timeout_s is None else timeout_s
         try:

@@ -363,7 +363,8 @@ class RegistryConformance:
             reading.append(asyncio.create_task(read()))
             await asyncio.sleep(0)
             await watcher.close()
-            read_by_each = await asyncio.wait_for(asyncio.gather(*reading), backend.patience_s)
+            async with asyncio.timeout(backend.patience_s):
+                read_by_each = await asyncio.gather(*reading)
             assert await read() == []
             await router.close()
             return list(read_by_each)

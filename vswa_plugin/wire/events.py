@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import msgspec
 
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout, Resumption
+from vswa_plugin.blocks.memory import Memory
 from vswa_plugin.errors import ProtocolError
 
 VERSION = 1
@@ -73,6 +74,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):
 
     :param heartbeat_s: seconds between the publisher's heartbeats; None: it does not say.
     :param resumption: as in :class:`~vswa_plugin.blocks.layout.CacheLayout`.
+    :param memory: sizes of the pools and order of eviction; None: it does not say.
     """
 
     groups: tuple[CacheGroup, ...]
@@ -81,6 +83,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, tag="layout"):
     model: str
     heartbeat_s: float | None = None
     resumption: Resumption | None = None
+    memory: Memory | None = None
 
     @property
     def cache_layout(self) -> CacheLayout:
@@ -139,12 +142,30 @@ class Unknown(msgspec.Struct, frozen=True, array_like=True, tag="unknown"):
 Event: TypeAlias = Layout | Stored | Removed | Moved | Cleared
 
 
+class ReuseReport(msgspec.Struct, frozen=True, array_like=True):
+    """A request that this rank's engine has completed: for choosers outside the data path, which compare it
+    with what they had promised.
+
+    :param request_id: as Dynamo gave it to the worker.
+    :param prompt_tokens: length of its prompt.
+    :param cached_tokens: of the prompt, those that the engine reused.
+    :param queue_s: seconds that it waited to be admitted; None: the engine does not say.
+    """
+
+    request_id: str
+    prompt_tokens: U64
+    cached_tokens: U64
+    queue_s: float | None = None
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """Consecutively numbered events of one rank in one epoch; without events: a heartbeat.
 
     :param epoch: one life of a publisher; a higher one replaces all before it.
     :param first_event_id: id of ``events[0]``; in a heartbeat, the id that comes next.
     :param published_at_ns: wall clock, for the lag figure only.
+    :param reports: of requests that have ended. They are no part of what is resident, have no ids, and are
+        neither replayed nor missed.
     """
 
     version: U64
@@ -152,16 +173,19 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     first_event_id: U64
     published_at_ns: U64
     events: tuple[Event | Unknown, ...] = ()
+    reports: tuple[ReuseReport, ...] = ()
 
     @property
     def next_event_id(self) -> int:
         return self.first_event_id + len(self.events)
 
 
-def layout_event(layout: CacheLayout, heartbeat_s: float | None = None) -> Layout:
+def layout_event(
+    layout: CacheLayout, heartbeat_s: float | None = None, memory: Memory | None = None
+) -> Layout:
     """The event that announces ``layout``."""
     return Layout(
-        layout.groups, layout.rule, layout.hash_scheme, layout.model, heartbeat_s, layout.resumption
+        layout.groups, layout.rule, layout.hash_scheme, layout.model, heartbeat_s, layout.resumption, memory
     )
 
 
@@ -173,12 +197,14 @@ class _Header(msgspec.Struct, array_like=True):
     first_event_id: U64
     published_at_ns: U64
     events: tuple[msgspec.Raw, ...] = ()
+    reports: msgspec.Raw = msgspec.Raw(b"\x90")
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Batch)
 _header_decoder = msgspec.msgpack.Decoder(_Header)
 _event_decoder = msgspec.msgpack.Decoder(Event)
+_reports_decoder = msgspec.msgpack.Decoder(tuple[ReuseReport, ...])
 _TAGS = frozenset(str(kind.__struct_config__.tag) for kind in (Layout, Stored, Removed, Moved, Cleared))
 
 
@@ -189,6 +215,7 @@ def encode(batch: Batch) -> bytes:
 
 def decode(payload: bytes) -> Batch:
     """The batch in ``payload``. Events of a later version become :class:`Unknown`: their ids count.
+    Reports that cannot be read are left out.
 
     :raises ProtocolError: too large, not MessagePack, or not of this shape (the path is named).
     """
@@ -217,9 +244,19 @@ def _decode_one_by_one(payload: bytes, error: msgspec.ValidationError | None = N
         )
     except msgspec.ValidationError as inner:
         raise error or inner from None
-    if error is not None and not any(isinstance(event, Unknown) for event in events):
+    reports = _reports(header) if known else ()
+    if error is not None and reports is not None and not any(isinstance(event, Unknown) for event in events):
         raise error
-    return Batch(header.version, header.epoch, header.first_event_id, header.published_at_ns, events)
+    begin = header.version, header.epoch, header.first_event_id, header.published_at_ns
+    return Batch(*begin, events, reports or ())
+
+
+def _reports(header: _Header) -> tuple[ReuseReport, ...] | None:
+    """None: they cannot be read."""
+    try:
+        return _reports_decoder.decode(header.reports)
+    except msgspec.ValidationError:
+        return None
 
 
 def _tag_of(raw: msgspec.Raw) -> str:

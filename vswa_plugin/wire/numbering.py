@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from vswa_plugin.wire.events import VERSION, Batch, Event, Moved, Removed, Stored
+from vswa_plugin.wire.events import VERSION, Batch, Event, Moved, Removed, ReuseReport, Stored
+
+#: No clock is further ahead of another than that, except by a fault that somebody must mend.
+MAX_EPOCH_AHEAD_S = 86_400.0
+
+
+def is_plausible(epoch: int, known: int, now_ns: int, ahead_s: float = MAX_EPOCH_AHEAD_S) -> bool:
+    """Whether a publisher can have begun ``epoch``, which is its wall clock or follows a ``known`` one.
+
+    :param known: what a trusted source says, as the registry, or 0.
+    :param now_ns: our wall clock.
+    """
+    return epoch <= max(known, now_ns) + ahead_s * 1e9
 
 
 class Numbering:
@@ -22,9 +34,10 @@ class Numbering:
         self.epoch = max(self._clock_ns(), self.epoch + 1)
         self.next_event_id = 0
 
-    def batch(self, events: Sequence[Event] = ()) -> Batch:
+    def batch(self, events: Sequence[Event] = (), reports: Sequence[ReuseReport] = ()) -> Batch:
         """The next batch; without events, a heartbeat, which uses up no id."""
-        batch = Batch(VERSION, self.epoch, self.next_event_id, self._clock_ns(), tuple(events))
+        now_ns = self._clock_ns()
+        batch = Batch(VERSION, self.epoch, self.next_event_id, now_ns, tuple(events), tuple(reports))
         self.next_event_id = batch.next_event_id
         return batch
 

@@ -97,7 +97,8 @@ class Transport:
             reconnected_cb=self._on_reconnected,
         )
         try:
-            self._client = await asyncio.wait_for(attempt, timeout)
+            async with asyncio.timeout(timeout):
+                self._client = await attempt
         except (TimeoutError, OSError, nats.errors.Error) as error:
             raise ConnectError(
                 f"expected a NATS server at {', '.join(self._servers)} (NATS_SERVER), got "
@@ -152,7 +153,8 @@ class Transport:
         if client is None:
             return
         try:
-            await asyncio.wait_for(client.drain() if client.is_connected else client.close(), 5)
+            async with asyncio.timeout(5):
+                await (client.drain() if client.is_connected else client.close())
         except (TimeoutError, OSError, nats.errors.Error) as error:
             logger.warning("NATS: not all pending messages were written: %s", error or type(error).__name__)
 

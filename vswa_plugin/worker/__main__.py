@@ -12,6 +12,7 @@ from vswa_plugin.host.loading import load_host
 from vswa_plugin.program.life import Life
 from vswa_plugin.program.run import run_program, set_up_logging
 from vswa_plugin.registry.opening import open_registry, registry_from_env
+from vswa_plugin.tracing import export_spans
 from vswa_plugin.worker.app import Worker
 from vswa_plugin.worker.args import parse, parser, with_engine_name
 
@@ -26,6 +27,7 @@ def run(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     args = parse(argv, reader=parser(program))
     set_up_logging(args.log_level)
     os.environ.update(args.variables)
+    export_spans("vswa-worker", os.environ)
     for note in args.notes:
         logger.info("%s", note)
     life = Life(NAME)

@@ -32,7 +32,7 @@ from vswa_plugin.program.status import StatusServer, reachable_url
 from vswa_plugin.publishing.nodes import NodeTable
 from vswa_plugin.publishing.publisher import Publisher, PublisherOptions, check_batch_bytes
 from vswa_plugin.publishing.residency import Residency
-from vswa_plugin.registry import Entry, Registry, last_epoch
+from vswa_plugin.registry import Entry, Registry, apart, last_epoch
 from vswa_plugin.registry.opening import reach, reach_discovery
 from vswa_plugin.wire.events import Rank, Source
 from vswa_plugin.wire.subjects import subject
@@ -138,7 +138,7 @@ class Worker(Program):
         known = await self._registry.entries(self._args.endpoint.namespace)
         self._check_model(known)
         for rank in range(self._engine.info.data_parallel_size):
-            before = last_epoch(known, Rank(worker_id, rank))
+            before = apart(last_epoch(known, Rank(worker_id, rank)))
             self._publishers[rank] = self._publisher(worker_id, rank, options, before)
         began = time.monotonic()
         logger.info("starting %s with %s", settings.engine, settings.model_path)
@@ -187,6 +187,7 @@ class Worker(Program):
             last_epoch=last,
             ready=lambda: self._transport.ready,
             observe_stored=self._host.kv_stored if self._host.implements("vswa_kv_stored") else None,
+            memory=self._engine.info.memory,
         )
 
     def _context(self, endpoint: WorkerEndpoint) -> WorkerContext:
@@ -288,6 +289,7 @@ class Worker(Program):
             engine_version=info.engine_version,
             engine_reason=info.reason or "named by --engine or VSWA_ENGINE",
             resumption=layout.resumption,
+            capacity=info.capacity,
         )
 
     async def serve(self) -> None:

@@ -32,7 +32,13 @@ from vswa_plugin.program.options import encodable, integer, read_number, real, r
 from vswa_plugin.wire.subjects import check_name
 from vswa_plugin.worker.dynamo_args import FromDynamo, add_dynamo_flags, from_dynamo, mode_of, take_dotted
 from vswa_plugin.worker.dynamo_flags import DOTTED
-from vswa_plugin.worker.engine_args import OVERRIDE_OPTION, load_engine_args, merged
+from vswa_plugin.worker.engine_args import (
+    CONFIG_OPTION,
+    OVERRIDE_OPTION,
+    load_engine_args,
+    merged,
+    shipped_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +66,15 @@ modes, each with an example on a machine where nats-server and etcd run:
 
   agg       does both phases of a request.
     python -m vswa_plugin.worker --mode agg --model-path /tmp/gemma \\
-        --extra-engine-args engine_configs/gemma3/vswa_agg.yaml
+        --engine-config gemma3/vswa_agg
 
   prefill   computes a prompt's KV and holds it until a decode worker has taken it.
     python -m vswa_plugin.worker --mode prefill --model-path /tmp/gemma \\
-        --extra-engine-args engine_configs/gemma3/vswa_prefill.yaml
+        --engine-config gemma3/vswa_prefill
 
   decode    takes that KV, of sliding layers the last window only, and generates. Neither serves alone.
     python -m vswa_plugin.worker --mode decode --model-path /tmp/gemma \\
-        --extra-engine-args engine_configs/gemma3/vswa_decode.yaml
+        --engine-config gemma3/vswa_decode
 
   curl localhost:8000/v1/models
 
@@ -85,7 +91,7 @@ common flags of `python -m dynamo.vllm`, for --engine vllm: docs/vllm.md.
 
 environment:
   VSWA_REGISTER    default of --register
-  VSWA_ROUTER      exact or stock: the router in front, for --register auto
+  VSWA_ROUTER      exact, picker or stock: the router in front, for --register auto
   DYN_ENDPOINT     default of --endpoint
   DYN_NAMESPACE    the namespace of an endpoint that is not given (dynamo)
   DYN_NAMESPACE_WORKER_SUFFIX   appended to that namespace with a hyphen: one of several sets of workers
@@ -192,9 +198,15 @@ def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
         help="the name by which clients ask for the model (default: the name of its directory, or its own)",
     )
     model.add_argument(
+        CONFIG_OPTION,
+        metavar="NAME",
+        help="engine options that this package has, such as gemma3/vswa_agg; an unknown name lists all",
+    )
+    model.add_argument(
         "--extra-engine-args",
         metavar="FILE",
-        help="engine options as YAML: in TensorRT-LLM's format, or with vLLM's names for --engine vllm",
+        help="engine options as YAML, which replace those of --engine-config one by one: in TensorRT-LLM's "
+        "format, or with vLLM's names for --engine vllm",
     )
     model.add_argument(
         "--override-engine-args",
@@ -323,9 +335,10 @@ def _engine_options(
         raise ConfigError(
             f"{OVERRIDE_OPTION}: expected no {DOTTED}* flags with it, got both; use one of them"
         )
-    options, source = load_engine_args(
-        given.extra_engine_args, given.override_engine_args, theirs.options, theirs.sources
-    )
+    base, sources = theirs.options, theirs.sources
+    if given.engine_config is not None:
+        base, sources = merged(base, shipped_config(given.engine_config)), (*sources, given.engine_config)
+    options, source = load_engine_args(given.extra_engine_args, given.override_engine_args, base, sources)
     if dotted:
         options, source = merged(options, dotted), f"{source} and {DOTTED}*"
     if given.reuse_rule is not None:

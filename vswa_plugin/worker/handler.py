@@ -7,15 +7,18 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from vswa_plugin.dynamo.names import RELEASE
 from vswa_plugin.engine.contract import WORKER_ONLY, ChunkDict, Engine, RequestDict
+from vswa_plugin.engine.outcomes import COMPLETED, outcome_of
 from vswa_plugin.engine.records import RequestRecord
 from vswa_plugin.engine.requests import Fields, unchecked_token_ids
 from vswa_plugin.errors import InvalidRequest, RequestError, Unavailable
 from vswa_plugin.publishing.healing import Claim
 from vswa_plugin.publishing.publisher import Publisher
+from vswa_plugin.tracing import NO_SPAN, Span, request_span
+from vswa_plugin.wire.events import ReuseReport
 from vswa_plugin.worker.counts import RequestCounts
 
 logger = logging.getLogger(__name__)
@@ -68,10 +71,12 @@ class RequestHandler:
             yield {"released": self._release(request[RELEASE])}
             return
         self.counts.received += 1
+        span = request_span("vswa.serve", model=self._model, worker_id=self._worker_id)
         try:
-            tracked = self._admitted(request, request_id)
+            tracked = self._admitted(request, request_id, span)
         except Exception as error:
             self.counts.fail(error)
+            span.end(str(error))
             raise
         if self._arrived is not None:
             self._arrived(request_id, request)
@@ -87,8 +92,12 @@ class RequestHandler:
             gone.cancel()
             self._ended(tracked, chunks)
             publisher = self._publishers.get(tracked.dp_rank)
-            if publisher is not None and publisher.healing and tracked.reused_here:
+            if publisher is None:
+                return
+            if publisher.healing and tracked.reused_here:
                 publisher.claim(tracked.claim(marks[tracked.dp_rank]))
+            if (report := tracked.report()) is not None:
+                publisher.report(report)
 
         self._open[chunks] = tracked
         self._idle.clear()
@@ -108,13 +117,13 @@ class RequestHandler:
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
 
-    def _admitted(self, request: RequestDict, request_id: str) -> _Tracked:
+    def _admitted(self, request: RequestDict, request_id: str, span: Span) -> _Tracked:
         """Raises RequestError where the request cannot be begun."""
         if (failure := self._failure or self._engine.failure()) is not None:
             raise Unavailable(failure)
         if self._draining:
             raise Unavailable("the worker is stopping; another one can serve this")
-        return _Tracked(request, request_id)
+        return _Tracked(request, request_id, span)
 
     def _release(self, params: object) -> bool:
         """Let go of a finished prompt that no decode worker will fetch; also while the worker drains."""
@@ -148,6 +157,7 @@ class RequestHandler:
 
     def _ended(self, tracked: _Tracked, chunks: asyncio.Queue[ChunkDict | Exception | None]) -> None:
         del self._open[chunks]
+        tracked.ended()
         if tracked.error is None:
             self.counts.end(tracked.finish_reason)
         else:
@@ -172,7 +182,8 @@ class RequestHandler:
         """Take no more requests and wait for those under way; False if some still were after the time-out."""
         self._draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True
@@ -181,8 +192,9 @@ class RequestHandler:
 class _Tracked:
     """What is learnt about a request while it is served."""
 
-    def __init__(self, request: RequestDict, request_id: str) -> None:
+    def __init__(self, request: RequestDict, request_id: str, span: Span = NO_SPAN) -> None:
         self.request_id = request_id
+        self._span, self._began_ns = span, time.time_ns()
         fields = Fields(request)
         self._routing = fields.object("routing").data
         # What is not a rank is the engine's to refuse.
@@ -195,6 +207,8 @@ class _Tracked:
         self._output_tokens = 0
         self.cached_tokens = 0
         self._transferred_tokens = 0
+        self._queue_s: float | None = None
+        self._usage_seen = False
         self.finish_reason = "cancelled"
         #: With which it has ended; None: with its last chunk, or cancelled.
         self.error: Exception | None = None
@@ -217,16 +231,39 @@ class _Tracked:
         told = chunk.pop(WORKER_ONLY, {})
         self.dp_rank = told.get("dp_rank", self.dp_rank)
         self._transferred_tokens = told.get("transferred_tokens", self._transferred_tokens)
+        if told:
+            self._show_phases(told)
+        self._queue_s = told.get("queue_s", self._queue_s)
         tokens = chunk.get("token_ids") or ()
         if tokens and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._began
+            self._span.event("first token")
         self._output_tokens += len(tokens)
-        usage = chunk.get("completion_usage") or {}
-        self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
-            "cached_tokens", self.cached_tokens
-        )
+        details = (chunk.get("completion_usage") or {}).get("prompt_tokens_details") or {}
+        self._usage_seen |= details.get("cached_tokens") is not None
+        self.cached_tokens = details.get("cached_tokens", self.cached_tokens)
         if reason := chunk.get("finish_reason"):
             self.finish_reason = str(reason)
+
+    def _show_phases(self, stated: Mapping[str, Any]) -> None:
+        """Spans of what the engine says of the time before the first chunk."""
+        at = self._began_ns
+        for name, key in (("vswa.admission", "queue_s"), ("vswa.transfer", "transfer_s")):
+            if (seconds := stated.get(key)) is not None:
+                began, at = at, at + round(seconds * 1e9)
+                tokens = self._transferred_tokens if key == "transfer_s" else None
+                self._span.child(name, began, tokens=tokens).end(at_ns=at)
+
+    def ended(self) -> None:
+        """It is over, in whatever way."""
+        self._span.set(
+            dp_rank=self.dp_rank,
+            prompt_tokens=len(self._prompt),
+            cached_tokens=self.cached_tokens,
+            output_tokens=self._output_tokens,
+            finish_reason=self.finish_reason,
+        )
+        self._span.end(None if self.error is None else str(self.error))
 
     def failed(self, error: Exception) -> None:
         """It ends with ``error``."""
@@ -236,6 +273,16 @@ class _Tracked:
         """What this request proves, had it arrived when ``mark`` engine events had been seen."""
         token_ids, salt, lora = self.prompt
         return Claim(tuple(token_ids), self.cached_tokens, mark, salt, lora)
+
+    def report(self) -> ReuseReport | None:
+        """What routers learn of it; None: the engine did not complete it, or does not say what it reused.
+
+        Where the prompt was computed by another worker, that one reports it.
+        """
+        completed = self.error is None and outcome_of(self.finish_reason) == COMPLETED
+        if not completed or self._transferred_tokens or not self._usage_seen:
+            return None
+        return ReuseReport(self.request_id, len(self._prompt), self.cached_tokens, self._queue_s)
 
     def record(self, model: str, worker_id: int) -> RequestRecord:
         return RequestRecord(

@@ -99,6 +99,7 @@ def sample(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     banned: Collection[int] = (),
+    allowed: npt.NDArray[np.bool_] | None = None,
 ) -> Sampled:
     """Draw the next token.
 
@@ -106,14 +107,15 @@ def sample(
     :param prompt: prompt tokens, for the repetition penalty.
     :param output: tokens generated so far, for all penalties.
     :param banned: token ids that are not drawn, e.g. stop tokens before ``min_tokens``.
+    :param allowed: of each token whether it may be drawn; None: all may. Where ``banned`` leaves none of
+        them, it has no effect.
     :raises FloatingPointError: the logits hold NaN or infinity: the computation went wrong.
     """
     if not np.isfinite(logits).all():
         raise FloatingPointError("expected finite logits, got NaN or infinity from the model")
     adjusted = penalize(logits, params, prompt, output) if params.penalizes else logits
-    if banned:
-        adjusted = adjusted.copy()
-        adjusted[list(banned)] = -np.inf
+    if banned or allowed is not None:
+        adjusted = np.where(_drawable(len(adjusted), banned, allowed), adjusted, -np.inf)
     if params.temperature == 0.0 or params.top_k == 1:
         token = int(adjusted.argmax())
     else:
@@ -125,6 +127,15 @@ def sample(
         return Sampled(token)
     logprob, top = _logprobs(logits, token, params.logprobs)
     return Sampled(token, logprob, top)
+
+
+def _drawable(
+    count: int, banned: Collection[int], allowed: npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.bool_]:
+    """Of each token whether it may be drawn."""
+    drawable = np.ones(count, bool) if allowed is None else allowed.copy()
+    drawable[list(banned)] = False
+    return drawable if allowed is None or drawable.any() else allowed
 
 
 def penalize(

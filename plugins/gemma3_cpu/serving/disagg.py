@@ -289,6 +289,7 @@ class FetchedPrompts:
         complete = isinstance(result, PullResult)
         if isinstance(result, PullResult):
             self._counters.complete(result.bytes_per_group, result.seconds)
+            generation.transfer_s = result.seconds
         elif generation.cancelled:
             # It may have ended before it sent anything: then this informs the prefill worker.
             self.decline(generation)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from vswa_plugin import __version__
-from vswa_plugin.blocks import CacheLayout, checked
+from vswa_plugin.blocks import CacheLayout, Memory, checked
 from vswa_plugin.engine import (
     MODES,
     WORKER_ONLY,
@@ -40,6 +40,7 @@ from ..weights.source import find_model, load_model
 from .contract import Contract
 from .disagg import FetchedPrompts, KeptPrompts
 from .generation import Generation, Output
+from .guided import Grammars
 from .managers import make_manager, shared_pools
 from .options import parse_options
 from .pages import PageStore
@@ -94,13 +95,22 @@ class Gemma3CpuEngine:
             engine=NAME,
             reason="" if settings.engine else "no engine was named, and this one needs no GPU",
             totals=TOTALS,
+            memory=self._memory(),
         )
         self._limits = _limits(self._config, self._plan, self._mode, self.info.data_parallel_size)
+        self._grammars = Grammars(
+            self._source.directory / "tokenizer.json", self._config.vocab_size, self._limits.eos_ids
+        )
         self._ranks = [self._make_rank(number) for number in range(self.info.data_parallel_size)]
         self._on_events: EventSink = _drop_events
         self._server: TransferServer | None = None
         self._puller: Puller | None = None
         self._log_options()
+
+    def _memory(self) -> Memory:
+        return self._plan.memory(
+            self._options.reuse_rule, self._options.max_num_tokens, self._options.max_batch_size
+        )
 
     def start(self, on_events: EventSink) -> None:
         """Load the weights, announce the cache groups, begin to step. Called once.
@@ -142,6 +152,9 @@ class Gemma3CpuEngine:
         :raises RequestError: the engine failed while it ran this request.
         """
         parsed = parse_request(request, self._limits)
+        # In a thread: the first format has the tokenizer read, and a large schema takes long too.
+        wanted = parsed.format
+        guide = None if wanted is None else await asyncio.to_thread(self._grammars.guide, wanted)
         rank = self._choose(parsed.dp_rank)
         rank.manager.check_fits(len(parsed.prompt), parsed.max_new_tokens)
         outputs: asyncio.Queue[Output] = asyncio.Queue()
@@ -160,19 +173,17 @@ class Gemma3CpuEngine:
                 # The loop is closed: the answer has no reader any more.
                 generation.cancelled = True
 
-        generation = Generation(parsed, emit)
+        generation = Generation(parsed, emit, guide)
         self._check_alive()
         rank.submit(generation)
-        worker_only = {WORKER_ONLY: {"dp_rank": rank.dp_rank}}
+        first = True
         try:
             while True:
                 output = await outputs.get()
                 if isinstance(output, Exception):
                     raise output
-                if worker_only:
-                    worker_only[WORKER_ONLY]["transferred_tokens"] = generation.transferred_tokens
-                yield output | worker_only
-                worker_only = {}
+                yield output | {WORKER_ONLY: generation.for_worker(rank.dp_rank)} if first else output
+                first = False
                 if "finish_reason" in output:
                     return
         finally:

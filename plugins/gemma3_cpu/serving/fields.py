@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from vswa_plugin.engine import SHARED, FieldUses, ignored, used
 
+from .guided import KINDS
+
+_FORMAT = used("the answer keeps to it, where the extra `guided` is installed; else refused")
 _PENALTY = used("lowers or raises the logits of tokens that were there already")
 
 FIELDS = FieldUses(
@@ -27,6 +30,7 @@ FIELDS = FieldUses(
         "sampling_options.presence_penalty": _PENALTY,
         "sampling_options.frequency_penalty": _PENALTY,
         "sampling_options.repetition_penalty": _PENALTY,
+        **{f"sampling_options.guided_decoding.{kind}": _FORMAT for kind in KINDS},
         "output_options.logprobs": used("of each token of the answer, and of the likeliest, up to 20"),
         "routing.dp_rank": used("the rank that serves it"),
         "routing.cache_salt": used("blocks are shared with requests of the same salt only"),

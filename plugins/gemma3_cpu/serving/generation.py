@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ from vswa_plugin.engine import ChunkDict
 from vswa_plugin.errors import InvariantError, RequestError
 
 from ..model.sampling import Sampled, make_rng, sample
+from .guided import Guide
 from .request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -28,26 +30,36 @@ class Generation:
     """One request.
 
     :param emit: called from the scheduler's thread with each chunk; with an error instead of the last one.
+    :param guide: keeps the answer to its format; None: free text.
     :ivar cancelled: the answer is not awaited any more; set from any thread.
     :ivar finished: its last chunk has been made.
     :ivar transferred_tokens: prompt tokens that a prefill worker computed and that were received.
+    :ivar queue_s: seconds that it waited to be admitted; None: it still waits.
+    :ivar transfer_s: seconds that these tokens took to come.
     """
 
     __slots__ = (
         "cache",
+        "came_at",
         "cancelled",
         "emit",
         "finished",
+        "guide",
         "handover",
         "output",
+        "queue_s",
         "request",
         "rng",
+        "transfer_s",
         "transferred_tokens",
     )
 
-    def __init__(self, request: GenerationRequest, emit: Callable[[Output], None]) -> None:
+    def __init__(
+        self, request: GenerationRequest, emit: Callable[[Output], None], guide: Guide | None = None
+    ) -> None:
         self.request = request
         self.emit = emit
+        self.guide = guide
         self.rng = make_rng(request.sampling.seed)
         self.output: list[int] = []
         self.cache: CacheSequence | None = None
@@ -56,6 +68,19 @@ class Generation:
         #: What a prefill worker has computed of it; None once that is of no use any more.
         self.handover = request.handover
         self.transferred_tokens = 0
+        self.came_at = time.monotonic()
+        self.queue_s: float | None = None
+        self.transfer_s: float | None = None
+
+    def for_worker(self, dp_rank: int) -> dict[str, Any]:
+        """What only the worker reads of its first chunk; see ``vswa_plugin.engine.WORKER_ONLY``."""
+        stated = {
+            "dp_rank": dp_rank,
+            "transferred_tokens": self.transferred_tokens,
+            "queue_s": self.queue_s,
+            "transfer_s": self.transfer_s,
+        }
+        return {name: value for name, value in stated.items() if value is not None}
 
     @property
     def first(self) -> Sampled:
@@ -88,6 +113,7 @@ class Generation:
         """The next token; not yet part of the output.
 
         :raises FloatingPointError: NaN or infinity in the logits.
+        :raises RequestError: no token may follow by the format of the answer.
         """
         request = self.request
         early = len(self.output) < request.min_tokens
@@ -98,7 +124,21 @@ class Generation:
             request.prompt,
             self.output,
             banned=request.stop_ids if early else (),
+            allowed=None if self.guide is None else self.guide.allowed(),
         )
+
+    def take(self, token: int) -> str | None:
+        """Append a token to the output; why the answer ends with it, or None.
+
+        :raises RequestError: the token is none that the format of the answer allows.
+        """
+        reason = self.ends_with(token)
+        self.output.append(token)
+        if self.guide is not None and token not in self.request.stop_ids:
+            self.guide.take(token)
+            if reason is None and self.guide.finished:
+                reason = "stop"
+        return reason
 
     def ends_with(self, token: int) -> str | None:
         """Why the answer ends if ``token`` comes next, or None."""

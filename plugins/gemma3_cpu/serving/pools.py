@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vswa_plugin.blocks import CacheGroup
+from vswa_plugin.blocks import TRTLLM_V1, TRTLLM_V2, CacheGroup, Memory, Pool
 from vswa_plugin.errors import ConfigError
 
 from ..cache.spec import GroupSpec
@@ -79,6 +79,22 @@ class CachePlan:
         """Blocks of the global group; of the widest window where no layer is global."""
         widest = max(self.pools, key=lambda pool: pool.group.window_size or 1 << 62)
         return widest.num_blocks
+
+    def memory(self, rule: str, step_tokens: int, max_requests: int) -> Memory:
+        """What readers of the events are given. Manager V2 has one pool for all pages of one size."""
+        alike: dict[int, list[PoolSpec]] = {}
+        for pool in self.pools:
+            alike.setdefault(pool.layers if rule == TRTLLM_V2 else pool.group.group_id, []).append(pool)
+        pools = (
+            Pool(
+                tuple(each.group.group_id for each in members),
+                sum(each.num_blocks for each in members),
+                sum(each.host_blocks for each in members),
+            )
+            for members in alike.values()
+        )
+        order = TRTLLM_V2 if rule == TRTLLM_V2 else TRTLLM_V1
+        return Memory(tuple(pools), order, step_tokens, max_requests)
 
 
 def plan_cache(options: EngineOptions, shape: ModelShape) -> CachePlan:

@@ -1,6 +1,6 @@
 """A request as this engine runs it, read from Dynamo's ``PreprocessedRequest``.
 
-What the engine does not have (images, LoRA, guided decoding) is refused, see fields.py: an answer that
+What the engine does not have (images, LoRA) is refused, see fields.py: an answer that
 ignores half of the request would be worse than none.
 """
 
@@ -14,6 +14,7 @@ from vswa_plugin.errors import InvalidRequest
 from ..model.sampling import SamplingParams, parse_sampling
 from ..transfer.params import TransferParams, parse_params
 from .fields import FIELDS
+from .guided import Format, parse_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class GenerationRequest:
     :param stop_ids: token ids that end it: end-of-sequence and the request's own.
     :param dp_rank: the rank that is to serve it; None: any.
     :param handover: what a prefill worker has computed of it.
+    :param format: what the answer is to keep to; None: free text.
     """
 
     prompt: list[int]
@@ -56,6 +58,7 @@ class GenerationRequest:
     cache_salt: str | None = None
     dp_rank: int | None = None
     handover: TransferParams | None = None
+    format: Format | None = None
 
 
 def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
@@ -85,6 +88,7 @@ def parse_request(request: RequestDict, limits: Limits) -> GenerationRequest:
         cache_salt=routing.text("cache_salt"),
         dp_rank=dp_rank(routing, ranks, f"this worker's --data-parallel-size is {ranks}"),
         handover=_handover(fields, limits),
+        format=parse_format(sampling.object("guided_decoding")),
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vswa_plugin.engine import RawEvent
-from vswa_plugin.errors import InvariantError
+from vswa_plugin.errors import InvariantError, RequestError
 
 from ..cache.api import CacheManager
 from ..model.model import Chunk
@@ -251,6 +251,7 @@ class Scheduler:
                 outputs.append((generation, request_error(error)))
                 continue
             self.waiting.popleft()
+            generation.queue_s = time.monotonic() - generation.came_at
             if generation.handover is None:
                 self.running.append(generation)
                 self.counters.cached_tokens += generation.opened.cached_tokens
@@ -352,8 +353,11 @@ class Scheduler:
 
 def _next_chunk(generation: Generation, sampled: Sampled) -> Output:
     """Append a token to the output; closes the request where this ends it."""
-    reason = generation.ends_with(sampled.token)
-    generation.output.append(sampled.token)
+    try:
+        reason = generation.take(sampled.token)
+    except RequestError as error:  # a first token of another worker, or a format that grew too complex
+        generation.close()
+        return error
     if reason is None:
         return generation.chunk(sampled)
     last = generation.last_chunk(sampled, reason)

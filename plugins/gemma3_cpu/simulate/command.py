@@ -356,11 +356,7 @@ def _summary(
     return {
         "rule": args.rule,
         "workers": args.workers,
-        "requests": totals.requests,
-        "prompt_tokens": totals.prompt_tokens,
-        "reused_tokens": totals.reused_tokens,
-        "hit_rate": round(totals.hit_rate, 4),
-        "requests_per_second": round(totals.requests / seconds, 1),
+        **totals.summary(seconds),
         "windows": [
             {
                 "window": group.window_size,
@@ -378,10 +374,7 @@ def _table(args: argparse.Namespace, groups: Sequence[GroupSpec], totals: Totals
     lines = [
         f"rule {args.rule}, workers {args.workers}, blocks of {args.block_size} tokens, "
         f"chunks of {args.chunk}",
-        f"requests       {totals.requests:>12,}",
-        f"prompt tokens  {totals.prompt_tokens:>12,}",
-        f"reused tokens  {totals.reused_tokens:>12,}  {totals.hit_rate:.1%}",
-        f"requests/s     {summary['requests_per_second']:>12,}",
+        *totals.lines(seconds),
         "",
         "window     blocks    on host     stored    removed      moved",
     ]

@@ -13,6 +13,7 @@ from vswa_plugin.engine import RankSetup, SimulatedRank
 from vswa_plugin.engine.presets import TRTLLM, preset_named, rank_setup
 from vswa_plugin.errors import ConfigError, InvalidRequest
 
+from ..serving.options import is_number
 from .requests import Totals, answer
 
 #: What ``vswa simulate`` is given to simulate other engines' ranks.
@@ -66,7 +67,7 @@ def setup_of(args: argparse.Namespace) -> RankSetup:
 
 
 def _blocks(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text)):
+    if not (is_number(text) and int(text)):
         raise ConfigError(f"--blocks: expected a number of at least 1 with --model, got {text!r}")
     return int(text)
 
@@ -104,11 +105,7 @@ def summary_of(setup: RankSetup, workers: int, totals: Totals, seconds: float) -
         "model": setup.layout.model,
         "rule": setup.layout.rule,
         "workers": workers,
-        "requests": totals.requests,
-        "prompt_tokens": totals.prompt_tokens,
-        "reused_tokens": totals.reused_tokens,
-        "hit_rate": round(totals.hit_rate, 4),
-        "requests_per_second": round(totals.requests / seconds, 1),
+        **totals.summary(seconds),
         "pool_blocks": sum(setup.blocks),
         "groups": [
             {
@@ -134,10 +131,7 @@ def table_of(setup: RankSetup, workers: int, totals: Totals, seconds: float) -> 
     lines = [
         f"{summary['model']}, rule {summary['rule']}, workers {workers}, one pool of "
         f"{summary['pool_blocks']:,} blocks, chunks of {setup.chunk_tokens}",
-        f"requests       {totals.requests:>12,}",
-        f"prompt tokens  {totals.prompt_tokens:>12,}",
-        f"reused tokens  {totals.reused_tokens:>12,}  {totals.hit_rate:.1%}",
-        f"requests/s     {summary['requests_per_second']:>12,}",
+        *totals.lines(seconds),
         "",
         "group  layers see     block    stored    removed",
     ]

@@ -69,6 +69,25 @@ class Totals(msgspec.Struct):
         """Part of the prompt tokens that was reused."""
         return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """For ``--json``; ``seconds`` is how long all of it took."""
+        return {
+            "requests": self.requests,
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "hit_rate": round(self.hit_rate, 4),
+            "requests_per_second": round(self.requests / seconds, 1),
+        }
+
+    def lines(self, seconds: float) -> list[str]:
+        """The same for people."""
+        return [
+            f"requests       {self.requests:>12,}",
+            f"prompt tokens  {self.prompt_tokens:>12,}",
+            f"reused tokens  {self.reused_tokens:>12,}  {self.hit_rate:.1%}",
+            f"requests/s     {self.summary(seconds)['requests_per_second']:>12,}",
+        ]
+
     def count(self, event: dict[str, Any]) -> None:
         """Add one event, of TensorRT-LLM or of vLLM."""
         if "data" not in event:

@@ -2,7 +2,7 @@
 
 Neither the worker's event loop nor the engine's thread ever waits for a peer: :meth:`TransferServer.offer`
 only writes into the ticket book. One thread accepts, one frees what was not fetched in time, and one per
-connection, of which there are only so many; further peers wait in the listener's backlog.
+connection, of which there are only so many: peers.py says who makes room for whom.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import msgspec
 
 from vswa_plugin.errors import ConfigError, ProtocolError, Unavailable
 
-from .messages import Pull, PullRefused, clip, decode_pull
-from .serving import Offer, Refusal, send_blocks
+from .messages import Nack, Pull, PullRefused, clip, decode_pull, decode_verdict
+from .peers import Peers
+from .serving import Offer, Refusal, send_blocks, wrong_fingerprint
 from .tickets import Outcome, TicketBook, TicketCounts
 from .wire import Connection, Timeouts
 
@@ -62,10 +63,10 @@ class TransferServer:
         self._book: TicketBook[Offer] = TicketBook() if book is None else book
         self._options = options or ServerOptions()
         self._lock = threading.Lock()
-        #: Notified under the lock: another first deadline, or the end.
+        #: Notified under the lock: another first deadline, a peer that spoke or left, or the end.
         self._changed = threading.Condition(self._lock)
         self._stopping = False
-        self._slots = threading.BoundedSemaphore(self._options.max_connections)
+        self._peers = Peers(self._options.max_connections)
         self._serving: dict[socket.socket, threading.Thread] = {}
         self._listener: socket.socket | None = None
         self._threads: list[threading.Thread] = []
@@ -173,11 +174,9 @@ class TransferServer:
     def _accept(self) -> None:
         assert self._listener is not None
         while True:
-            self._slots.acquire()
             try:
                 peer, address = self._listener.accept()
             except OSError as error:
-                self._slots.release()
                 with self._lock:
                     if self._stopping:
                         return
@@ -185,36 +184,49 @@ class TransferServer:
                     # Out of file descriptors, mostly: trying again at once would only burn a core.
                     self._changed.wait(0.1)
                 continue
-            self._begin(peer, f"{address[0]}:{address[1]}")
+            self._begin(peer, str(address[0]), f"{address[0]}:{address[1]}")
 
-    def _begin(self, peer: socket.socket, name: str) -> None:
+    def _begin(self, peer: socket.socket, host: str, name: str) -> None:
         thread = threading.Thread(
-            target=self._serve, args=(peer, name), name=f"kv transfer to {name}", daemon=True
+            target=self._serve, args=(peer, host, name), name=f"kv transfer to {name}", daemon=True
         )
         with self._lock:
-            if not self._stopping:
+            if self._make_room(host):
                 try:
                     # Under the lock: stop() joins only threads that run.
                     thread.start()
                     self._serving[peer] = thread
+                    self._peers.enter(peer, host)
                     return
                 except RuntimeError as error:
                     logger.warning("KV transfer: cannot serve %s: %s", name, error)
         peer.close()
-        self._slots.release()
 
-    def _serve(self, peer: socket.socket, name: str) -> None:
+    def _make_room(self, host: str) -> bool:
+        """Wait for a place, or take that of a peer that says nothing; False: this one is not served."""
+        while not self._stopping and not self._peers.is_barred(host):
+            if not self._peers.full:
+                return True
+            silent = self._peers.displace()
+            if isinstance(silent, socket.socket):
+                _shut_down([silent])
+            else:
+                self._changed.wait(self._peers.next_silent())
+        return False
+
+    def _serve(self, peer: socket.socket, host: str, name: str) -> None:
         try:
             with peer, Connection(peer, self._options.timeouts) as connection:
-                self._answer(connection, name)
+                self._answer(connection, peer, host, name)
         except OSError as error:
             logger.info("KV transfer: %s: %s", name, error)
         finally:
             with self._lock:
                 self._serving.pop(peer, None)
-            self._slots.release()
+                self._peers.leave(peer)
+                self._changed.notify_all()
 
-    def _answer(self, connection: Connection, name: str) -> None:
+    def _answer(self, connection: Connection, peer: socket.socket, host: str, name: str) -> None:
         try:
             pull = connection.receive(decode_pull, within_s=self._options.hello_s)
         except ProtocolError as error:
@@ -222,12 +234,35 @@ class TransferServer:
             connection.send(PullRefused(clip(str(error))))
             return
         with self._lock:
+            offered = self._book.peek(pull.ticket)
+        if offered is not None and pull.fingerprint != offered.fingerprint:
+            self._refuse_fingerprint(connection, pull, offered, name)
+            return
+        with self._lock:
             offer = self._book.take(pull.ticket)
+            if offer is None:
+                self._peers.wrong(host)
+            else:
+                self._peers.spoke(peer)
         if offer is None:
             logger.info("KV transfer: refused %s: %s", name, UNKNOWN_TICKET)
             connection.send(PullRefused(UNKNOWN_TICKET))
             return
         self._transfer(connection, pull, offer, name)
+
+    def _refuse_fingerprint(self, connection: Connection, pull: Pull, offer: Offer, name: str) -> None:
+        """Free the blocks where the decode worker gives the prompt up; others leave the ticket good."""
+        reason = str(wrong_fingerprint(pull, offer))
+        logger.warning("KV transfer: refused %s: %s", name, reason)
+        connection.send(PullRefused(clip(reason)))
+        try:
+            verdict = connection.receive(decode_verdict, within_s=self._options.hello_s)
+        except ProtocolError:
+            return
+        with self._lock:
+            taken = self._book.take(pull.ticket) if isinstance(verdict, Nack) else None
+        if taken is not None:
+            self._finish(pull.ticket, Outcome.FAILED, (0,) * len(offer.groups))
 
     def _transfer(self, connection: Connection, pull: Pull, offer: Offer, name: str) -> None:
         sent = [0] * len(offer.groups)

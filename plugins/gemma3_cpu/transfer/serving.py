@@ -48,16 +48,21 @@ class Refusal(VswaError):
     """The pull is not served; the message goes to the decode side."""
 
 
+def wrong_fingerprint(pull: Pull, offer: Offer) -> Refusal:
+    """Why a pull with another fingerprint is not served."""
+    return Refusal(
+        f"expected fingerprint {offer.fingerprint!r}, got {pull.fingerprint!r}; run the same model, "
+        "dtype and cache options on prefill and decode workers"
+    )
+
+
 def wanted_groups(pull: Pull, offer: Offer) -> list[GroupBlocks]:
     """The blocks that the pull requests.
 
     :raises Refusal: another fingerprint, or blocks that are not offered.
     """
     if pull.fingerprint != offer.fingerprint:
-        raise Refusal(
-            f"expected fingerprint {offer.fingerprint!r}, got {pull.fingerprint!r}; run the same model, "
-            "dtype and cache options on prefill and decode workers"
-        )
+        raise wrong_fingerprint(pull, offer)
     if len(pull.ranges) != len(offer.groups):
         raise Refusal(f"expected ranges for {len(offer.groups)} cache groups, got {len(pull.ranges)}")
     return [_within(index, pull.ranges[index], group) for index, group in enumerate(offer.groups)]

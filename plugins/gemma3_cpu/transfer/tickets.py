@@ -83,10 +83,15 @@ class TicketBook(Generic[T]):
         self._counts.offered += 1
         return ticket
 
+    def peek(self, ticket: str) -> T | None:
+        """What :meth:`take` would give; the ticket stays good."""
+        entry = self._open(ticket)
+        return None if entry is None else entry.item
+
     def take(self, ticket: str) -> T | None:
         """What the ticket stands for, the first time and before its deadline; else None."""
-        entry = self._entries.get(_digest(ticket))
-        if entry is None or entry.state is not State.OFFERED or entry.deadline <= self.clock():
+        entry = self._open(ticket)
+        if entry is None:
             self._counts.refused += 1
             return None
         entry.state = State.TAKEN
@@ -123,6 +128,12 @@ class TicketBook(Generic[T]):
     def counts(self) -> TicketCounts:
         moving = sum(entry.state is State.TAKEN for entry in self._entries.values())
         return msgspec.structs.replace(self._counts, waiting=len(self._entries) - moving, moving=moving)
+
+    def _open(self, ticket: str) -> _Entry[T] | None:
+        entry = self._entries.get(_digest(ticket))
+        if entry is None or entry.state is not State.OFFERED or entry.deadline <= self.clock():
+            return None
+        return entry
 
     def _end(self, ticket: str, state: State, outcome: Outcome) -> T | None:
         key = _digest(ticket)

@@ -8,12 +8,13 @@ from vswa_plugin.engine import RequestRecord
 from vswa_plugin.hookspecs import hookimpl
 
 _registry = CollectorRegistry()
-_cold = Counter("example_cold_requests", "Requests that reused no KV.", registry=_registry)
+_cold = Counter("example_cold_requests", "Finished requests that reused no KV.", registry=_registry)
 
 
 @hookimpl
 def vswa_request_finished(record: RequestRecord) -> None:
-    if record.cached_tokens == 0:
+    finished = record.finish_reason not in ("cancelled", "error")
+    if finished and record.cached_tokens == 0:
         _cold.inc()
 
 

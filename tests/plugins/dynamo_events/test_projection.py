@@ -422,8 +422,8 @@ def test_an_event_among_many_branches_looks_at_none_of_the_others(event: str) ->
         looks += 1
         return original(*args)
 
-    original = projection._step
-    projection._step = counted  # type: ignore[method-assign]
+    original = projection._grid.step
+    projection._grid.step = counted  # type: ignore[method-assign]
     events = {
         "a leaf leaves": lambda: script_.remove(leaf, group=1),
         "a block below a leaf": lambda: script_.store(leaf + "x", first=5),

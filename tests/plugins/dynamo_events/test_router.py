@@ -107,6 +107,13 @@ def test_dynamos_router_scores_every_prompt_as_the_definition_after_each_step(fo
     assert [0] * (len(SCRIPTS[name]["steps"]) + 1) == found[name]
 
 
+def test_dynamos_router_scores_a_worker_whose_groups_have_blocks_of_several_sizes(found: Any) -> None:
+    *wrong, published = found["several sizes"]
+
+    assert [0] * 10 == wrong
+    assert 0 < published
+
+
 def test_dynamos_publisher_counts_stores_so_that_a_doubled_one_would_lie(found: Any) -> None:
     assert 8 == found["doubled store"], "the engine holds 7"
 

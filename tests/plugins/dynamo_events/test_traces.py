@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from vswa_plugins.dynamo_events.projection import MODES, Projection
+from vswa_plugins.dynamo_events.grid import MODES
+from vswa_plugins.dynamo_events.projection import Projection
 from vswa_plugins.trtllm_events import TrtllmEventAdapter
 
 from tests.dynamo_events_helpers import DynamoTree, told

@@ -93,7 +93,7 @@ def test_a_stop_token_that_comes_first_ends_the_answer_without_a_transfer(small:
             short = await pair.run(request_for(prompt, 1))
             for chunks, reason in ((stopped, "stop"), (short, "length")):
                 assert [([first], reason)] == [(c["token_ids"], c["finish_reason"]) for c in chunks]
-                assert {"dp_rank": 0, "transferred_tokens": 50} == chunks[0][WORKER_ONLY]
+                assert {"dp_rank": 0, "transferred_tokens": 50}.items() <= chunks[0][WORKER_ONLY].items()
             await pair.settled()
             assert [0.0, 0.0] == [e.stats()["transfers"] for e in (pair.prefill, pair.decode)]
 
@@ -196,7 +196,7 @@ def test_decode_announces_what_it_received_and_reuses_it(small: Path, cold: Cold
             assert {"32": 4.0, "global": 4.0} == {w: second[w] - first[w] for w in first}
             assert 120.0 == pair.decode.stats()["decode_cached_tokens"]
             assert 0.0 == pair.decode.stats()["prefill_tokens"]
-            assert {"dp_rank": 0, "transferred_tokens": 30} == chunks[0][WORKER_ONLY]
+            assert {"dp_rank": 0, "transferred_tokens": 30}.items() <= chunks[0][WORKER_ONLY].items()
 
     run_async(main())
 
@@ -237,7 +237,7 @@ def test_a_request_without_a_prefill_result_is_served_whole(small: Path, cold: C
     chunks = run_async(main())
 
     assert cold.greedy(prompt, 4) == tokens_of(chunks)
-    assert {"dp_rank": 0, "transferred_tokens": 0} == chunks[0][WORKER_ONLY]
+    assert {"dp_rank": 0, "transferred_tokens": 0}.items() <= chunks[0][WORKER_ONLY].items()
 
 
 def test_two_prefill_and_two_decode_engines_serve_one_another(small: Path, cold: Cold) -> None:

@@ -71,7 +71,7 @@ def test_a_prefill_worker_that_stops_mid_transfer_costs_a_local_prefill(
                 held.go.set()
                 await stopping
             assert cold.greedy(prompt, 5) == tokens_of(chunks)
-            assert {"dp_rank": 0, "transferred_tokens": 0} == chunks[0][WORKER_ONLY]
+            assert {"dp_rank": 0, "transferred_tokens": 0}.items() <= chunks[0][WORKER_ONLY].items()
             stats = pair.decode.stats()
             assert (1.0, 0.0, 150.0) == tuple(
                 stats[name] for name in ("transfer_failures", "transfers", "prefill_tokens")

@@ -14,10 +14,12 @@ from vswa_plugins.gemma3_cpu.serving.engine import TOTALS, Gemma3CpuEngine
 
 from tests.gemma3_engine_helpers import (
     CONTEXT,
+    EVEN_OVERRIDES,
     OPTIONS,
     STUCK,
     Cold,
     collect,
+    make_small_model,
     prompt_of,
     request_for,
     run_async,
@@ -30,6 +32,7 @@ from tests.gemma3_engine_helpers import model as model
 from tests.gemma3_engine_helpers import small as small
 from vswa_plugin import __version__
 from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
+from vswa_plugin.blocks.memory import Memory, Pool
 from vswa_plugin.engine.contract import Engine, EngineInfo
 from vswa_plugin.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 
@@ -71,7 +74,9 @@ def test_it_says_what_it_is_before_it_starts(small: Path) -> None:
 
     name = {"engine": "gemma3_cpu", "engine_version": __version__}
 
-    info = EngineInfo(layout, CONTEXT, 8, 64, total_kv_blocks=4 * CONTEXT // 8, totals=TOTALS, **name)
+    memory = Memory((Pool((0,), 2 * CONTEXT // 8, 0), Pool((1,), 4 * CONTEXT // 8, 0)), "trtllm_v2", 64, 8)
+    blocks = 4 * CONTEXT // 8
+    info = EngineInfo(layout, CONTEXT, 8, 64, blocks, totals=TOTALS, memory=memory, **name)
     assert info == engine.info
     assert "trtllm" == engine.event_format
     assert engine.failure() is None
@@ -88,6 +93,30 @@ def test_the_cache_groups_are_announced_at_the_start(small: Path) -> None:
             assert [(0, "created", 32), (0, "created", CONTEXT)] == heard
 
     run_async(main())
+
+
+@pytest.mark.parametrize("rule", ["trtllm_v2", "trtllm_v1"])
+def test_the_capacity_of_each_window_is_the_size_of_its_pool(small: Path, rule: str) -> None:
+    own = {"kv_blocks": {"32": 70, "global": 90}, "reuse_rule": rule}
+
+    async def main() -> tuple[dict[str, int], dict[str, float]]:
+        async with running_engine(small, {**OPTIONS, "gemma3_cpu": own}) as engine:
+            await collect(engine, request_for(prompt_of(100), 4))
+            return engine.info.capacity, engine.stats()
+
+    capacity, stats = run_async(main())
+    pools = {
+        window: sum(stats.get(f"blocks_{state}_{window}", 0) for state in ("used", "free", "droppable"))
+        for window in ("32", "global")
+    }
+
+    assert capacity == pools == {"32": 70, "global": 90}
+
+
+def test_windows_that_share_a_pool_have_no_capacity_of_their_own(tmp_path: Path) -> None:
+    directory = make_small_model(tmp_path / "even", EVEN_OVERRIDES)
+
+    assert {} == Gemma3CpuEngine(settings_for(directory)).info.capacity
 
 
 def test_events_are_handed_over_before_the_answer_and_a_failing_receiver_costs_no_answer(small: Path) -> None:

@@ -41,6 +41,10 @@ GIVEN: dict[str, Any] = {
     "sampling_options.presence_penalty": 0.5,
     "sampling_options.frequency_penalty": 0.5,
     "sampling_options.repetition_penalty": 1.5,
+    "sampling_options.guided_decoding.json": {"type": "object"},
+    "sampling_options.guided_decoding.regex": "a",
+    "sampling_options.guided_decoding.choice": ["a"],
+    "sampling_options.guided_decoding.grammar": 'root ::= "a"',
     "output_options.logprobs": 2,
     "routing.dp_rank": 1,
     "routing.cache_salt": "s",
@@ -53,7 +57,9 @@ def with_field(path: str, value: Any) -> dict[str, Any]:
     section, _, key = path.rpartition(".")
     if not section:
         return {**BASE, path: value}
-    return {**BASE, section: {**(BASE.get(section) or {}), key: value}}
+    outer, _, inner = section.partition(".")
+    body = {inner: {key: value}} if inner else {key: value}
+    return {**BASE, outer: {**(BASE.get(outer) or {}), **body}}
 
 
 @pytest.mark.parametrize("path", USED)

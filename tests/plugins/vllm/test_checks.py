@@ -8,6 +8,7 @@ import pytest
 from vswa_plugins.vllm.checks import LayoutCheck
 
 from tests.vllm_events_helpers import SIZE, layout_of
+from vswa_plugin.blocks.layout import CacheGroup, CacheLayout
 
 
 def stored(group: int | None = 0, **says: Any) -> dict[str, Any]:
@@ -61,3 +62,33 @@ def test_a_contradiction_says_what_was_expected_each_time(event: object, message
 
 def test_a_group_without_a_number_is_the_only_one() -> None:
     assert LayoutCheck(layout_of(8)).contradiction(stored(None)) is None
+
+
+#: A state, a full group of larger blocks than the hash unit, and one that gives the unit.
+SEVERAL = CacheLayout(
+    (CacheGroup(0, None, 16, "recurrent"), CacheGroup(1, None, 16), CacheGroup(2, 8, 4)), "vllm_hybrid", "m"
+)
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (stored(0, block_size=16, kv_cache_spec_kind="mamba", kv_cache_spec_sliding_window=None), None),
+        (stored(1, block_size=16, **GLOBAL), None),
+        (stored(2), None),
+        # A full group stores the end of a prompt as an entry of one hash unit; others store whole blocks.
+        (stored(1, **GLOBAL), None),
+        (stored(1, block_size=8, **GLOBAL), "expected blocks of 16 tokens, got blocks of 8"),
+        (stored(0, kv_cache_spec_kind="mamba"), "expected blocks of 16 tokens, got blocks of 4"),
+        (stored(2, block_size=16), "expected blocks of 4 tokens, got blocks of 16"),
+        (stored(0, block_size=16, **GLOBAL), "expected window recurrent, got the kind 'full_attention'"),
+        (
+            stored(1, block_size=16, kv_cache_spec_kind="mamba"),
+            "expected window global, got the kind 'mamba'",
+        ),
+    ],
+)
+def test_groups_of_other_kinds_and_sizes_are_compared_too(event: object, message: str | None) -> None:
+    found = LayoutCheck(SEVERAL).contradiction(event)
+
+    assert found is None if message is None else message in str(found)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
+from vswa_plugins.vllm import package
 from vswa_plugins.vllm.engine import VllmEngine
 
 from tests import vllm_package
@@ -56,6 +59,50 @@ def test_it_declares_vllms_groups_and_imports_nothing(standin: None, model: Path
     assert [WINDOW] * 5 + [None] == [group.window_size for group in info.layout.groups]
     assert ({BS}, "vllm") == ({group.block_size for group in info.layout.groups}, info.layout.rule)
     assert [] == AsyncLLM.made
+
+
+def several_sizes(folder: Path) -> Path:
+    """A model like Gemma 4: a token has half the bytes in layers with a window."""
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * 2
+    config = {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 12,
+        "layer_types": kinds,
+        "sliding_window": 64,
+    }
+    heads = {
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "global_head_dim": 128,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps({**config, **heads}))
+    return folder
+
+
+def test_blocks_of_several_sizes_are_declared_and_handed_over_by_nobody(
+    standin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = several_sizes(tmp_path)
+    layout = VllmEngine(settings_for(model)).info.layout
+
+    assert ([(64, 2 * BS)] * 5 + [(None, BS)], "vllm_hybrid") == (
+        [(group.window_size, group.block_size) for group in layout.groups],
+        layout.rule,
+    )
+    monkeypatch.setattr(package, "require_nixl", lambda: None)
+    with pytest.raises(
+        ConfigError, match=r"--mode decode: expected a model whose cache groups have blocks of"
+    ):
+        VllmEngine(msgspec.structs.replace(settings_for(model), mode="decode"))
+
+
+def test_a_vllm_that_made_blocks_of_one_size_instead_ends_the_worker(standin: None, tmp_path: Path) -> None:
+    made = Started(several_sizes(tmp_path))
+    made.ask(asked(PROMPT))
+    made.engine.stop()
+
+    assert "cache group 0: expected blocks of 8 tokens, got blocks of 4" in str(made.engine.failure())
 
 
 def test_all_layers_may_share_one_pool(standin: None, model: Path) -> None:

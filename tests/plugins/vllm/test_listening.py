@@ -123,9 +123,8 @@ def test_the_last_batch_is_asked_for_without_a_next_one(sockets: Sockets) -> Non
     heard = Heard()
     with publisher(sockets) as engine, listener(sockets, heard) as made:
         made.published()
-        for (
-            event
-        ) in "ab":  # the second one may come by subscription, so that the rank has become quiet before
+        # The second one may come by subscription, so that the rank has become quiet before.
+        for event in "ab":
             engine.publish([event])
             heard.wait(lambda event=event: event in heard.of(0))  # type: ignore[misc]
         engine.publish(["c"])
@@ -194,10 +193,10 @@ def test_what_has_not_come_when_it_stops_is_asked_for(
     monkeypatch.setattr(listening, "QUIET_S", 3_600.0)
     heard = Heard()
     with publisher(sockets) as engine:
+        # The only look before the end must meet it: the subscription may be later than that.
+        engine.publish(["a"])
         with listener(sockets, heard) as made:
             made.published()
-            heard.wait(lambda: True)
-            engine.publish(["a"])
             heard.wait_for("a")
             engine.dropped = 1
             engine.publish(["b"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vswa_plugins.vllm.model import cache_groups
+from vswa_plugins.vllm.grouping import Layer, cache_groups
 from vswa_plugins.vllm.request import Limits, VllmRequest, parse_request
 
 from vswa_plugin.blocks import CacheLayout
 from vswa_plugin.engine import Fields, reads_cache
 from vswa_plugin.errors import InvalidRequest
 
-LAYOUT = CacheLayout(cache_groups((None,), 4), "vllm", "gemma")
+LAYOUT = CacheLayout(cache_groups([Layer(None)], 4), "vllm", "gemma")
 LIMITS = Limits(context_length=100, vocab_size=1000, ranks=2, layout=LAYOUT)
 PROMPT = [1, 2, 3]
 

@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.e2e_helpers import eventually
 from tests.router.test_models import ODD
 from tests.router_http_helpers import A1, HASHES, PROMPT, A, Api, B, entry_of, run, stored
+from vswa_plugin.dynamo.preprocess import NotRead
 from vswa_plugin.router import reservations
 from vswa_plugin.router.replicas.load import SharedLoad
 from vswa_plugin.selection import Load, RoutedRequest, Scored
@@ -377,3 +379,82 @@ def test_an_odd_entry_costs_itself_alone_and_is_named_once(
     run(body())
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert f"worker {odd.worker_id} is not used: {reason}" in error
+
+
+class Counting:
+    """Stands for Dynamo's preprocessor; keeps what it was given."""
+
+    def __init__(self, tokens: Sequence[int] = PROMPT) -> None:
+        self.tokens = tokens
+        self.given: list[tuple[str, dict[str, Any]]] = []
+
+    async def token_ids(self, path: str, body: Mapping[str, msgspec.Raw]) -> Sequence[int]:
+        self.given.append((path, {name: msgspec.json.decode(value) for name, value in body.items()}))
+        if not self.tokens:
+            raise NotRead(422, "this cannot be read")
+        return self.tokens
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_text_and_messages_are_chosen_for_by_the_tokens_that_dynamos_frontend_makes_of_them() -> None:
+    tokens = Counting()
+
+    async def body() -> list[Any]:
+        async with Api(tokens=tokens) as api:
+            await api.all_live()
+            await api.holds(B, stored(sliding=[3, 4], whole=range(5)))
+            wishes: list[dict[str, Any]] = [
+                {"prompt": "Hi"},
+                {"messages": MESSAGES, "tools": [{"type": "function"}], "chat_template_args": {"a": 1}},
+                {"token_ids": PROMPT},
+            ]
+            return [await api.post("/select", **wish) for wish in wishes]
+
+    answers = run(body())
+
+    assert [200] * 3 == [status for status, _ in answers]
+    assert [80] * 3 == [answer["cached_tokens"] for _, answer in answers]
+    assert tokens.given == [
+        ("/v1/completions", {"model": "m", "prompt": "Hi"}),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "m",
+                "messages": MESSAGES,
+                "tools": [{"type": "function"}],
+                "chat_template_args": {"a": 1},
+            },
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wish", "reason"),
+    [
+        (None, {"prompt": "Hi"}, "`vswa picker` does"),
+        (None, {}, "token_ids: expected the prompt, got none"),
+        (
+            Counting(),
+            {"prompt": "Hi", "messages": MESSAGES},
+            "expected one of token_ids, prompt and messages",
+        ),
+        (Counting(), {"prompt": "Hi", "token_ids": PROMPT}, "expected one of token_ids, prompt and messages"),
+        (Counting(()), {"messages": MESSAGES}, "this cannot be read"),
+        (Counting(), {"prompt": "Hi", "model": "x"}, "unknown model 'x'"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused_with_the_reason(
+    tokens: Counting | None, wish: dict[str, Any], reason: str
+) -> None:
+    async def body() -> tuple[int, Any]:
+        async with Api(tokens=tokens) as api:
+            await api.all_live()
+            found: tuple[int, Any] = await api.post("/select", **wish)
+            return found
+
+    status, answer = run(body())
+
+    assert status == (404 if "model" in wish else 400)
+    assert reason in answer["error"]

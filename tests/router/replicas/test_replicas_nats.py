@@ -153,10 +153,10 @@ def test_a_router_started_anew_under_load_becomes_right(
             await asyncio.sleep(0.01)
 
     async def body() -> tuple[Load, int]:
-        registry = FileRegistry(tmp_path)
+        registries = [FileRegistry(tmp_path) for _ in workers]
         async with running(*workers):
-            await registry.join(entry_of(workers[0]))
-            for each in workers:
+            for registry, each in zip(registries, workers, strict=True):
+                await registry.join(entry_of(each))
                 each.work(300)
             working = asyncio.create_task(keep_working())
             try:
@@ -180,7 +180,8 @@ def test_a_router_started_anew_under_load_becomes_right(
             finally:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
-                await registry.close()
+                for registry in registries:
+                    await registry.close()
 
     load, snapshots = run(body())
 

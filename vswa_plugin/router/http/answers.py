@@ -13,8 +13,9 @@ from vswa_plugin.errors import InvalidRequest, RequestError, unknown_choice
 from vswa_plugin.following.fleet import Fleet, RankStatus
 from vswa_plugin.index import WindowIndex
 from vswa_plugin.registry import Entry
-from vswa_plugin.router.decide import Hasher, PromptHashes, hashed_prompt
+from vswa_plugin.router.decide import Decider, Hasher, PromptHashes, hashed_prompt
 from vswa_plugin.router.http.messages import (
+    ChoiceAnswer,
     ExplanationAnswer,
     HashQuery,
     InstanceAnswer,
@@ -23,10 +24,12 @@ from vswa_plugin.router.http.messages import (
     Query,
     QueryAnswer,
     RankAnswer,
+    RankText,
     ReadyAnswer,
     WorkerAnswer,
 )
-from vswa_plugin.router.pools import Groups
+from vswa_plugin.router.pools import Groups, Model
+from vswa_plugin.selection import NoCandidate
 from vswa_plugin.wire.events import Rank, Source, id_text
 from vswa_plugin.wire.subjects import subject
 
@@ -101,6 +104,8 @@ def served(groups: Groups, wish: ModelWish) -> Served:
 def prompt_of(groups: Groups, hasher: Hasher, query: Query) -> ServedPrompt:
     """Raises InvalidRequest or UnknownModel."""
     model = served(groups, query)
+    if query.token_ids is None:
+        raise InvalidRequest("token_ids: expected the prompt, got none")
     prompt = hashed_prompt(hasher, query.token_ids, model.naming, query.cache_salt, query.lora_name)
     return ServedPrompt(model, prompt, None)
 
@@ -247,6 +252,31 @@ def explanations(fleet: Fleet, prompt: ServedPrompt) -> list[ExplanationAnswer]:
         )
     found = fleet.index.explain(prompt.names, prompt.length, model.name)
     return [ExplanationAnswer.of(each) for each in found]
+
+
+def choice_answers(decider: Decider, models: Mapping[str, Model], prompt: ServedPrompt) -> list[ChoiceAnswer]:
+    """What a request with the prompt would cost on each rank, and which would be chosen.
+
+    :raises NoCandidate: no worker serves the model.
+    """
+    model = models.get(prompt.served.name)
+    if model is None or not any(pool.ranks for pool in model.pools):
+        raise NoCandidate("no worker serves this model right now; see /workers")
+    hashed = PromptHashes(prompt.length, prompt.hashes, prompt.names)
+    return [
+        ChoiceAnswer(
+            RankText(id_text(each.scored.rank.worker_id), each.scored.rank.dp_rank),
+            pool.phase,
+            each.scored.candidate.cached_tokens,
+            each.scored.cost + each.added,
+            each.added,
+            each.chosen,
+            dict(each.terms),
+        )
+        for pool in model.pools
+        if pool.ranks
+        for each in decider.weighed(pool, hashed)
+    ]
 
 
 def worker_answers(fleet: Fleet, model_name: str | None = None) -> list[WorkerAnswer]:

@@ -7,7 +7,7 @@ windows need is beside them. Unknown fields are ignored, as there. Worker ids ar
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,7 @@ from vswa_plugin.wire.events import id_text
 MAX_BODY_BYTES = 4 << 20
 MAX_TOKENS = 262_144
 MAX_HASHES = 65_536
+MAX_MESSAGES = 4_096
 MAX_TTL_S = 3_600.0
 
 _U64_MAX = 2**64 - 1
@@ -32,6 +33,7 @@ _Hashes = Annotated[list[_Hash], Meta(min_length=1, max_length=MAX_HASHES)]
 #: A worker's id as an answer has it, or as a number.
 _WorkerId = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern="^[0-9]{1,20}$")]
 _DpRank = Annotated[int, Meta(ge=0, le=2**31)]
+_Text = Annotated[str, Meta(min_length=1, max_length=MAX_BODY_BYTES)]
 _Length = Annotated[int, Meta(ge=1, le=2**31)]
 
 
@@ -46,6 +48,19 @@ class Query(ModelWish, kw_only=True):
     """A prompt as tokens. Salt and LoRA go into the hashes: equal tokens under another salt do not match."""
 
     token_ids: _Tokens
+    lora_name: _Name | None = None
+    cache_salt: _Name | None = None
+
+
+class ExplainQuery(ModelWish, kw_only=True):
+    """A prompt as tokens, or as text.
+
+    :param prompt: taken as ``/v1/completions`` takes it, without a chat template; ``token_ids`` go before it.
+        The router must be able to read the model's tokenizer.
+    """
+
+    token_ids: _Tokens | None = None
+    prompt: Annotated[str, Meta(min_length=1)] | None = None
     lora_name: _Name | None = None
     cache_salt: _Name | None = None
 
@@ -216,6 +231,24 @@ class ExplanationAnswer(msgspec.Struct, frozen=True):
         return cls(**{**msgspec.structs.asdict(found), "rank": rank})
 
 
+class ChoiceAnswer(msgspec.Struct, frozen=True):
+    """What one rank would cost a request with a prompt, and whether it would be chosen.
+
+    :param phase: ``agg``, or ``prefill`` or ``decode`` where these are apart.
+    :param cost: in blocks, with what plugins add to it.
+    :param added: of it, what plugins add.
+    :param terms: what the plugin that makes the cost says of it, by name.
+    """
+
+    rank: RankText
+    phase: str
+    cached_tokens: int
+    cost: float
+    added: float
+    chosen: bool
+    terms: dict[str, float]
+
+
 class HealthAnswer(msgspec.Struct, frozen=True):
     status: str
     reason: str | None
@@ -233,6 +266,10 @@ class ReadyAnswer(msgspec.Struct, frozen=True):
 class SelectQuery(Query, kw_only=True):
     """A request that looks for its worker, or for two: where prefill and decode workers are apart.
 
+    Its prompt is ``token_ids``, or where Dynamo's preprocessor is at hand (``vswa picker``) ``prompt`` or
+    ``messages``, as in a request to Dynamo's frontend.
+
+    :param tools: with ``messages``, as there; ``chat_template_args`` likewise.
     :param selection_id: chosen by the caller, unique among active ones; None: a new one.
     :param reserve: False: choose only, without counting it as load.
     :param ttl_s: when the reservation ends by itself.
@@ -247,6 +284,11 @@ class SelectQuery(Query, kw_only=True):
         promised; ``skip_reading_prefix_cache`` likewise.
     """
 
+    token_ids: _Tokens | None = None  # type: ignore[assignment]
+    prompt: _Text | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)] | None = None
+    chat_template_args: dict[str, Any] | None = None
     selection_id: _Name | None = None
     reserve: bool = True
     ttl_s: Annotated[float, Meta(gt=0, le=MAX_TTL_S)] = 120.0

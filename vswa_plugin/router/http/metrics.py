@@ -16,6 +16,8 @@ from vswa_plugin.following.metrics import fleet_families, in_pieces, rank_labels
 from vswa_plugin.program.metrics import About, Page, no_plugins
 from vswa_plugin.router.counts import RequestCounts
 from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.picks import OUTCOMES as OF_REQUESTS
+from vswa_plugin.router.picks import PickerCounts
 from vswa_plugin.router.pools import Pool
 from vswa_plugin.router.promises import Promises, RankPromises
 from vswa_plugin.router.replicas.load import SharedLoad
@@ -26,6 +28,7 @@ from vswa_plugin.wire.events import Rank, id_text
 
 #: ``tuple[str, ...]`` would not do: the keys of a mapping are invariant.
 _Labels = TypeVar("_Labels", tuple[str], tuple[str, str])
+_Series = TypeVar("_Series", tuple[()], tuple[str, str])
 _T = TypeVar("_T", CounterMetricFamily, GaugeMetricFamily)
 _MODEL = ("model",)
 _RANK = ("model", "worker", "dp_rank")
@@ -41,6 +44,7 @@ _REPLICAS = {
     "sent": ("messages_sent", "Messages to other routers."),
     "bytes_sent": ("sent_bytes", "Bytes of the messages to other routers."),
     "malformed": ("malformed_messages", "Messages of other routers that could not be read."),
+    "foreign_subject": ("foreign_subject_messages", "Messages of a router on the subject of another one."),
     "foreign_version": ("foreign_version_messages", "Messages of routers of another protocol version."),
     "send_errors": ("send_errors", "Messages that the broker did not take."),
     "wanted": ("wanted_requests", "Requests of other routers that had to be fetched."),
@@ -55,6 +59,7 @@ class Counted(msgspec.Struct, frozen=True):
     :param pools: of all models.
     :param requests: of a router that forwards them.
     :param reservations: of a router that only selects.
+    :param picker: of a picker.
     """
 
     decider: Decider
@@ -63,6 +68,7 @@ class Counted(msgspec.Struct, frozen=True):
     requests: RequestCounts | None = None
     reservations: Reservations | None = None
     replicas: SharedLoad | None = None
+    picker: PickerCounts | None = None
 
 
 def _by(family: _T, counts: Mapping[_Labels, int]) -> _T:
@@ -71,9 +77,7 @@ def _by(family: _T, counts: Mapping[_Labels, int]) -> _T:
     return family
 
 
-def _histogram(
-    name: str, text: str, labels: tuple[str, ...], buckets: Mapping[tuple[str, str], Buckets]
-) -> Metric:
+def _histogram(name: str, text: str, labels: tuple[str, ...], buckets: Mapping[_Series, Buckets]) -> Metric:
     family = HistogramMetricFamily(name, text, labels=labels)
     for values, each in buckets.items():
         family.add_metric(values, each.cumulative(), sum_value=each.sum)
@@ -93,6 +97,8 @@ def router_families(counted: Counted) -> Iterator[Metric]:
         yield from _requests(counted.requests)
     if counted.reservations is not None:
         yield from _reservations(counted.reservations)
+    if counted.picker is not None:
+        yield from _picker(counted.picker)
     if counted.replicas is not None:
         yield from _replicas(counted.replicas)
     yield from _load(counted.pools())
@@ -158,6 +164,27 @@ def _reservations(reservations: Reservations) -> list[Metric]:
     ]
 
 
+def _picker(counts: PickerCounts) -> list[Metric]:
+    models = {model for model, _ in counts.outcomes} | {OTHER}
+    outcomes = {(model, outcome): 0 for model in models for outcome in OF_REQUESTS} | counts.outcomes
+    durations = (
+        ("preprocessing", "Time to make the tokens of a request.", counts.preprocessing),
+        ("pick", "Time from a request's last byte to its choice.", counts.picking),
+    )
+    return [
+        _by(
+            CounterMetricFamily(
+                "vswa_picker_requests", "What became of a gateway's requests.", labels=("model", "outcome")
+            ),
+            outcomes,
+        ),
+        GaugeMetricFamily(
+            "vswa_picker_requests_in_flight", "Requests of the gateway under way.", value=counts.under_way
+        ),
+        *(_histogram(f"vswa_picker_{name}_seconds", text, (), {(): each}) for name, text, each in durations),
+    ]
+
+
 def _load(pools: Iterable[Pool]) -> Iterator[Metric]:
     ranks = [(pool, rank) for pool in pools for rank in pool.ranks]
     for field, text in _LOAD.items():
@@ -207,6 +234,15 @@ def _promises(promises: Promises) -> Iterator[Metric]:
         promises.errors,
     )
 
+    yield _by(
+        CounterMetricFamily(
+            "vswa_router_promise_error_tokens",
+            "Tokens promised and not reused, or reused and not promised, by the likely cause.",
+            labels=("model", "cause"),
+        ),
+        promises.causes,
+    )
+
     def systematic() -> GaugeMetricFamily:
         text = "1: the last predictions for the worker were often wrong."
         return GaugeMetricFamily("vswa_router_systematic_error", text, labels=("worker",))
@@ -234,13 +270,14 @@ def _replicas(replicas: SharedLoad) -> Iterator[Metric]:
 class RouterMetrics:
     """All metrics of one router, rendered on demand.
 
-    :param program: ``router`` or ``selector``.
+    :param program: ``router``, ``selector`` or ``picker``.
     :param plugins: from the router's own page to the text that plugins add to it: ``PluginHost.metrics``.
     """
 
     def __init__(
         self, program: str, fleet: Fleet, counted: Counted, plugins: Callable[[str], str] = no_plugins
     ) -> None:
+        self.program, self.counted = program, counted
         self._seconds = Histogram(
             "vswa_router_http_request_seconds",
             "Time to answer over HTTP.",

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from vswa_plugin import __version__
+from vswa_plugin.router.http.guard import OPEN_PATHS
 from vswa_plugin.router.http.messages import ErrorAnswer
 from vswa_plugin.router.http.operations import ERRORS, JSON, OPERATIONS, Operation, Parameter
 
@@ -19,20 +20,27 @@ _ABOUT = (
 )
 
 
-def document() -> dict[str, Any]:
-    """The whole document, OpenAPI 3.1, as built-in types."""
+def document(with_token: bool = False) -> dict[str, Any]:
+    """The whole document, OpenAPI 3.1, as built-in types.
+
+    :param with_token: whether the router demands a token.
+    """
     kinds = list(_kinds())
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     by_kind = {str(kind): schema for kind, schema in zip(kinds, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, by_kind)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(
+            operation, by_kind, with_token and operation.path not in OPEN_PATHS
+        )
     root: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "vswa router", "version": __version__, "description": _ABOUT},
         "paths": paths,
         "components": {"schemas": _tidied(components)},
     }
+    if with_token:
+        root["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     return root
 
 
@@ -42,7 +50,7 @@ def _kinds() -> Iterator[Any]:
         yield from (kind for kind in (operation.body, operation.answer) if kind is not None)
 
 
-def _described(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+def _described(operation: Operation, schemas: dict[str, Any], with_token: bool) -> dict[str, Any]:
     error = {JSON: {"schema": schemas[str(ErrorAnswer)]}}
     answer: dict[str, Any] = {"schema": {"type": "object"}}
     if operation.content != JSON:
@@ -51,7 +59,8 @@ def _described(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         answer = {"schema": schemas[str(operation.answer)]}
     content = {operation.content: answer}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
-    for status in (*operation.errors, 500):
+    guarded = (*([401] if with_token else []), *([408] if operation.body is not None else []))
+    for status in (*guarded, *operation.errors, 500):
         responses[str(status)] = {"description": ERRORS[status], "content": error}
     if operation.unready:
         responses["503"] = {"description": "No, and why.", "content": content}
@@ -60,6 +69,8 @@ def _described(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         "summary": operation.text,
         "responses": responses,
     }
+    if with_token:
+        described["security"] = [{"token": []}]
     if operation.parameters:
         described["parameters"] = [
             {

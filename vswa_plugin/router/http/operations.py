@@ -7,7 +7,9 @@ from typing import Any
 import msgspec
 
 from vswa_plugin.router.http.messages import (
+    ChoiceAnswer,
     DumpAnswer,
+    ExplainQuery,
     ExplanationAnswer,
     HashQuery,
     HealthAnswer,
@@ -21,11 +23,14 @@ from vswa_plugin.router.http.messages import (
     SelectQuery,
     WorkerAnswer,
 )
+from vswa_plugin.router.http.overview import Overview
 
-JSON, TEXT = "application/json", "text/plain"
+JSON, TEXT, HTML = "application/json", "text/plain", "text/html"
 ERRORS = {
     400: "It can never be answered as it is.",
+    401: "The token is missing or wrong.",
     404: "Unknown model or reservation, or this router has no such operation.",
+    408: "The body did not come in time.",
     409: "The selection_id is in use.",
     413: "Larger than a limit.",
     500: "A fault of the router; its log says more.",
@@ -66,10 +71,11 @@ class Operation(msgspec.Struct, frozen=True):
     demand: dict[str, Any] = {}
 
 
-def _given(name: str) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"type": "array"}}}
+def _given(name: str, kind: str = "array") -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": kind}}}
 
 
+_TEXT: dict[str, Any] = {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}}
 _MODEL = Parameter("model_name", "string", "only workers of this model")
 DUMP_PARAMETERS = (
     _MODEL,
@@ -104,9 +110,19 @@ OPERATIONS = (
         "/explain",
         "explain",
         "Which blocks every rank holds, in each window, and which one spoilt the next boundary.",
-        Query,
+        ExplainQuery,
         list[ExplanationAnswer],
         errors=_ASKED,
+        demand={"anyOf": [_given("token_ids"), _given("prompt", "string")]},
+    ),
+    Operation(
+        "POST",
+        "/choice",
+        "choice",
+        "What every rank would cost a request with that prompt, and which would be chosen.",
+        Query,
+        list[ChoiceAnswer],
+        errors=(400, 404, 413, 503),
     ),
     Operation(
         "POST",
@@ -117,6 +133,7 @@ OPERATIONS = (
         SelectQuery,
         SelectAnswer,
         errors=(400, 404, 409, 413, 503),
+        demand={"oneOf": [_given("token_ids"), _given("messages"), _TEXT]},
     ),
     Operation(
         "POST",
@@ -162,6 +179,8 @@ OPERATIONS = (
         answer=ReadyAnswer,
         unready=True,
     ),
+    Operation("GET", "/overview", "overview", "What the live page shows, bounded in size.", answer=Overview),
+    Operation("GET", "/", "page", "The live page, for a browser.", content=HTML),
     Operation("GET", "/metrics", "metrics", "Everything that is counted, as Prometheus text.", content=TEXT),
     Operation("GET", "/openapi.json", "openapi", "This document."),
 )

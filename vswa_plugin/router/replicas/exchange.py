@@ -56,9 +56,11 @@ class Replicas:
         if self._tasks:
             await self._send(self.load.farewell())
 
-    async def _receive(self, _: str, payload: bytes) -> None:
+    async def _receive(self, on_subject: str, payload: bytes) -> None:
+        """Each router has a subject of its own: the broker's permissions decide who may publish there."""
         if not self._stopped:
-            self.load.receive(payload, asyncio.get_running_loop().time())
+            sender = on_subject.removeprefix(f"{self._prefix}.").removesuffix(".load")
+            self.load.receive(payload, asyncio.get_running_loop().time(), sender)
 
     async def _tick_forever(self) -> None:
         loop = asyncio.get_running_loop()

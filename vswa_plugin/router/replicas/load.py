@@ -15,6 +15,7 @@ import msgspec
 from vswa_plugin.errors import ProtocolError
 from vswa_plugin.router.replicas.messages import (
     MAX_HASHES,
+    MAX_KEYS,
     Bye,
     Digest,
     ForeignVersion,
@@ -33,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 #: More routers, or more requests of one, are left out and counted.
 MAX_ROUTERS, MAX_REQUESTS = 64, 65_536
+#: What is kept of the requests of one router, and of all, in hashes: some 200 bytes each. A request counts as
+#: so many besides its own. Where there is no room, the end of its prompt is left out, or all of it.
+MAX_ROUTER_HASHES, MAX_ALL_HASHES, REQUEST_HASHES = 1 << 18, 1 << 19, 8
+#: Requests of one router that are asked for at a time; the next digest names the others.
+MAX_WANTED = 4 * MAX_KEYS
 INTERVAL_S = 1.0
 #: After so many intervals without a message a router counts as gone.
 SILENCE = 3.5
@@ -46,6 +52,7 @@ class ReplicaStats(msgspec.Struct):
     bytes_sent: int = 0
     malformed: int = 0
     foreign_version: int = 0
+    foreign_subject: int = 0
     send_errors: int = 0
     wanted: int = 0
     left_out: int = 0
@@ -86,10 +93,21 @@ def _state(key: int, request: Booked) -> State:
 
 
 class _Router(msgspec.Struct):
-    """Another router: what it has under way, and when its last message came."""
+    """Another router: what it has under way, how much that is, and when its last message came."""
 
     heard_at: float
     requests: dict[int, Put] = msgspec.field(default_factory=dict)
+    hashes: int = 0
+
+    def keep(self, put: Put) -> None:
+        self.requests[put.state.key] = put
+        self.hashes += REQUEST_HASHES + len(put.hashes)
+
+    def pop(self, key: int) -> Put | None:
+        put = self.requests.pop(key, None)
+        if put is not None:
+            self.hashes -= REQUEST_HASHES + len(put.hashes)
+        return put
 
 
 class SharedLoad:
@@ -138,7 +156,7 @@ class SharedLoad:
         """A request of another router is in its book no more."""
         other = self.others.get(router)
         if other is not None:
-            other.requests.pop(key, None)
+            other.pop(key)
 
     # -- time and messages -------------------------------------------------------------------------
 
@@ -158,8 +176,11 @@ class SharedLoad:
         self._digest_due = True
         self._wake()
 
-    def receive(self, payload: bytes, now: float) -> None:
-        """Take in a message of another router; one that cannot be used is counted."""
+    def receive(self, payload: bytes, now: float, sender: str | None = None) -> None:
+        """Take in a message of another router; one that cannot be used is counted.
+
+        :param sender: the router, hexadecimal, on whose subject it came; None: whoever it says.
+        """
         try:
             message = decode(payload)
         except ForeignVersion as error:
@@ -171,6 +192,9 @@ class SharedLoad:
             self.stats.malformed += 1
             if self.stats.malformed == 1:
                 logger.warning("load of another router is ignored (further ones are only counted): %s", error)
+            return
+        if sender is not None and sender != f"{message.router:x}":
+            self.stats.foreign_subject += 1
             return
         if message.router == self.router:
             return
@@ -234,10 +258,10 @@ class SharedLoad:
         match word:
             case Put():
                 self._leave(router, other, word.state.key)
-                if len(other.requests) >= MAX_REQUESTS:
+                if (fits := self._fitting(other, word)) is None:
                     self.stats.left_out += 1
                     return
-                self._take_in(router, other, word)
+                self._take_in(router, other, fits)
             case State():
                 self._update(router, other, word)
             case Free():
@@ -251,6 +275,20 @@ class SharedLoad:
             case Bye():
                 self._forget(router, "it has ended")
 
+    def _fitting(self, other: _Router, put: Put) -> Put | None:
+        """The request, as much of it as there is room for; None: not even for its name."""
+        room = self._room(other)
+        if room < 0:
+            return None
+        return put if len(put.hashes) <= room else msgspec.structs.replace(put, hashes=put.hashes[:room])
+
+    def _room(self, other: _Router) -> int:
+        """Hashes that one more request of a router may have; below 0: there is no room for it."""
+        if len(other.requests) >= MAX_REQUESTS:
+            return -1
+        held = sum(each.hashes for each in self.others.values())
+        return min(MAX_ALL_HASHES - held, MAX_ROUTER_HASHES - other.hashes) - REQUEST_HASHES
+
     def _reconcile(self, router: int, other: _Router, digest: Digest) -> None:
         listed = {state.key for state in digest.states}
         end = digest.end
@@ -263,8 +301,9 @@ class SharedLoad:
     def _update(self, router: int, other: _Router, state: State) -> None:
         put = other.requests.get(state.key)
         if put is None:
-            if len(other.requests) < MAX_REQUESTS:
-                self._wants.setdefault(router, set()).add(state.key)
+            wanted = self._wants.setdefault(router, set())
+            if len(wanted) < MAX_WANTED and self._room(other) >= 0:
+                wanted.add(state.key)
             return
         put.state = state
         name, book = (router, state.key), self._books.get(put.model)
@@ -281,7 +320,7 @@ class SharedLoad:
             book.output(name, state.output_tokens - booked.output_tokens)
 
     def _take_in(self, router: int, other: _Router, put: Put) -> None:
-        other.requests[put.state.key] = put
+        other.keep(put)
         self._enter(router, put)
 
     def _enter(self, router: int, put: Put) -> None:
@@ -300,7 +339,7 @@ class SharedLoad:
             book.output(name, state.output_tokens)
 
     def _leave(self, router: int, other: _Router, key: int) -> None:
-        put = other.requests.pop(key, None)
+        put = other.pop(key)
         book = self._books.get(put.model) if put is not None else None
         if book is not None:
             book.free((router, key))

@@ -33,6 +33,8 @@ MAX_HASHES = 32_768
 #: Requests in one part of a digest, and in one wish.
 MAX_KEYS = 2_048
 
+#: Longer names of models are nobody's: the registry takes none.
+_Name = Annotated[str, msgspec.Meta(max_length=4_096)]
 _Hashes = Annotated[tuple[U64, ...], msgspec.Meta(max_length=MAX_HASHES)]
 
 
@@ -54,7 +56,7 @@ class Put(msgspec.Struct, array_like=True, tag="put"):
     """A request; arguments of :meth:`LoadBook.add`."""
 
     state: State
-    model: str
+    model: _Name
     hashes: _Hashes
     prompt_len: U64
     cached_blocks: U64

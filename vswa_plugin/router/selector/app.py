@@ -12,18 +12,20 @@ import logging
 from vswa_plugin.dynamo.client import namespaced_sequence_hashes
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.following.subscriber import SubscriberOptions
+from vswa_plugin.forecast import Forecasts
 from vswa_plugin.host.host import PluginHost
-from vswa_plugin.index import WindowIndex
 from vswa_plugin.program.life import PLUGINS_END_S, Life, Program
 from vswa_plugin.registry import Registry
 from vswa_plugin.registry.opening import reach
 from vswa_plugin.router.args import SELECTOR_PORT, RouterArgs
 from vswa_plugin.router.decide import Decider
+from vswa_plugin.router.http.answers import choice_answers
 from vswa_plugin.router.http.metrics import Counted, RouterMetrics
 from vswa_plugin.router.http.server import RouterServer
 from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.replicas.exchange import Replicas
 from vswa_plugin.router.selector.choices import GatewayChoices
+from vswa_plugin.router.watched import books_for, index_for
 from vswa_plugin.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -44,20 +46,27 @@ class Selector(Program):
         self.port = 0
         self._registry = registry
         transport = Transport(args.nats_server, "vswa selector")
+        forecasts = Forecasts(host.reuse_rules()) if args.promise == "forecast" else None
         self.fleet = Fleet(
             transport,
             registry,
             namespace=args.namespace,
             options=SubscriberOptions(view=args.view),
-            index=WindowIndex(rules=host.reuse_rules()),
+            index=index_for(host),
             tasks=life.tasks,
+            forecasts=forecasts,
         )
         self.replicas = Replicas(transport, args.namespace, life.tasks)
-        self.promises = Promises()
-        decider = Decider(self.fleet.index, args.weights, namespaced_sequence_hashes, host.selection_hooks())
-        self.choices = GatewayChoices(
-            self.fleet, decider, namespaced_sequence_hashes, self.promises, self.replicas.load.book
+        decider = Decider(
+            self.fleet.index,
+            args.weights,
+            namespaced_sequence_hashes,
+            host.selection_hooks(),
+            forecasts=forecasts,
         )
+        self.promises = Promises(decider.recent.reported)
+        books = books_for(host, self.replicas.load.book)
+        self.choices = GatewayChoices(self.fleet, decider, namespaced_sequence_hashes, self.promises, books)
         counted = Counted(
             decider,
             self.promises,
@@ -71,6 +80,8 @@ class Selector(Program):
             life.status,
             RouterMetrics("selector", self.fleet, counted, host.metrics),
             self.choices,
+            args.http.token,
+            explain_choice=lambda prompt: choice_answers(decider, self.choices.models(), prompt),
         )
 
     async def start(self) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
+from vswa_plugin.engine.contract import RequestDict
 from vswa_plugin.errors import RequestError
 from vswa_plugin.following.fleet import Fleet
 from vswa_plugin.registry import Entry
+from vswa_plugin.router.avoided import AvoidedWorkers
 from vswa_plugin.router.decide import Decider, Decision, Hasher, PromptHashes
 from vswa_plugin.router.faults import Faults
 from vswa_plugin.router.http.answers import (
@@ -32,7 +34,7 @@ from vswa_plugin.router.pools import Group, Groups, Model, Pool, not_used, set_r
 from vswa_plugin.router.promises import Promises
 from vswa_plugin.router.reservations import Reservation, Reservations
 from vswa_plugin.selection import LoadBook, NoCandidate
-from vswa_plugin.wire.events import Rank, id_text
+from vswa_plugin.wire.events import id_text
 
 #: What Dynamo's frontend takes for a pin, whatever its router mode: header -> fields of ``nvext``.
 WORKER, RANK = "x-dynamo-worker-instance-id", "x-dynamo-dp-rank"
@@ -74,6 +76,8 @@ class GatewayChoices:
         new_book: Callable[[str, int], LoadBook] = lambda _, block_size: LoadBook(block_size),
     ) -> None:
         self.reservations = Reservations()
+        #: Workers that are chosen only where there is no other.
+        self.avoided = AvoidedWorkers()
         self._fleet = fleet
         self._decider = decider
         self._hasher = hasher
@@ -91,6 +95,10 @@ class GatewayChoices:
             self._update(groups)
         return self._models
 
+    def groups(self) -> Mapping[str, Group]:
+        """The workers behind :meth:`models`."""
+        return self._groups.now()
+
     def pools(self) -> Iterator[Pool]:
         """Of all models."""
         return (pool for model in self.models().values() for pool in model.pools)
@@ -102,7 +110,9 @@ class GatewayChoices:
         """
         prompt = prompt_of(self._groups, self._hasher, query)
         selection_id = self.reservations.check(query.selection_id)
-        reservation = self._chosen(self.models()[prompt.served.name], query, prompt, selection_id)
+        hashed = PromptHashes(prompt.length, prompt.hashes, prompt.names, _reads_cache(query))
+        model = self.models()[prompt.served.name]
+        reservation = self.choose(model, _request_of(query), hashed, selection_id)
         expires_at = None
         if query.reserve:
             expires_at = time.time() + query.ttl_s
@@ -123,17 +133,34 @@ class GatewayChoices:
         self._promises.compare(decision, reservation.block_size, reservation.live, wish.cached_tokens)
         return ReleaseAnswer(wish.selection_id, decision.cached_tokens)
 
-    def _chosen(
-        self, model: Model, query: SelectQuery, prompt: ServedPrompt, selection_id: str
+    def choose(
+        self,
+        model: Model,
+        request: RequestDict,
+        prompt: PromptHashes,
+        selection_id: str,
+        metadata: Mapping[str, str] | None = None,
     ) -> Reservation:
-        """As the front door chooses, but both workers at once: a request goes out with both pins."""
+        """Choose as the front door does, but both workers at once: a request goes out with both pins.
+
+        They count as load from now on; the reservation is not among :attr:`reservations` yet.
+
+        :param request: what it says about its routing, as Dynamo's frontend would hand it over.
+        :raises NoCandidate: no worker can serve it now.
+        :raises InvalidRequest: what it says cannot be read, or pins it to an absent worker.
+        """
         if (missing := model.missing()) is not None:
             raise NoCandidate(f"{missing}; see /workers")
-        request = _request_of(query)
-        hashed = PromptHashes(prompt.length, prompt.hashes, prompt.names, _reads_cache(query))
 
         def one_of(pool: Pool) -> Decision:
-            return self._decider.decide(pool, request, prompt=hashed, request_id=selection_id)
+            return self._decider.decide(
+                pool,
+                request,
+                avoided=self.avoided.now(),
+                prompt=prompt,
+                request_id=selection_id,
+                metadata=metadata,
+            )
 
         apart = bool(model.prefill.ranks and model.decode.ranks)
         computes = generates = one_of(model.prefill if apart else model.pool)
@@ -161,7 +188,7 @@ class GatewayChoices:
             return Chosen(id_text(rank.worker_id), rank.dp_rank, endpoint_of(entry), overlap, decision.cost)
 
         whole = chosen(generates)
-        pins = _pins(generates.rank, computes.rank if apart else None)
+        pins = pins_of(reservation)
         return SelectAnswer(
             selection_id=reservation.selection_id,
             model_name=prompt.served.name,
@@ -200,11 +227,14 @@ class GatewayChoices:
         for worker_id in before - {entry.worker_id for entry in used}:
             model.pool.book.drop(worker_id)
             self._promises.drop(worker_id)
+            self.avoided.forget(worker_id)
 
 
-def _pins(generates: Rank, computes: Rank | None) -> dict[str, int]:
+def pins_of(reservation: Reservation) -> dict[str, int]:
+    """The headers by which Dynamo's frontend sends a request to the workers that were chosen for it."""
+    computes, generates = reservation.computes.rank, reservation.generates.rank
     pins = {WORKER: generates.worker_id, RANK: generates.dp_rank}
-    if computes is not None:
+    if reservation.computes is not reservation.generates:
         pins |= {PREFILL_WORKER: computes.worker_id, PREFILL_RANK: computes.dp_rank}
     return pins
 

@@ -30,8 +30,9 @@ import msgspec
 import zmq
 from vswa_plugins.vllm import package
 from vswa_plugins.vllm.frames import END, answered, question
+from vswa_plugins.vllm.grouping import cache_groups
 from vswa_plugins.vllm.launching import launch
-from vswa_plugins.vllm.model import cache_groups, load_shape
+from vswa_plugins.vllm.model import load_shape
 from vswa_plugins.vllm.options import parse_options
 from vswa_plugins.vllm.sockets import private_sockets
 
@@ -89,7 +90,7 @@ class Recording:
         time.sleep(0.5)
 
     def header(self, **more: Any) -> None:
-        groups = cache_groups(load_shape(self._model).windows, BLOCK_SIZE)
+        groups = cache_groups(load_shape(self._model).layers, BLOCK_SIZE)
         windows = [group.window_size for group in groups]
         self.records.append(
             [

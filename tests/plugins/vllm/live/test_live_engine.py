@@ -15,7 +15,7 @@ import pytest
 from vswa_plugins.vllm import package
 from vswa_plugins.vllm.engine import VllmEngine
 from vswa_plugins.vllm.fields import GUIDED, NOT_SET, SAMPLING
-from vswa_plugins.vllm.model import cache_groups
+from vswa_plugins.vllm.grouping import Layer, cache_groups
 from vswa_plugins.vllm.options import _ONLY, parse_options
 
 from tests.plugins.vllm.live.conftest import OPTIONS
@@ -292,30 +292,65 @@ def test_options_read_from_the_source_are_those_of_the_class(api: package.Api) -
     ).events.keys()
 
 
-#: Numbers of sliding and of global layers, with the sliding window.
-LAYERS = [(5, 1), (22, 4), (40, 8), (52, 10), (12, 12), (12, 13), (3, 2), (0, 4), (4, 0), (7, 3), (1, 9)]
+S, G, STATE = Layer(128), Layer(None), Layer(None, 100, recurrent=True)
+#: Kinds of layers with their numbers; a size is that of a head, or bytes of a state.
+LAYERS: list[dict[Layer, int]] = [
+    *(
+        {S: s, G: g}
+        for s, g in [(5, 1), (22, 4), (40, 8), (52, 10), (12, 12), (12, 13), (3, 2), (7, 3), (1, 9)]
+    ),
+    *({G: 4}, {S: 4}),
+    # Heads of several sizes: blocks of twice or thrice the tokens, or filled up where they do not divide.
+    *({Layer(128, 1): 20, Layer(None, 2): 4}, {Layer(128, 4): 50, Layer(None, 2): 10}),
+    *({Layer(128, 3): 5, Layer(None, 1): 5, Layer(512, 2): 5}, {Layer(None, 1): 3, Layer(None, 2): 3}),
+    *({STATE: 24, G: 8}, {STATE: 20, Layer(None, 3): 7}, {STATE: 6, S: 3, G: 3}),
+]
 
 
-@pytest.mark.parametrize(("sliding", "full"), LAYERS)
-def test_the_grouping_is_vllms(sliding: int, full: int) -> None:
-    import torch
+@pytest.mark.parametrize("counts", LAYERS, ids=str)
+def test_the_grouping_is_vllms(counts: dict[Layer, int]) -> None:
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
-    layers = [128] * sliding + [None] * full
-    layers = [layers[n * 7 % len(layers)] for n in range(len(layers))] if len(layers) % 7 else layers
-    specs = {
-        f"model.layers.{n}": FullAttentionSpec(**shape)
-        if window is None
-        else SlidingWindowSpec(**shape, sliding_window=window)
-        for n, window in enumerate(layers)
-    }
-    made = kv_cache_utils.get_kv_cache_groups(_config(), specs)
+    layers = [layer for layer, count in counts.items() for _ in range(count)]
+    if len(layers) % 7:
+        layers = [layers[n * 7 % len(layers)] for n in range(len(layers))]
+    groups = cache_groups(layers, 16)
+    made = kv_cache_utils.get_kv_cache_groups(_config(), _specs(layers))
 
-    assert [group.window_size for group in cache_groups(layers, 16)] == [
-        getattr(group.kv_cache_spec, "sliding_window", None) for group in made
+    assert [_shown(group.kv_cache_spec) for group in made] == [
+        (group.kind == "recurrent", group.window_size, group.block_size) for group in groups
     ]
+
+
+def _specs(layers: list[Layer]) -> dict[str, Any]:
+    """What vLLM makes of such layers once it has chosen the tokens of a block of attention."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+
+    token = max(layer.size for layer in layers if not layer.recurrent)
+    state = max((layer.size for layer in layers if layer.recurrent), default=0)
+    tokens = 16 * max(1, -(-state // (16 * token)))
+    specs: dict[str, Any] = {}
+    for number, layer in enumerate(layers):
+        shape = {"block_size": tokens, "num_kv_heads": 1, "head_size": layer.size, "dtype": torch.int8}
+        if layer.recurrent:
+            spec: Any = MambaSpec(
+                block_size=tokens,
+                shapes=((layer.size,),),
+                dtypes=(torch.int8,),
+                page_size_padded=2 * tokens * token,
+            )
+        elif layer.window is None:
+            spec = FullAttentionSpec(**shape)
+        else:
+            spec = SlidingWindowSpec(**shape, sliding_window=layer.window)
+        specs[f"model.layers.{number}"] = spec
+    return specs
+
+
+def _shown(spec: Any) -> tuple[bool, int | None, int]:
+    one = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
+    return type(one).__name__ == "MambaSpec", getattr(one, "sliding_window", None), spec.block_size
 
 
 def _config() -> Any:

@@ -68,7 +68,7 @@ class TestVllmPhases(PhasesConformance):
 
     prompt = range(300, 1_000)
     long_answer = 900
-    timeout_s = 120.0
+    timeout_s = 600.0
     received = ("transfer_bytes",)
     waiting = ("blocks_used",)
 
