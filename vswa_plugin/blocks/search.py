@@ -61,10 +61,10 @@ class _Search:
     def __init__(self, where: Resumption, holds: Holds, prompt_len: int) -> None:
         self._where, self._holds = where, holds
         self._unit = where.hash_block_size
-        self._most = prompt_len - 1
+        self._most = max(0, prompt_len - 1)
         #: Behind the last token that a block which is given up may contain.
         self._named = prompt_len // self._unit * self._unit
-        self._peek = min(self._named, prompt_len - 1) if where.spare_last else self._named
+        self._peek = min(self._named, self._most) if where.spare_last else self._named
 
     def by_turns(self, kinds: Sequence[Kind]) -> int:
         length, given_up, whole = self._most, set[Kind](), self._most
